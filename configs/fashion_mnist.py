@@ -1,0 +1,42 @@
+"""Fashion-MNIST, 60,000 real images of clothes, with ResNet-8.
+
+    python -m launcher --config=configs/fashion_mnist.py
+
+On Debian and Ubuntu `apt-get install dataset-fashion-mnist` puts the four idx files where this
+config looks; anywhere else, name their folder: --config.data.directory=DIR.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "num_epochs": 3,
+            "global_batch_size": 256,
+            "model": {
+                "target": "trainer.models.resnet:ResNet",
+                "num_classes": 10,
+                "features": 16,
+                "stem_strides": 2,
+            },
+            "loss": {"target": "trainer.losses:softmax_cross_entropy"},
+            "metrics": {"accuracy": {"target": "trainer.metrics:accuracy"}},
+            "data": {
+                "target": "trainer.data.idx:load",
+                "directory": "/usr/share/datasets/fashion-mnist",
+                "num_train": placeholder(int),
+                "hint": "apt-get install dataset-fashion-mnist, or fetch the four files of "
+                "github.com/zalandoresearch/fashion-mnist and set --config.data.directory",
+                "augment": {"target": "trainer.data.augment:flip_and_shift"},
+            },
+            "optimizer": {
+                "target": "optax:sgd",
+                "learning_rate": {"target": "trainer.schedules:onecycle", "peak_value": 0.2},
+                "momentum": 0.9,
+                "nesterov": True,
+            },
+            "checkpoint": {"best_metric": "eval/accuracy", "best_mode": "max"},
+        }
+    )

@@ -1,0 +1,1 @@
+"""Where the program runs: flags, environment, processes, mesh, exit codes."""

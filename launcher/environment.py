@@ -1,0 +1,52 @@
+"""The variables that jax reads once, when it is first imported."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from trainer.errors import UserError
+
+_COUNT = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
+
+
+def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None:
+    """Sets up fake devices and the compilation cache; what the user has set stays.
+
+    Args:
+        environ: changed in place.
+        fake_devices: how many CPU devices to fake, or None.
+
+    Raises:
+        UserError: XLA_FLAGS asks for another number of devices.
+    """
+    flags = environ.get("XLA_FLAGS", "")
+    match = _COUNT.search(flags)
+    if fake_devices is not None:
+        if match and int(match[1]) != fake_devices:
+            raise UserError(
+                f"--fake_devices={fake_devices}, but XLA_FLAGS asks for {match[1]}",
+                "leave one of them out",
+            )
+        if not match:
+            option = f"--xla_force_host_platform_device_count={fake_devices}"
+            environ["XLA_FLAGS"] = f"{flags} {option}".strip()
+        environ["JAX_PLATFORMS"] = "cpu"
+    count = fake_devices or (int(match[1]) if match else 0)
+    if count:
+        # Each virtual device waits for the others inside a collective, on a thread of a pool that
+        # is as large as the machine has cores; with fewer threads than devices they never all meet.
+        environ.setdefault("PJRT_NPROC", str(max(2 * count, os.cpu_count() or 1)))
+    if "JAX_COMPILATION_CACHE_DIR" not in environ:
+        base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        cache = Path(base) / "podlift" / "xla"
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return  # a read-only home: run without
+        environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        # By default only what took a second to compile is kept.
+        environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

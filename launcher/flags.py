@@ -1,0 +1,240 @@
+"""The command line. Nothing here imports jax, so help and typos answer at once."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+from launcher import exit_codes
+from trainer.errors import UserError
+from trainer.settings import flatten, with_defaults
+
+HELP = """\
+Trains a Flax model written for one chip on all devices of this machine or cluster.
+
+  python -m launcher --config=configs/mlp.py [--config.KEY=VALUE ...] [flags]
+
+  --config=FILE[:ARG]    a file with get_config(), called with ARG where one is given
+  --config.KEY=VALUE     changes one key of it, for example --config.optimizer.learning_rate=0.1
+  --workdir=DIR          the run's folder; the same folder again goes on from its last checkpoint
+                         (default: a new runs/<config>-<time>)
+  --fake_devices=N       N virtual CPU devices on this machine
+  --print_config         shows every key with its value, and exits
+  --help                 this text
+
+Exit codes: 0 done, 1 the program failed, 2 usage, 42 asked to stop and saved (start it again).
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """A parsed command line.
+
+    Attributes:
+        config: the resolved config, locked.
+        workdir: the run's folder.
+        fake_devices: how many CPU devices to fake; None for real devices.
+    """
+
+    config: ConfigDict
+    workdir: str
+    fake_devices: int | None
+
+
+def parse_or_exit(argv: Sequence[str]) -> Options:
+    """`parse`, for `absl.app.run(flags_parser=...)`: handles help and reports errors itself."""
+    flags.FLAGS(argv[:1])  # absl's own flags, which app.run reads
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax reports its every move as info
+    try:
+        if any(re.fullmatch(r"--?(help|helpshort|helpfull|h)", arg) for arg in argv[1:]):
+            print(HELP, end="")
+            sys.exit(exit_codes.DONE)
+        options, print_config = parse(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_codes.USAGE)
+    if print_config:
+        print(format_config(options.config), end="")
+        sys.exit(exit_codes.DONE)
+    return options
+
+
+def parse(argv: Sequence[str], now: float | None = None) -> tuple[Options, bool]:
+    """Parses a command line.
+
+    Args:
+        argv: the program's name and its arguments.
+        now: seconds since the epoch, for the default workdir.
+
+    Returns:
+        The options, and whether only the config is to be printed.
+
+    Raises:
+        UserError: for anything a person got wrong.
+    """
+    spec, rest = _take_config(list(argv))
+    path, config = _load_config(spec)
+    _check_keys(config, rest)
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
+        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        flags.DEFINE_integer("fake_devices", None, "", lower_bound=1, flag_values=values)
+        flags.DEFINE_bool("print_config", False, "", flag_values=values)
+        left = values(rest)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise _unknown_flag(error.flagname, error.flagvalue) from error
+    except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(_first_line(error), "see --print_config for the keys") from error
+    if left:
+        raise UserError(f"unexpected argument {left[0]!r}", "flags are written --name=value")
+    workdir = values.workdir
+    if workdir is None:
+        workdir = _default_workdir(path, spec, time.time() if now is None else now)
+    options = Options(values.config.lock(), workdir, values.fake_devices)
+    return options, values.print_config
+
+
+def format_config(config: ConfigDict) -> str:
+    """Every key as `key = value`, sorted, one a line."""
+    flat = {key: value for key, value in flatten(config).items() if value != ConfigDict()}
+    width = max(map(len, flat))
+    return "".join(f"{key:{width}} = {flat[key]!r}\n" for key in sorted(flat))
+
+
+def _take_config(argv: list[str]) -> tuple[str, list[str]]:
+    """The value of --config, and the arguments without it."""
+    found: list[str] = []
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        match = re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            rest.append(argument)
+        else:
+            found.append(match[1] if match[1] is not None else next(arguments, ""))
+    if len(found) > 1:
+        raise UserError("--config is given twice")
+    if not found or not found[0]:
+        for argument in rest[1:]:
+            name = argument.lstrip("-").split("=")[0]
+            if argument.startswith("-") and not name.startswith(("config.", "noconfig.")):
+                if name not in ("workdir", "fake_devices", "print_config"):
+                    raise _unknown_flag(name)
+        files = ", ".join(str(path) for path in sorted(Path("configs").glob("*.py"))[:8])
+        raise UserError(
+            "--config is missing",
+            f"--config=FILE; here are {files}" if files else "--config=FILE, see --help",
+        )
+    return found[0], rest
+
+
+def _unknown_flag(name: str, value: str = "") -> UserError:
+    known = ["config", "workdir", "fake_devices", "print_config", "help"]
+    near = difflib.get_close_matches(name, known, n=1)
+    return UserError(
+        f"there is no flag --{name}", f"did you mean --{near[0]}?" if near else "see --help"
+    )
+
+
+def _load_config(spec: str) -> tuple[Path, ConfigDict]:
+    """Runs a config file; returns its path and the config with all defaults filled in."""
+    name, colon, argument = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        others = [str(other) for other in path.parent.glob("*.py")]
+        near = difflib.get_close_matches(str(path), others, n=1)
+        raise UserError(
+            f"--config={spec}: there is no file {name}",
+            f"did you mean {near[0]}?" if near else f"the current folder is {Path.cwd()}",
+        )
+    module_spec = importlib.util.spec_from_file_location("podlift_config", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--config={spec}: {name} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if get_config is None:
+            raise UserError(f"--config={spec}: {name} defines no get_config()")
+        config = get_config(argument) if colon else get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's file does
+        raise UserError(
+            f"--config={spec}: {type(error).__name__}: {_first_line(error)}{_line_in(error, path)}"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        if not isinstance(config, dict):
+            raise UserError(
+                f"--config={spec}: get_config() returned a {type(config).__name__}",
+                "return an ml_collections.ConfigDict",
+            )
+        config = ConfigDict(config)
+    return path, with_defaults(config)
+
+
+def _line_in(error: BaseException, path: Path) -> str:
+    """` (line N)`, the last line of the file that took part in an error."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f" (line {error.lineno})"
+    lines = []
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f" (line {lines[-1]})" if lines else ""
+
+
+def _check_keys(config: ConfigDict, argv: Sequence[str]) -> None:
+    """Raises a UserError for the first override of a key that the config lacks."""
+    leaves = list(flatten(config))
+    blocks = {leaf[:i] for leaf in leaves for i in range(len(leaf)) if leaf[i] == "."}
+    for argument in argv[1:]:
+        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if match is None or match[1] in blocks or match[1] in leaves:
+            continue
+        key = match[1]
+        near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.6) or [
+            leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]
+        ]
+        block = key.rpartition(".")[0]
+        siblings = [leaf for leaf in leaves if leaf.rpartition(".")[0] == block] or leaves
+        raise UserError(
+            f"--config.{key}: the config has no such key",
+            f"did you mean --config.{near[0]}?"
+            if near
+            else f"its keys there are {', '.join(siblings)}",
+        )
+
+
+def _default_workdir(path: Path, spec: str, now: float) -> str:
+    argument = spec.partition(":")[2]
+    parts = [path.stem]
+    if re.fullmatch(r"\w+", argument):
+        parts.append(argument)
+    parts.append(time.strftime("%Y%m%d-%H%M%S", time.localtime(now)))
+    workdir = unused = os.path.join("runs", "-".join(parts))
+    count = 1
+    while os.path.exists(unused):
+        count += 1
+        unused = f"{workdir}-{count}"
+    return unused
+
+
+def _first_line(error: Any) -> str:
+    message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    return (str(message).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Style, types and shell scripts: what CI checks before it runs the tests.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+scripts/setup.sh
+bin=${PODLIFT_VENV:-.venv}/bin
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/python" -m mypy
+"$bin/shellcheck" scripts/*.sh .ci/run

@@ -1,0 +1,147 @@
+"""Checkpoints with Orbax: asynchronous, checked on the way back, never silently skipped.
+
+Two folders: `checkpoints/` keeps the latest K, `best/` the best by a metric. They are apart because
+one manager that ranks by a metric may evict the newest checkpoint, which a resume needs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from trainer.console import say, warn
+from trainer.errors import CheckpointsUnreadable
+from trainer.lift import Lift
+from trainer.state import TrainState, from_dict, to_dict
+
+Meta = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A state read back, and the JSON that was saved with it."""
+
+    state: TrainState
+    meta: Meta
+
+
+class Checkpoints:
+    """One folder of checkpoints, `<directory>/<step>/`.
+
+    Args:
+        directory: where; made at the first save.
+        keep: how many of the newest to keep.
+        lift: where states live, and how their checksums are taken.
+    """
+
+    def __init__(self, directory: epath.Path, keep: int, lift: Lift) -> None:
+        self.directory = directory
+        self._lift = lift
+        self._manager = ocp.CheckpointManager(
+            directory,
+            item_names=("state", "meta"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        )
+
+    def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
+        """Starts to save; returns when the state has been copied and may be donated.
+
+        The checksum of every leaf goes with it: Orbax itself restores a flipped byte without a
+        word. Taking them also checks that all devices agree.
+
+        Raises:
+            ReplicasDiffer: before anything is written.
+        """
+        meta = {**meta, "step": step, "checksums": self._lift.checksums(state)}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(to_dict(state)),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+
+    def restore_latest(self, abstract: TrainState) -> Restored | None:
+        """The newest checkpoint that reads back whole, or None where there is none at all.
+
+        A damaged one is moved aside, as `<directory>-damaged/<step>-<time>`, and reported; then
+        the one before it is tried.
+
+        Args:
+            abstract: the shapes and dtypes of a state.
+
+        Raises:
+            CheckpointsUnreadable: there are checkpoints and none reads back.
+        """
+        steps = sorted(self._manager.all_steps(read=True), reverse=True)
+        failures: list[tuple[int, str]] = []
+        for step in steps:
+            try:
+                restored = self._restore(step, abstract)
+            except Exception as error:  # Orbax raises many types for damaged files
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                warn(f"checkpoint {step} cannot be restored: {reason}")
+                failures.append((step, reason))
+                continue
+            for failed, _ in failures:
+                self._move_aside(failed)
+            return restored
+        if failures:
+            raise CheckpointsUnreadable(
+                f"none of the {len(failures)} checkpoints in {self.directory} can be restored "
+                f"(the newest: {failures[0][1]})\n  HINT: if the model's code changed since, go "
+                "back to the code that wrote them (its git commit is in env.json), or start a new "
+                "run with another --workdir; nothing was deleted"
+            )
+        return None
+
+    def _restore(self, step: int, abstract: TrainState) -> Restored:
+        def with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=self._lift.state_sharding
+            )
+
+        target = jax.tree.map(with_sharding, to_dict(abstract))
+        read = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()
+            ),
+        )
+        state, meta = from_dict(abstract, read["state"]), read["meta"]
+        for name, checksum in self._lift.checksums(state).items():
+            if meta["checksums"].get(name) != checksum:
+                raise ValueError(f"{name} is not what was saved: its checksum differs")
+        return Restored(state, meta)
+
+    def _move_aside(self, step: int) -> None:
+        aside = self.directory.parent / f"{self.directory.name}-damaged"
+        aside.mkdir(parents=True, exist_ok=True)
+        moved = (self.directory / str(step)).rename(aside / f"{step}-{int(time.time())}")
+        self._manager.reload()
+        say(f"moved the damaged checkpoint {step} to {moved}")
+
+    def newest_meta(self) -> Meta | None:
+        """The JSON of the newest checkpoint, or None where there is none or it is damaged."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        try:
+            return self._manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            )["meta"]
+        except Exception:
+            warn(f"the best checkpoint, {self.directory / str(step)}, cannot be read")
+            return None
+
+    def close(self) -> None:
+        """Waits for saves under way; raises what made one fail."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+

@@ -1,0 +1,182 @@
+"""The order of examples: a pure function of (seed, step).
+
+No process and no device count enters it, and nothing has to be saved to resume. Positions count
+examples from the start of training: step s holds the positions [s * B, (s + 1) * B), epoch e the
+positions [e * E, (e + 1) * E) with E a whole number of batches (an epoch's remainder is dropped).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from trainer.errors import UserError
+
+HostBatch = dict[str, np.ndarray]
+Augment = Callable[[HostBatch, "ExampleRandom"], HostBatch]
+
+
+class Source(Protocol):
+    """Examples that can be gathered by index."""
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+
+    def __getitem__(self, indices: np.ndarray, /) -> HostBatch:
+        """The examples of an integer array; each value has shape `indices.shape + (...)`."""
+
+
+class ArraySource:
+    """A source over a dict of arrays in memory."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self.arrays = dict(arrays)
+        lengths = {name: len(array) for name, array in self.arrays.items()}
+        if "x" not in lengths or len(set(lengths.values())) != 1:
+            raise UserError(
+                f"config.data: the arrays have the lengths {lengths}",
+                'return arrays of one length, one of them named "x"',
+            )
+        self.length = lengths["x"]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, indices: np.ndarray, /) -> HostBatch:
+        return {name: array[indices] for name, array in self.arrays.items()}
+
+
+def as_source(value: Any, where: str) -> Source:
+    """Wraps what a data target returned."""
+    if isinstance(value, Mapping):
+        return ArraySource(value)
+    if hasattr(value, "__len__") and hasattr(value, "__getitem__"):
+        return value
+    raise UserError(
+        f"{where} is a {type(value).__name__}",
+        "return a dict of arrays, or an object with len() and [indices]",
+    )
+
+
+class ExampleRandom:
+    """Random numbers that depend on the seed and each example's position, and on nothing else.
+
+    They come from the output function of SplitMix64 (Steele, Lea and Flood, "Fast splittable
+    pseudorandom number generators", OOPSLA 2014), evaluated at all positions at once.
+    """
+
+    def __init__(self, seed: int, positions: np.ndarray) -> None:
+        self._keys = _mix(_mix(np.uint64(seed)) ^ positions.astype(np.uint64))
+        self._draws = 0
+
+    def uniform(self, count: int) -> np.ndarray:
+        """Fresh floats in [0, 1), float64, of shape `positions.shape + (count,)`."""
+        draws = np.arange(self._draws + 1, self._draws + count + 1, dtype=np.uint64)
+        self._draws += count
+        words = _mix(self._keys[..., None] + draws * _GAMMA)
+        return (words >> np.uint64(11)) * 2.0**-53
+
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(z: Any) -> Any:
+    with np.errstate(over="ignore"):
+        z = z + _GAMMA
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+class TrainStream:
+    """Training batches: `f(seed, step)` for the global batch, of which a process takes its rows.
+
+    Args:
+        source: the examples.
+        global_batch_size: rows of one step, over all processes and devices.
+        seed: of the order and of the augmentation.
+        shuffle: draw a new permutation each epoch. An epoch of a single batch that holds every
+            example keeps its order: no update can depend on it.
+        augment: `(batch, ExampleRandom) -> batch` on arrays `(examples, ...)`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        global_batch_size: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        augment: Augment | None = None,
+    ) -> None:
+        if len(source) < global_batch_size:
+            raise UserError(
+                f"config.global_batch_size={global_batch_size} is more than the "
+                f"{len(source)} training examples",
+                f"set config.global_batch_size to {len(source)} or less",
+            )
+        self.source = source
+        self.global_batch_size = global_batch_size
+        self.steps_per_epoch = len(source) // global_batch_size
+        self._seed = seed
+        self._shuffle = shuffle and not (len(source) == global_batch_size)
+        self._augment = augment
+        self._orders: dict[int, np.ndarray] = {}
+
+    def batch_at(self, step: int, rows: slice | np.ndarray = slice(None)) -> HostBatch:
+        """The given rows of the global batch of one step, each array `(rows, ...)`."""
+        return {name: array[0] for name, array in self.batches_at(step, 1, rows).items()}
+
+    def batches_at(
+        self, step: int, steps: int, rows: slice | np.ndarray = slice(None)
+    ) -> HostBatch:
+        """The same for several steps at once, each array `(steps, rows, ...)`."""
+        size = self.global_batch_size
+        positions = step * size + np.arange(steps * size).reshape(steps, size)[:, rows]
+        batch = self.source[self._indices(positions)]
+        if self._augment is not None:
+            shape, flat = positions.shape, positions.ravel()
+            batch = {k: v.reshape(flat.size, *v.shape[2:]) for k, v in batch.items()}
+            batch = self._augment(batch, ExampleRandom(self._seed, flat))
+            batch = {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
+        return batch
+
+    def _indices(self, positions: np.ndarray) -> np.ndarray:
+        epochs, offsets = np.divmod(positions, self.steps_per_epoch * self.global_batch_size)
+        if not self._shuffle:
+            return offsets
+        if epochs.size and epochs.flat[0] == epochs.flat[-1]:
+            return self._order(int(epochs.flat[0]))[offsets]
+        indices = np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = self._order(int(epoch))[offsets[here]]
+        return indices
+
+    def _order(self, epoch: int) -> np.ndarray:
+        order = self._orders.get(epoch)
+        if order is None:
+            order = np.random.default_rng((self._seed, epoch)).permutation(len(self.source))
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = order
+        return order
+
+
+def eval_batches(
+    source: Source, batch_size: int, rows: slice | np.ndarray = slice(None)
+) -> Iterator[HostBatch]:
+    """Every example once, in order; the last batch is padded, and `mask` is 0.0 on the padding.
+
+    Args:
+        source: the examples.
+        batch_size: rows of one batch, over all processes and devices.
+        rows: which of them to yield.
+    """
+    for start in range(0, len(source), batch_size):
+        positions = (start + np.arange(batch_size))[rows]
+        real = positions < len(source)
+        batch = source[np.where(real, positions, len(source) - 1)]
+        mask = real.astype(np.float32)
+        yield {**batch, "mask": batch["mask"] * mask if "mask" in batch else mask}

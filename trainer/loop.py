@@ -1,0 +1,364 @@
+"""`train`: from a config and a folder to a trained state."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from trainer.console import Bar, duration, open_terminal, say
+from trainer.data.prefetch import prefetch
+from trainer.errors import NonFiniteLoss, Preempted
+from trainer.evaluate import Evaluator
+from trainer.job import Job, build_job
+from trainer.lift import Lift, has_convolution, make_lift
+from trainer.progress import InFlight, LogRow, TrainLog
+from trainer.report import Report
+from trainer.saving import Saver
+from trainer.settings import Settings, check
+from trainer.state import TrainState, count_params
+from trainer.step import init_state, make_update_step
+from trainer.workdir import Workdir, unlock
+
+
+class Result(NamedTuple):
+    """What a run ends with.
+
+    Attributes:
+        state: the final state, on the devices.
+        metrics: the last value of every tag that was reported, as `{"train/loss": ...}`.
+    """
+
+    state: TrainState
+    metrics: dict[str, float]
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    mesh: Mesh | None = None,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Trains what `config` describes, going on from the newest checkpoint in `workdir`.
+
+    Args:
+        config: see `trainer.settings`; keys it lacks take their defaults.
+        workdir: the run's folder; made if absent. Nothing is written before the first step is done.
+        mesh: the devices, with the one axis "batch"; all devices where None.
+        stop_requested: asked before every call of the step; once it says yes, the state is saved
+            and Preempted raised.
+
+    Raises:
+        UserError: the config, its targets or the workdir are not as they should be.
+        NonFiniteLoss: the loss is no longer a number.
+        Preempted: asked to stop, and saved.
+        CheckpointsUnreadable: the workdir holds checkpoints and none can be restored.
+        ReplicasDiffer: devices disagree about the state.
+    """
+    open_terminal()
+    settings = check(config)
+    folder = Workdir.check(workdir, settings.config)
+    lift = make_lift(settings.lift, mesh)
+    lift.check_divides(settings.global_batch_size)
+    job = build_job(settings)
+    run = _Run(settings, folder, lift, job, stop_requested)
+    try:
+        return run.train()
+    finally:
+        run.close()
+
+
+class _Run:
+    """The moving parts of one call of `train`.
+
+    `train` holds to this order for every call of the step: data, dispatch, metrics of older calls,
+    then what is due (evaluate, save), each on the state of exactly the step it is reported under.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Workdir,
+        lift: Lift,
+        job: Job,
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.lift = lift
+        self.job = job
+        self.stop_requested = stop_requested
+        self.saver = Saver(folder, settings, lift)
+        self.report: Report | None = None
+        self.bar: Bar | None = None
+        self.metrics: dict[str, float] = {}
+        self.scan = settings.steps_per_call > 1
+        self.prefetch_depth = (
+            settings.prefetch
+            if settings.prefetch is not None
+            # A thread hides input behind an accelerator; on CPU it competes with the step.
+            else (0 if lift.platform == "cpu" else 2)
+        )
+        names = sorted(["loss", "grad_norm", "learning_rate", *job.task.metrics])
+        self.in_flight = InFlight(self._read_rows)
+        self.log = TrainLog(
+            names,
+            steps_per_epoch=job.stream.steps_per_epoch,
+            log_every_steps=settings.log_every_steps,
+            clock=time.monotonic,
+            epoch_sum=0.0,
+            on_epoch=lambda epoch, loss: say(f"Loss for epoch {epoch}: {loss:.6g}"),
+            on_row=self._on_row,
+        )
+        self.evaluator = job.held_out and Evaluator(
+            job.task,
+            job.held_out,
+            lift,
+            settings.eval_batch_size or settings.global_batch_size,
+            self.prefetch_depth,
+        )
+
+    def train(self) -> Result:
+        began = time.monotonic()
+        if self.folder.exists:
+            self.folder.claim()
+        state = self._initial_state()
+        step = first_step = int(self.lift.read(state.step))
+        self._say_start(state, step, time.monotonic() - began)
+        if step >= self.job.stop:
+            self._say_finished_before(step)
+            return Result(state, self.metrics)
+        update = self._compile_update(state)
+        started = time.monotonic()
+        evaluated_step = -1
+        with closing(self._batches(step)) as batches:
+            for steps, batch in batches:
+                if self.stop_requested():
+                    self._stop(step, state)
+                before = step
+                state, values = update(state, batch)
+                step += steps
+                self._add(self.in_flight.push(before, values))
+                if before == first_step:
+                    self._after_first_call(state, before, step, time.monotonic() - started)
+                assert self.bar is not None
+                self.bar.update(step)
+                if self._evaluation_due(before, step):
+                    self._evaluate(state, step)
+                    evaluated_step = step
+                if self.saver.due(before, step):
+                    self._save(state, step)
+        if self.stop_requested():
+            self._stop(step, state)
+        self._drain()
+        self.log.emit(step)
+        if self.evaluator and evaluated_step != step:
+            self._evaluate(state, step)
+            if self.stop_requested():
+                self._stop(step, state)
+        self._save(state, step)
+        self.saver.close()
+        assert self.report is not None
+        self.report.hparams(self.metrics)
+        self._say_end(step, time.monotonic() - began)
+        return Result(state, self.metrics)
+
+    def close(self) -> None:
+        """Lets go of everything, also where the run has failed; never hides why it did."""
+        if self.bar is not None:
+            self.bar.close()
+        with suppress(Exception):
+            self.saver.close()
+        if self.report is not None:
+            self.report.close()
+        unlock(self.folder.path)
+
+    # Before the first step
+
+    def _initial_state(self) -> TrainState:
+        first = self.job.stream.source[np.zeros(1, np.int64)]["x"][0]
+        init = jax.jit(functools.partial(init_state, self.job.task, self.settings.seed))
+        if self.folder.exists:
+            restored = self.saver.restore(jax.eval_shape(init, first))
+            if restored is not None:
+                self.log.epoch_sum = restored.meta["epoch_sum"]
+                say(f"restored step {restored.meta['step']} from {self.folder.checkpoints}")
+                return restored.state
+            say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
+        return self.lift.put_state(init(first))
+
+    def _compile_update(self, state: TrainState) -> Callable[[Any, Any], Any]:
+        """The lifted step, `(state, batch) -> (state, rows)`; it compiles at its first call."""
+        task, reduce = self.job.task, self.settings.reduce
+        flat = reduce == "flat" or (reduce == "auto" and self.lift.platform == "cpu")
+        update_step = make_update_step(task, flat=flat)
+        unroll = False
+        if self.scan and self.lift.platform == "cpu":
+            batch = self.job.stream.batch_at(0, slice(0, 1))
+            shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), batch)
+            unroll = has_convolution(update_step, state, shapes)
+
+        def with_rows(state: TrainState, batch: Any) -> tuple[TrainState, jax.Array]:
+            # One array of metrics instead of one each: every output costs a dispatch per device.
+            state, metrics = update_step(state, batch)
+            return state, jnp.stack([metrics[name] for name in sorted(metrics)])
+
+        return self.lift(with_rows, scan=self.scan, unroll=unroll)
+
+    def _batches(self, step: int) -> Iterator[tuple[int, Any]]:
+        """(steps in the call, batch on the devices) for each call from `step` to the stop."""
+        stop, per_call = self.job.stop, self.settings.steps_per_call
+        calls = ((s, min(per_call, stop - s)) for s in range(step, stop, per_call))
+
+        def make(call: tuple[int, int]) -> tuple[int, Any]:
+            first, steps = call
+            if self.scan:
+                batch = self.job.stream.batches_at(first, steps)
+            else:
+                batch = self.job.stream.batch_at(first)
+            return steps, self.lift.put_batch(batch, scan=self.scan)
+
+        return prefetch(make, calls, self.prefetch_depth)
+
+    def _after_first_call(
+        self, state: TrainState, before: int, step: int, seconds: float
+    ) -> None:
+        jax.block_until_ready(state)
+        self.lift.checksums(state)
+        say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
+        if not self.folder.exists:
+            self.folder.claim()
+        self.report = Report(self.folder, before)
+        self.bar = Bar(step, self.job.stop)
+        self._drain()
+
+    # In the loop
+
+    def _read_rows(self, values: Any) -> np.ndarray:
+        return np.atleast_2d(self.lift.read(values))
+
+    def _add(self, finished: list[tuple[int, np.ndarray]]) -> None:
+        try:
+            for first_step, rows in finished:
+                self.log.add(first_step, rows)
+        except NonFiniteLoss as error:
+            if self.report is not None:
+                tags = {f"train/{name}": value for name, value in error.values.items()}
+                self.report.scalars(error.step, tags)
+            raise
+
+    def _drain(self) -> None:
+        """Brings the log up to the newest step; waits for the devices."""
+        self._add(self.in_flight.drain())
+
+    def _on_row(self, row: LogRow) -> None:
+        tags = {f"train/{name}": value for name, value in row.values.items()}
+        shown = [f"step {row.step}/{self.job.stop}"]
+        shown += [
+            f"{name} {row.values[name]:.4g}"
+            for name in ["loss", *sorted(self.job.task.metrics)]
+        ]
+        if row.step_seconds > 0:
+            rate = self.settings.global_batch_size / row.step_seconds
+            tags |= {"train/examples_per_second": rate, "train/step_seconds": row.step_seconds}
+            eta = (self.job.stop - row.step) * row.step_seconds
+            shown += [f"{rate:,.0f} examples/s", f"{1000 * row.step_seconds:.3g} ms/step"]
+            shown += [f"eta {duration(eta)}"]
+        say("  ".join(shown))
+        self._write(row.step, tags)
+
+    def _write(self, step: int, tags: dict[str, float]) -> None:
+        assert self.report is not None
+        self.report.scalars(step, tags)
+        self.metrics |= tags
+
+    def _evaluation_due(self, before: int, after: int) -> bool:
+        every = self.settings.eval_every_steps or self.job.stream.steps_per_epoch
+        return self.evaluator is not None and after // every > before // every
+
+    def _evaluate(self, state: TrainState, step: int) -> None:
+        assert self.evaluator and self.report
+        self._drain()
+        began = time.monotonic()
+        metrics = self.evaluator(state, self.stop_requested)
+        if metrics is not None:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            say(f"step {step}/{self.job.stop}  {shown}")
+            self._write(step, metrics)
+            self.saver.save_if_best(step, state, metrics)
+            self.report.flush()
+        self.log.exclude(time.monotonic() - began)
+
+    def _save(self, state: TrainState, step: int) -> None:
+        self._drain()  # a loss that is not finite is found before it is saved
+        began = time.monotonic()
+        self.saver.save(step, state, self.log.epoch_sum)
+        if self.report is not None:
+            self.report.flush()
+        self.log.exclude(time.monotonic() - began)
+
+    def _stop(self, step: int, state: TrainState) -> None:
+        say(f"asked to stop: saving at step {step}")
+        if not self.folder.exists:
+            self.folder.claim()
+        self._save(state, step)
+        self.saver.close()
+        raise Preempted(step)
+
+    # What a person reads
+
+    def _say_start(self, state: TrainState, step: int, seconds: float) -> None:
+        lift, settings, job = self.lift, self.settings, self.job
+        device = lift.mesh.devices.flat[0]
+        shards = "" if lift.kind != "vmap" else f" as {lift.num_shards} shards"
+        say(
+            f"{lift.mesh.size} {device.device_kind} device{'s' * (lift.mesh.size > 1)}{shards}, "
+            f"lift {lift.kind}, global batch {settings.global_batch_size} "
+            f"({settings.global_batch_size // lift.num_shards} a shard)"
+        )
+        held_out = f", {len(job.held_out):,} held out" if job.held_out else ""
+        say(
+            f"{count_params(state.params):,} parameters, {len(job.stream.source):,} examples"
+            f"{held_out}, {job.stream.steps_per_epoch} steps an epoch; state ready in "
+            f"{seconds:.2f} s"
+        )
+        say(f"workdir {self.folder.path}")
+
+    def _say_finished_before(self, step: int) -> None:
+        say(f"nothing to do: this run has taken {step} steps, and is to stop at {self.job.stop}")
+        say(f"to go on: {self._how_to_go_on()}")
+
+    def _say_end(self, step: int, seconds: float) -> None:
+        saver = self.saver
+        if step < self.job.num_steps:
+            say(f"stopped at step {step} of {self.job.num_steps} (config.stop_at_step)")
+        else:
+            say(f"finished: {step} steps in {duration(seconds)}")
+        if saver.best_value is not None:
+            say(
+                f"best {self.settings.best_metric} {saver.best_value:.4g} at step "
+                f"{saver.best_step}, in {self.folder.best}"
+            )
+        say(f"last checkpoint: {self.folder.checkpoints / str(step)}")
+        say(f"to go on: {self._how_to_go_on()}")
+        say(f"curves: tensorboard --logdir {self.folder.path}")
+
+    def _how_to_go_on(self) -> str:
+        settings = self.settings
+        if self.job.stop < self.job.num_steps:
+            change = "without config.stop_at_step"
+        elif settings.num_steps is not None:
+            change = f"and --config.num_steps={2 * settings.num_steps}"
+        else:
+            change = f"and --config.num_epochs={2 * (settings.num_epochs or 1)}"
+        return f"the same command with --workdir={self.folder.path} {change}"

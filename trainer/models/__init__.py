@@ -1,0 +1,1 @@
+"""Models: Flax Linen modules, each written for one chip."""

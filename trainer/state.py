@@ -1,0 +1,78 @@
+"""The state of a run: everything a step changes, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct, traverse_util
+
+
+@struct.dataclass
+class TrainState:
+    """One replica of the training state; equal on every device.
+
+    Attributes:
+        step: steps taken so far, int32, shape ().
+        params: what the optimizer changes.
+        model_state: all other collections of the model, such as `batch_stats`.
+        opt_state: the state of the optax optimizer.
+        rng: raw key data of the run, uint32. It never changes: each step folds its number in.
+    """
+
+    step: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+    rng: jax.Array
+
+
+def name_leaves(tree: Any) -> dict[str, Any]:
+    """`{"params/Dense_0/kernel": leaf, ...}` in the order of `jax.tree.leaves`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def to_dict(tree: Any) -> dict[str, Any]:
+    """A pytree as nested dicts of its leaves, whatever its nodes were (for a file)."""
+    return traverse_util.unflatten_dict(name_leaves(tree), sep="/")
+
+
+def from_dict(template: Any, nested: Mapping[str, Any]) -> Any:
+    """The inverse of `to_dict`, in the structure of `template`."""
+    flat = traverse_util.flatten_dict(nested, sep="/")
+    leaves = [flat[name] for name in name_leaves(template)]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def checksums(tree: Any) -> jax.Array:
+    """One uint32 a leaf, shape (leaves,), of the bits of the leaf.
+
+    Each 32-bit word is weighted by an odd number that depends on its place, modulo 2**32, so any
+    change of a single word changes the sum, and the order of summation does not matter: devices,
+    layouts and backends agree exactly.
+    """
+    return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _checksum(leaf: jax.Array) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    if leaf.dtype == jnp.bool_ or leaf.dtype.itemsize < 2:
+        words = leaf.astype(jnp.int32).astype(jnp.uint32)
+    elif leaf.dtype.itemsize == 2:
+        words = jax.lax.bitcast_convert_type(leaf, jnp.uint16).astype(jnp.uint32)
+    else:  # 64-bit values gain a trailing axis of two words
+        words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+    words = words.ravel()
+    weights = 2 * jax.lax.iota(jnp.uint32, words.size) + 1
+    return jnp.sum(words * weights, dtype=jnp.uint32)
+
+
+def count_params(params: Any) -> int:
+    """How many numbers the parameters hold."""
+    return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,119 @@
+"""`target="package.module:attribute"`: how a config names code."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from trainer.errors import UserError
+
+
+def resolve(target: Any, where: str) -> Any:
+    """Imports what a target names.
+
+    Args:
+        target: `"package.module:attribute"`; the attribute may be dotted.
+        where: the config key that holds the target, for error messages.
+
+    Raises:
+        UserError: the target is malformed, or its module or attribute does not exist.
+    """
+    if not isinstance(target, str) or target.count(":") != 1 or not all(target.split(":")):
+        raise UserError(
+            f"{where}.target={target!r} does not name code",
+            'write "package.module:attribute", for example "trainer.models.mlp:MLP"',
+        )
+    module_name, attribute = target.split(":")
+    try:
+        found = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # Only a missing part of the path itself is a typo; a failing import inside it is not.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"{where}.target={target!r}: importing {module_name} needs the module "
+                f"{error.name!r}, which is not installed"
+            ) from error
+        raise UserError(
+            f"{where}.target={target!r}: there is no module {error.name!r}",
+            _did_you_mean(error.name.rpartition(".")[2], _siblings(error.name))
+            or "install it, or run from the folder that holds it",
+        ) from error
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise UserError(
+                f"{where}.target={target!r}: {module_name} has no {name!r}",
+                _did_you_mean(name, [n for n in dir(found) if not n.startswith("_")]),
+            )
+        found = getattr(found, name)
+    return found
+
+
+def build(block: Mapping[str, Any], where: str, **offered: Any) -> Any:
+    """Calls what a block's target names, with the rest of the block as keyword arguments.
+
+    A value that is itself a block with a `target` is built first. An `offered` argument is
+    passed on only where the callable has a parameter of that name and the block leaves it unset:
+    a schedule that takes `num_steps` is told how long the run is.
+
+    Raises:
+        UserError: the target does not resolve or does not take these arguments.
+    """
+    function, arguments = _prepare(block, where, offered)
+    return function(**arguments)
+
+
+def bind(block: Mapping[str, Any], where: str) -> Callable[..., Any]:
+    """The function a block's target names, with the rest of the block already filled in."""
+    function, arguments = _prepare(block, where, {})
+    return functools.partial(function, **arguments) if arguments else function
+
+
+def _prepare(
+    block: Mapping[str, Any], where: str, offered: Mapping[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    if "target" not in block:
+        raise UserError(f"{where} has no target", f'set {where}.target="package.module:attribute"')
+    function = resolve(block["target"], where)
+    if not callable(function):
+        raise UserError(f"{where}.target={block['target']!r} is not callable")
+    arguments = {
+        name: build(value, f"{where}.{name}", **offered)
+        if isinstance(value, Mapping) and "target" in value
+        else value
+        for name, value in block.items()
+        if name != "target" and value is not None
+    }
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some C functions tell nothing about themselves
+        return function, arguments
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in arguments:
+        if name not in parameters and not takes_any:
+            raise UserError(
+                f"{where}.{name}: {block['target']} takes no argument {name!r}",
+                _did_you_mean(name, parameters) or f"it takes {', '.join(parameters)}",
+            )
+    for name, value in offered.items():
+        if name in parameters:
+            arguments.setdefault(name, value)
+    return function, arguments
+
+
+def _siblings(module_name: str) -> list[str]:
+    parent, _, _ = module_name.rpartition(".")
+    try:
+        paths = importlib.import_module(parent).__path__ if parent else None
+    except (ImportError, AttributeError):
+        return []
+    return [module.name for module in pkgutil.iter_modules(paths)]
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""

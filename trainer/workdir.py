@@ -1,0 +1,284 @@
+"""The folder of a run: whose it is, and what the run was.
+
+Nothing in this module imports jax, and nothing is written before `claim`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from trainer.errors import UserError
+from trainer.settings import RESUMABLE, flatten
+
+# Raised when a newer podlift could no longer read the workdirs of an older one.
+LAYOUT_VERSION = 1
+
+NONE_TYPES = "__none_types__"
+_PACKAGES = ("podlift", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# What a scheduler or a launcher may have put into the folder before the run began.
+_NOT_OURS_TO_JUDGE = (".log", ".out", ".err")
+
+
+def config_to_json(config: ConfigDict) -> str:
+    """A config as JSON, with the type of each None field under one extra key.
+
+    Raises:
+        UserError: a value is not data.
+    """
+
+    def none_types(block: ConfigDict, prefix: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for key in block:
+            if isinstance(block[key], ConfigDict):
+                found |= none_types(block[key], f"{prefix}{key}.")
+            elif block[key] is None:
+                found[f"{prefix}{key}"] = block.get_type(key).__name__
+        return found
+
+    plain = config.to_dict()
+    for key, value in flatten(plain).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"config.{key} holds a {type(value).__name__}; configs hold data only",
+                'name code by its path: target="package.module:attribute"',
+            ) from error
+    return json.dumps({**plain, NONE_TYPES: none_types(config, "")}, indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Workdir:
+    """A run's folder that has been found to be free or to belong to this config.
+
+    Attributes:
+        path: the folder, local or remote (`gs://...`).
+        config: the resolved config of the run that is about to start.
+        exists: whether the folder already holds this run.
+    """
+
+    path: epath.Path
+    config: ConfigDict
+    exists: bool
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is an ordinary folder, where files can be appended to and locked."""
+        return "://" not in os.fspath(self.path)
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """Where the latest checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> epath.Path:
+        """Where the best checkpoint is."""
+        return self.path / "best"
+
+    @property
+    def metrics(self) -> epath.Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @classmethod
+    def check(cls, path: epath.PathLike, config: ConfigDict) -> Workdir:
+        """Looks at a folder without changing it.
+
+        Args:
+            path: the folder; it need not exist.
+            config: the config of the run that wants it.
+
+        Raises:
+            UserError: the folder cannot be written, holds something else, or holds a run whose
+                config differs in more than how long or how often.
+        """
+        if not os.fspath(path).strip():
+            raise UserError("--workdir is empty", "name a folder, or leave the flag out")
+        folder = epath.Path(path).expanduser()
+        workdir = cls(folder, config, (folder / "config.json").exists())
+        if workdir.is_local:
+            if not folder.is_absolute():
+                workdir = cls(epath.Path(Path(folder).absolute()), config, workdir.exists)
+            _check_writable(Path(workdir.path))
+        if workdir.exists:
+            workdir._check_same_run()
+        elif folder.exists():
+            others = [
+                p.name
+                for p in folder.iterdir()
+                if not p.name.startswith(".")
+                and p.name not in ("logs", "failure.json")
+                and p.suffix not in _NOT_OURS_TO_JUDGE
+            ]
+            if others:
+                raise UserError(
+                    f"--workdir={os.fspath(path)} is not empty and holds no podlift run "
+                    f"(it has {', '.join(sorted(others)[:3])}{', ...' if others[3:] else ''})",
+                    "name a new or empty folder",
+                )
+        return workdir
+
+    def _check_same_run(self) -> None:
+        try:
+            layout = json.loads((self.path / "env.json").read_text())["layout_version"]
+        except (OSError, ValueError, KeyError):
+            layout = LAYOUT_VERSION
+        if layout > LAYOUT_VERSION:
+            raise UserError(
+                f"{self.path} was written by a newer podlift (layout {layout}, this one knows "
+                f"{LAYOUT_VERSION})",
+                "upgrade podlift, or name another --workdir",
+            )
+        try:
+            stored = json.loads((self.path / "config.json").read_text())
+            stored.pop(NONE_TYPES, None)
+            before = flatten(stored)
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{self.path / 'config.json'} cannot be read: {error}",
+                "restore the file, or name another --workdir",
+            ) from error
+        after = flatten(json.loads(config_to_json(self.config)))
+        absent = object()
+        differing = [
+            key
+            for key in [*before, *(key for key in after if key not in before)]
+            if not key.startswith((NONE_TYPES, *RESUMABLE))
+            and before.get(key, absent) != after.get(key, absent)
+        ]
+        if differing:
+            lines = [
+                f"  {key}: {_show(before, key)} -> {_show(after, key)}" for key in differing
+            ]
+            raise UserError(
+                "\n".join(
+                    [f"{self.path} holds a run with another config (there -> asked for):", *lines]
+                ),
+                "name another --workdir, or change these back to go on with that run",
+            )
+
+    def claim(self) -> None:
+        """Makes the folder this run's: takes its lock and writes `config.json` and `env.json`.
+
+        Raises:
+            UserError: the folder cannot be written, or another process is training in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.is_local:
+                _lock(Path(self.path))
+            write_whole(self.path / "config.json", config_to_json(self.config))
+            write_whole(self.path / "env.json", json.dumps(_environment(), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"--workdir={self.path} cannot be written: {error.strerror or error}",
+                "name a folder you may write to",
+            ) from error
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new, never a part."""
+    part = path.parent / f".{path.name}.part"
+    part.write_text(text)
+    part.replace(path)
+
+
+def _show(flat: dict[str, Any], key: str) -> str:
+    return json.dumps(flat[key]) if key in flat else "(not there)"
+
+
+def _check_writable(folder: Path) -> None:
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(f"--workdir={folder}: {place} is a file", "name a folder")
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise UserError(
+                    f"--workdir={folder} cannot be written: no permission for {place}",
+                    "name a folder you may write to",
+                )
+            return
+
+
+# Held until the process ends, whatever way it ends.
+_locks: dict[Path, Any] = {}
+
+
+def _lock(folder: Path) -> None:
+    import fcntl
+
+    if folder in _locks:
+        return
+    handle = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        holder = handle.read().strip() or "another process"
+        raise UserError(
+            f"{holder} is already training in {folder}", "wait for it, or name another --workdir"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {platform.node()}")
+    handle.flush()
+    _locks[folder] = handle
+
+
+def unlock(folder: epath.PathLike) -> None:
+    """Lets go of a folder's lock, so that the same process can train there again."""
+    handle = _locks.pop(Path(os.fspath(folder)), None)
+    if handle is not None:
+        handle.close()
+
+
+def _environment() -> dict[str, Any]:
+    """What is needed to run this again; no host names, no paths, no variables but XLA's."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "layout_version": LAYOUT_VERSION,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "devices": {
+            "count": len(devices),
+            "kind": devices[0].device_kind,
+            "platform": devices[0].platform,
+            "processes": jax.process_count(),
+        },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return getattr(sys.modules.get(package), "__version__", None)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
