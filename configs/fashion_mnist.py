@@ -29,7 +29,11 @@ def get_config() -> ConfigDict:
                 "num_train": placeholder(int),
                 "hint": "apt-get install dataset-fashion-mnist, or fetch the four files of "
                 "github.com/zalandoresearch/fashion-mnist and set --config.data.directory",
-                "augment": {"target": "trainer.data.augment:flip_and_shift"},
+                "augment": {
+                    "target": "trainer.data.augment:flip_and_shift",
+                    "flip": True,
+                    "shift": 0,
+                },
             },
             "optimizer": {
                 "target": "optax:sgd",

@@ -9,6 +9,8 @@ import re
 import tempfile
 from pathlib import Path
 
+from trainer.workdir import is_claimed
+
 
 def local_folder(workdir: str) -> Path:
     """Where a run's local files go: its workdir, or a temporary folder if that is remote."""
@@ -19,9 +21,9 @@ def local_folder(workdir: str) -> Path:
 
 
 class RankLog(logging.Handler):
-    """Writes log records to the rank's file, once the run has a folder.
+    """Writes log records to the rank's file, once the run has claimed its folder.
 
-    Records are held back until then, so that a run refused for a typo leaves nothing behind.
+    Records are held back until then, so that a run that is refused leaves nothing behind.
 
     Args:
         workdir: the run's folder.
@@ -31,6 +33,7 @@ class RankLog(logging.Handler):
     def __init__(self, workdir: str, rank: int = 0) -> None:
         super().__init__()
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self._workdir = workdir
         self._folder = local_folder(workdir)
         self._rank = rank
         self._held: list[str] = []
@@ -38,7 +41,7 @@ class RankLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._held.append(self.format(record) + "\n")
-        if self._path is not None or (self._folder / "config.json").exists():
+        if self._path is not None or is_claimed(self._workdir):
             self.open()
 
     def open(self) -> Path:

@@ -27,7 +27,7 @@ from trainer.saving import Saver
 from trainer.settings import Settings, check
 from trainer.state import TrainState, count_params
 from trainer.step import init_state, make_update_step
-from trainer.workdir import Workdir, unlock
+from trainer.workdir import Workdir, release
 
 
 class Result(NamedTuple):
@@ -103,6 +103,7 @@ class _Run:
         self.bar: Bar | None = None
         self.metrics: dict[str, float] = {}
         self.scan = settings.steps_per_call > 1
+        self.eval_every_steps = settings.eval_every_steps or job.stream.steps_per_epoch
         self.prefetch_depth = (
             settings.prefetch
             if settings.prefetch is not None
@@ -114,7 +115,6 @@ class _Run:
         self.log = TrainLog(
             names,
             steps_per_epoch=job.stream.steps_per_epoch,
-            log_every_steps=settings.log_every_steps,
             clock=time.monotonic,
             epoch_sum=0.0,
             on_epoch=lambda epoch, loss: say(f"Loss for epoch {epoch}: {loss:.6g}"),
@@ -151,17 +151,18 @@ class _Run:
                 self._add(self.in_flight.push(before, values))
                 if before == first_step:
                     self._after_first_call(state, before, step, time.monotonic() - started)
+                if step == self.job.stop or self._due(self.settings.log_every_steps, before, step):
+                    self._drain()  # so that a row's time is that of its own steps
+                    self.log.emit(step)
                 assert self.bar is not None
                 self.bar.update(step)
-                if self._evaluation_due(before, step):
+                if self.evaluator and self._due(self.eval_every_steps, before, step):
                     self._evaluate(state, step)
                     evaluated_step = step
-                if self.saver.due(before, step):
+                if self._due(self.settings.checkpoint_every_steps, before, step):
                     self._save(state, step)
         if self.stop_requested():
             self._stop(step, state)
-        self._drain()
-        self.log.emit(step)
         if self.evaluator and evaluated_step != step:
             self._evaluate(state, step)
             if self.stop_requested():
@@ -181,7 +182,7 @@ class _Run:
             self.saver.close()
         if self.report is not None:
             self.report.close()
-        unlock(self.folder.path)
+        release(self.folder.path)
 
     # Before the first step
 
@@ -282,9 +283,10 @@ class _Run:
         self.report.scalars(step, tags)
         self.metrics |= tags
 
-    def _evaluation_due(self, before: int, after: int) -> bool:
-        every = self.settings.eval_every_steps or self.job.stream.steps_per_epoch
-        return self.evaluator is not None and after // every > before // every
+    @staticmethod
+    def _due(every: int | None, before: int, after: int) -> bool:
+        """Whether a multiple of `every` lies in the call from one step to another."""
+        return every is not None and after // every > before // every
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         assert self.evaluator and self.report

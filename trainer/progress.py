@@ -66,7 +66,6 @@ class TrainLog:
     Args:
         names: of the columns of the metrics.
         steps_per_epoch: steps an epoch.
-        log_every_steps: a row is due at the end of the call in which a multiple of it falls.
         clock: seconds, monotonic.
         epoch_sum: the loss summed over the steps of the unfinished epoch (from a checkpoint).
         on_epoch: called with (epoch, counted from 1; mean loss over its steps).
@@ -78,7 +77,6 @@ class TrainLog:
         names: Sequence[str],
         *,
         steps_per_epoch: int,
-        log_every_steps: int,
         clock: Callable[[], float],
         epoch_sum: float,
         on_epoch: Callable[[int, float], None],
@@ -88,7 +86,6 @@ class TrainLog:
         self._loss = self._names.index("loss")
         self._guarded = [self._loss, self._names.index("grad_norm")]
         self._steps_per_epoch = steps_per_epoch
-        self._every = log_every_steps
         self._clock = clock
         self.epoch_sum = epoch_sum
         self._on_epoch = on_epoch
@@ -124,8 +121,6 @@ class TrainLog:
             self._since = self._clock()
         else:
             self._timed_steps += steps
-        if (first_step + steps) // self._every > first_step // self._every:
-            self.emit(first_step + steps)
 
     def _add_to_epochs(self, first_step: int, losses: np.ndarray) -> None:
         start = 0
@@ -140,7 +135,11 @@ class TrainLog:
                 self.epoch_sum = 0.0
 
     def emit(self, step: int) -> None:
-        """Hands over the row that ends at `step`, if it would hold any step."""
+        """Hands over the row of the steps added since the last one, if there are any.
+
+        Args:
+            step: the last step added.
+        """
         if not self._steps:
             return
         values = dict(zip(self._names, (self._total / self._steps).tolist(), strict=True))

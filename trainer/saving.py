@@ -47,11 +47,6 @@ class Saver:
                 self.best_value, self.best_step = meta["best_value"], meta["step"]
         return restored
 
-    def due(self, before: int, after: int) -> bool:
-        """Whether a save is due at the end of a call from one step to another."""
-        every = self._settings.checkpoint_every_steps
-        return every is not None and after // every > before // every
-
     def save(self, step: int, state: TrainState, epoch_sum: float) -> None:
         """Starts to save a state to go on from, unless that step is saved already."""
         if step != self._saved_step:

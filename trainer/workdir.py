@@ -177,8 +177,7 @@ class Workdir:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.is_local:
-                _lock(Path(self.path))
+            _claims.setdefault(os.fspath(self.path), _lock(self.path) if self.is_local else None)
             write_whole(self.path / "config.json", config_to_json(self.config))
             write_whole(self.path / "env.json", json.dumps(_environment(), indent=2) + "\n")
         except OSError as error:
@@ -212,35 +211,42 @@ def _check_writable(folder: Path) -> None:
             return
 
 
-# Held until the process ends, whatever way it ends.
-_locks: dict[Path, Any] = {}
+# The folders this process trains in, each with its lock, which ends with the process if not before.
+_claims: dict[str, Any] = {}
 
 
-def _lock(folder: Path) -> None:
+def _lock(folder: epath.Path) -> Any:
     import fcntl
 
-    if folder in _locks:
-        return
-    handle = (folder / ".lock").open("a+")
+    if os.fspath(folder) in _claims:
+        return None
+    handle = Path(folder, ".lock").open("a+")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         handle.seek(0)
         holder = handle.read().strip() or "another process"
+        handle.close()
         raise UserError(
             f"{holder} is already training in {folder}", "wait for it, or name another --workdir"
         ) from None
     except OSError:  # a file system without locks
-        return
+        return handle
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {platform.node()}")
     handle.flush()
-    _locks[folder] = handle
+    return handle
 
 
-def unlock(folder: epath.PathLike) -> None:
-    """Lets go of a folder's lock, so that the same process can train there again."""
-    handle = _locks.pop(Path(os.fspath(folder)), None)
+def is_claimed(path: epath.PathLike) -> bool:
+    """Whether this process trains in a folder now."""
+    folder = os.fspath(epath.Path(path).expanduser())
+    return (folder if "://" in folder else os.path.abspath(folder)) in _claims
+
+
+def release(path: epath.Path) -> None:
+    """Lets go of a claimed folder, so that the same process can train there again."""
+    handle = _claims.pop(os.fspath(path), None)
     if handle is not None:
         handle.close()
 

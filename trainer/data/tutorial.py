@@ -20,7 +20,8 @@ def linear(
     """
     random = np.random.default_rng(seed)
     x = random.uniform(size=(num_examples, num_features))
-    y = x @ random.normal(size=(num_features, 1)) + random.normal(size=(1,))
+    weights = random.normal(size=(num_features, 1)) / np.sqrt(num_features)
+    y = x @ weights + random.normal(size=(1,))
     x = x + noise * random.normal(size=x.shape)
     return {"train": {"x": x.astype(np.float32), "y": y.astype(np.float32)}}
 

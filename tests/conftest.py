@@ -1,0 +1,74 @@
+"""Eight virtual CPU devices in this process, and helpers to start others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["PJRT_NPROC"] = "16"
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+ROOT = Path(__file__).parent.parent
+
+
+def mesh_of(count: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:count]), ("batch",))
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """One compilation cache for all processes that the tests start."""
+    return tmp_path_factory.getbasetemp().parent / "cache"
+
+
+@pytest.fixture
+def start(cache_dir, tmp_path):
+    """Starts `python -m launcher ARGUMENTS` in the checkout; returns the process."""
+    started = []
+
+    def start_process(*arguments, cwd=ROOT, environ=None, module="launcher"):
+        inherited = {
+            k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            cwd=cwd,
+            env={
+                **inherited,
+                "JAX_COMPILATION_CACHE_DIR": str(cache_dir),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+                "PYTHONPATH": str(ROOT),
+                **(environ or {}),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start_process
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def launch(start):
+    """Runs `python -m launcher ARGUMENTS` to its end; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments, **options):
+        process = start(*arguments, **options)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    return run

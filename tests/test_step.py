@@ -1,0 +1,148 @@
+"""The step: masks, flat reductions, randomness, and what it refuses."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import mesh_of
+
+from trainer.errors import UserError
+from trainer.evaluate import Evaluator
+from trainer.data.stream import ArraySource
+from trainer.lift import make_lift
+from trainer.losses import squared_error
+from trainer.metrics import mean_per_example
+from trainer.models.mlp import MLP, PlainMLP
+from trainer.reduce import mean_over_axis
+from trainer.step import Task, init_state, make_update_step
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(48, 3)).astype(np.float32)
+Y = RANDOM.normal(size=(48, 1)).astype(np.float32)
+LINEAR = Task(nn.Dense(1), squared_error, optax.sgd(0.1), 0.1)
+
+
+def state_of(task):
+    return init_state(task, 0, X[0])
+
+
+@pytest.mark.parametrize("devices", [1, 4, 8])
+@pytest.mark.parametrize("kind", ["vmap", "pmap", "shard_map"])
+def test_masked_examples_do_not_count_wherever_they_are(kind, devices):
+    """Shards with unequal numbers of real examples give the gradient over the real ones."""
+    mask = (np.arange(48) < 21).astype(np.float32)
+    y = np.where(mask[:, None] > 0, Y, 1e6)
+    kernel, bias = state_of(LINEAR).params["kernel"], state_of(LINEAR).params["bias"]
+    residual = X[:21] @ np.asarray(kernel) + np.asarray(bias) - Y[:21]
+    lift = make_lift(kind, mesh_of(devices))
+    step = lift(make_update_step(LINEAR))
+    state, metrics = step(lift.put_state(state_of(LINEAR)), lift.put_batch({"x": X, "y": y, "mask": mask}))
+    np.testing.assert_allclose(lift.read(metrics)["loss"], (residual**2).mean(), rtol=1e-5)
+    expected = np.asarray(kernel) - 0.1 * 2 * X[:21].T @ residual / 21
+    np.testing.assert_allclose(np.asarray(state.params["kernel"]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("examples", [5, 48, 41])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_evaluation_is_exact_at_any_device_count(examples, devices):
+    task = Task(nn.Dense(1), squared_error, optax.sgd(0.1), metrics={"twice": squared_error})
+    state = state_of(task)
+    source = ArraySource({"x": X[:examples], "y": Y[:examples]})
+    lift = make_lift("pmap", mesh_of(devices))
+    found = Evaluator(task, source, lift, batch_size=10)(lift.put_state(state))
+    outputs = X[:examples] @ np.asarray(state.params["kernel"]) + np.asarray(state.params["bias"])
+    expected = ((outputs - Y[:examples]) ** 2).mean()
+    np.testing.assert_allclose([found["eval/loss"], found["eval/twice"]], expected, rtol=1e-6)
+
+
+def test_a_flat_mean_is_the_mean_and_leaves_integers_alone():
+    tree = {
+        "a": RANDOM.normal(size=(4, 3, 2)).astype(np.float32),
+        "b": RANDOM.normal(size=(4,)).astype(np.float32),
+        "c": RANDOM.normal(size=(4, 5)).astype(np.float16),
+    }
+    for flat in (False, True):
+        mean = jax.vmap(
+            lambda t, flat=flat: mean_over_axis({**t, "n": 3}, "i", flat=flat),
+            axis_name="i", out_axes=None,
+        )(tree)
+        for name, value in tree.items():
+            assert mean[name].dtype == value.dtype
+            np.testing.assert_allclose(mean[name], value.mean(axis=0, dtype=np.float32),
+                                       atol=1e-3 if value.dtype == np.float16 else 1e-6)
+        assert mean["n"] == 3
+
+
+def test_dropout_differs_between_shards_and_steps_and_repeats_itself():
+    model = PlainMLP(hidden_sizes=(64,), out_size=1, dropout=0.5)
+    task = Task(model, squared_error, optax.sgd(0.0))
+    lift = make_lift("pmap", mesh_of(8))
+    batch = {"x": np.tile(X[:1], (8, 1)), "y": np.tile(Y[:1], (8, 1))}
+
+    def losses(kind):
+        lift = make_lift(kind, mesh_of(8))
+        step = lift(make_update_step(task))
+        state, found = lift.put_state(state_of(task)), []
+        for _ in range(3):
+            state, metrics = step(state, lift.put_batch(batch))
+            found.append(float(lift.read(metrics)["loss"]))
+        return found
+
+    first = losses("pmap")
+    assert first == losses("pmap")
+    np.testing.assert_allclose(first, losses("vmap"), rtol=1e-6)
+    assert len(set(first)) == 3
+    # Equal examples on all shards: with equal masks the mean loss would be that of one shard.
+    one = make_lift("pmap", mesh_of(1))
+    step = one(make_update_step(task))
+    _, metrics = step(one.put_state(state_of(task)), one.put_batch({k: v[:1] for k, v in batch.items()}))
+    assert abs(float(one.read(metrics)["loss"]) - first[0]) > 1e-4
+    assert lift.num_shards == 8
+
+
+def test_a_loss_that_is_not_per_example_is_refused():
+    task = Task(nn.Dense(1), lambda o, b: jnp.mean((o - b["y"]) ** 2), optax.sgd(0.1))
+    lift = make_lift("pmap", mesh_of(2))
+    with pytest.raises(UserError, match=r"shape \(\) for 24 examples"):
+        lift(make_update_step(task))(lift.put_state(state_of(task)), lift.put_batch({"x": X, "y": Y}))
+
+
+class GrowingMean(nn.Module):
+    """The guide's running mean, whose shape changes at its first update."""
+
+    @nn.compact
+    def __call__(self, x):
+        initialized = self.has_variable("batch_stats", "mean")
+        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[1:])
+        if initialized:
+            mean.value = 0.9 * mean.value + 0.1 * jnp.mean(x, axis=0, keepdims=True)
+        return mean.value + self.param("bias", nn.initializers.zeros, x.shape[1:])
+
+
+def test_state_that_changes_its_shape_is_refused():
+    task = Task(GrowingMean(), lambda o, b: mean_per_example((o - b["x"]) ** 2), optax.sgd(0.1))
+    lift = make_lift("pmap", mesh_of(2))
+    with pytest.raises(UserError, match=r"batch_stats/mean has shape \(3,\).*\(1, 3\)"):
+        lift(make_update_step(task))(lift.put_state(state_of(task)), lift.put_batch({"x": X}))
+
+
+class UsesTheAxis(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(1)(x - jax.lax.pmean(jnp.mean(x, axis=0), "batch"))
+
+
+def test_a_model_may_use_the_axis_while_it_initialises():
+    assert init_state(Task(UsesTheAxis(), squared_error, optax.sgd(0.1)), 0, X[0]).params
+
+
+def test_init_does_not_depend_on_the_axis_around_it():
+    model = MLP(hidden_size=4, out_size=1)
+    state = init_state(Task(model, squared_error, optax.sgd(0.1)), 7, X[0])
+    key, _ = jax.random.split(jax.random.key(7))
+    plain = model.init({"params": key, "dropout": key}, X[:1])
+    jax.tree.map(np.testing.assert_array_equal, state.params, plain["params"])
