@@ -14,11 +14,11 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "num_epochs": 3,
-            "global_batch_size": 256,
+            "global_batch_size": 128,
             "model": {
                 "target": "trainer.models.resnet:ResNet",
                 "num_classes": 10,
-                "features": 16,
+                "features": 24,
                 "stem_strides": 2,
             },
             "loss": {"target": "trainer.losses:softmax_cross_entropy"},
@@ -36,10 +36,8 @@ def get_config() -> ConfigDict:
                 },
             },
             "optimizer": {
-                "target": "optax:sgd",
-                "learning_rate": {"target": "trainer.schedules:onecycle", "peak_value": 0.2},
-                "momentum": 0.9,
-                "nesterov": True,
+                "target": "optax:adamw",
+                "learning_rate": {"target": "trainer.schedules:onecycle", "peak_value": 1e-2},
             },
             "checkpoint": {"best_metric": "eval/accuracy", "best_mode": "max"},
         }

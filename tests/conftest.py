@@ -23,10 +23,14 @@ def mesh_of(count: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:count]), ("batch",))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory):
-    """One compilation cache for all processes that the tests start."""
-    return tmp_path_factory.getbasetemp().parent / "cache"
+    """One compilation cache for this process and all that the tests start."""
+    directory = tmp_path_factory.getbasetemp().parent / "cache"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return directory
 
 
 @pytest.fixture

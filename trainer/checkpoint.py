@@ -79,7 +79,8 @@ class Checkpoints:
         Raises:
             CheckpointsUnreadable: there are checkpoints and none reads back.
         """
-        steps = sorted(self._manager.all_steps(read=True), reverse=True)
+        self._manager.reload()
+        steps = sorted(self._manager.all_steps(), reverse=True)
         failures: list[tuple[int, str]] = []
         for step in steps:
             try:

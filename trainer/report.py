@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,8 +88,8 @@ class Report:
             self._writer = tensorboardX.SummaryWriter(
                 os.fspath(self._workdir.path),
                 purge_step=self._first_step + 1 if self._first_step else None,
-                # Two writers in one folder in one second would otherwise share a file.
-                filename_suffix=f".{os.getpid()}",
+                # The name holds the second only: two writers in one second would share a file.
+                filename_suffix=f".{os.getpid()}.{time.time_ns()}",
                 flush_secs=20,
             )
             text = json.dumps(self._workdir.config.to_dict(), indent=2)

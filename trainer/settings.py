@@ -47,7 +47,7 @@ def defaults() -> ConfigDict:
             "metrics": ConfigDict(),
             "eval": {"every_steps": placeholder(int), "batch_size": placeholder(int)},
             "checkpoint": {
-                "every_steps": placeholder(int),
+                "every_steps": 1000,
                 "keep": 3,
                 "best_metric": "eval/loss",
                 "best_mode": "min",

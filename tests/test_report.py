@@ -1,0 +1,117 @@
+"""metrics.jsonl and TensorBoard hold the same numbers, and survive a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import mesh_of
+from test_resume import digits
+
+import trainer
+from trainer.errors import NonFiniteLoss
+from trainer.progress import InFlight, TrainLog
+
+TAGS = {
+    "train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm",
+    "train/examples_per_second", "train/step_seconds", "eval/loss", "eval/accuracy",
+}
+
+
+def read_tensorboard(path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path))
+    events.Reload()
+    scalars = {
+        (tag, event.step): event.value
+        for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
+    }
+    return scalars, events
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_both_files_hold_the_same_numbers_across_a_resume(tmp_path):
+    config = digits(30, stop_at_step=10)
+    trainer.train(config, tmp_path / "run", mesh_of(2))
+    trainer.train(digits(30), tmp_path / "run", mesh_of(2))
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert set().union(*rows) == TAGS | {"step"}
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(steps)
+    scalars, events = read_tensorboard(tmp_path / "run")
+    for row in rows:
+        for tag, value in row.items():
+            if tag != "step":
+                np.testing.assert_allclose(scalars.pop((tag, row["step"])), value, rtol=1e-5)
+    assert not scalars
+    assert "config/text_summary" in events.Tags()["tensors"]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def collect(steps_per_epoch=4):
+    found = {"epochs": [], "rows": [], "now": 0.0}
+    log = TrainLog(
+        ["grad_norm", "learning_rate", "loss"],
+        steps_per_epoch=steps_per_epoch,
+        clock=lambda: found["now"],
+        epoch_sum=0.0,
+        on_epoch=lambda epoch, loss: found["epochs"].append((epoch, loss)),
+        on_row=found["rows"].append,
+    )
+    return log, found
+
+
+def rows_of(losses):
+    return np.array([[1.0, 0.1 * loss, loss] for loss in losses])
+
+
+def test_means_over_epochs_and_rows_whatever_the_calls():
+    log, found = collect()
+    log.add(0, rows_of([1, 2, 3, 4, 5, 6]))
+    log.add(6, rows_of([7, 8, 9, 10]))
+    assert found["epochs"] == [(1, 2.5), (2, 6.5)]
+    log.emit(10)
+    (row,) = found["rows"]
+    assert (row.step, row.values["loss"]) == (10, 5.5)
+    assert row.values["learning_rate"] == pytest.approx(1.0)
+    assert log.epoch_sum == 19.0
+    log.emit(10)
+    assert len(found["rows"]) == 1
+
+
+def test_the_first_call_and_what_is_excluded_do_not_count_as_speed():
+    log, found = collect()
+    found["now"] = 50.0  # compiling
+    log.add(0, rows_of([1]))
+    found["now"] = 52.0
+    log.add(1, rows_of([1, 1]))
+    log.emit(3)
+    assert found["rows"][0].step_seconds == pytest.approx(1.0)
+    found["now"] = 62.0
+    log.exclude(8.0)  # an evaluation
+    log.add(3, rows_of([1]))
+    log.emit(4)
+    assert found["rows"][1].step_seconds == pytest.approx(2.0)
+
+
+def test_nan_names_its_step():
+    log, _ = collect()
+    with pytest.raises(NonFiniteLoss) as error:
+        log.add(10, rows_of([1, 2, math.nan, 4]))
+    assert error.value.step == 13
+    assert "step 13" in str(error.value)
+
+
+def test_no_more_than_the_limit_is_in_flight():
+    read = []
+    in_flight = InFlight(lambda value: read.append(value) or value, limit=16)
+    for i in range(40):
+        in_flight.push(i, i)
+        assert len(read) == max(0, i - 15)
+    in_flight.drain()
+    assert read == list(range(40))

@@ -1,0 +1,242 @@
+"""Going on from a checkpoint gives the numbers of a run that never stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, mesh_of
+from test_cli import wait_for
+
+import trainer
+from trainer.errors import CheckpointsUnreadable, UserError
+
+
+def config_of(name, argument=None, **changes):
+    sys.path.insert(0, str(ROOT))
+    try:
+        module = __import__(f"configs.{name}", fromlist=["get_config"])
+    finally:
+        sys.path.pop(0)
+    config = module.get_config(argument) if argument else module.get_config()
+    for key, value in changes.items():
+        config[key] = value
+    return config
+
+
+def digits(steps, **changes):
+    config = config_of("digits", num_steps=steps, log_every_steps=5, **changes)
+    if "hidden_size" in config.model:
+        config.model.hidden_size = 16
+    config.eval = {"every_steps": 1000}
+    return config
+
+
+def assert_bitwise_equal(a, b):
+    leaves_a, leaves_b = jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b))
+    assert len(leaves_a) == len(leaves_b)
+    for x, y in zip(leaves_a, leaves_b, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def without_speed(path):
+    speed = ("train/examples_per_second", "train/step_seconds")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in speed} for row in rows]
+
+
+@pytest.mark.parametrize("lift", ["pmap", "shard_map", "vmap"])
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_two_halves_are_the_whole_bit_for_bit(tmp_path, lift, steps_per_call):
+    mesh = mesh_of(4)
+    changes = {"lift": lift, "steps_per_call": steps_per_call}
+    whole = trainer.train(digits(40, **changes), tmp_path / "whole", mesh)
+    half = trainer.train(digits(40, stop_at_step=20, **changes), tmp_path / "halves", mesh)
+    assert int(half.state.step) == 20
+    rest = trainer.train(digits(40, **changes), tmp_path / "halves", mesh)
+    assert int(rest.state.step) == 40
+    assert_bitwise_equal(whole.state, rest.state)
+    assert rest.metrics["eval/loss"] == whole.metrics["eval/loss"]
+
+
+def test_the_middle_of_an_epoch_is_no_exception(tmp_path, capsys):
+    """The mean over an epoch, and dropout, go on where they were."""
+    model = {"target": "trainer.models.mlp:PlainMLP", "hidden_sizes": (16,), "out_size": 10,
+             "dropout": 0.3}
+    base = {"num_epochs": 2, "model": model}
+    whole = trainer.train(digits(None, **base), tmp_path / "whole", mesh_of(2))
+    straight = [line for line in capsys.readouterr().out.splitlines() if "epoch" in line[:14]]
+    trainer.train(digits(None, stop_at_step=15, **base), tmp_path / "halves", mesh_of(2))
+    halves = trainer.train(digits(None, **base), tmp_path / "halves", mesh_of(2))
+    resumed = [line for line in capsys.readouterr().out.splitlines() if "epoch" in line[:14]]
+    assert straight == resumed
+    assert len(straight) == 2
+    assert_bitwise_equal(whole.state, halves.state)
+
+
+def test_saved_on_eight_devices_resumed_on_two(tmp_path):
+    # Not Adam: it turns the rounding noise in the gradient of a bias in front of BatchNorm, whose
+    # true gradient is zero, into steps of full size.
+    sgd = {"target": "optax:sgd", "learning_rate": 0.05, "momentum": 0.9}
+    trainer.train(digits(40, stop_at_step=20, optimizer=sgd), tmp_path / "run", mesh_of(8))
+    shutil.copytree(tmp_path / "run", tmp_path / "two")
+    eight = trainer.train(digits(40, optimizer=sgd), tmp_path / "run", mesh_of(8)).state
+    two = trainer.train(digits(40, optimizer=sgd), tmp_path / "two", mesh_of(2)).state
+    for a, b in zip(jax.tree.leaves(eight.params), jax.tree.leaves(two.params), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-5)
+
+
+def test_a_crash_after_a_save_loses_only_what_came_after(tmp_path):
+    """Rows past the restored step are cut, and a half-written row is dropped."""
+    whole = trainer.train(digits(30), tmp_path / "whole", mesh_of(2))
+    config = digits(30, stop_at_step=20)
+    trainer.train(config, tmp_path / "run", mesh_of(2))
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 25, "train/loss": 1.0}\n{"step": 30, "train/lo')
+    rest = trainer.train(digits(30), tmp_path / "run", mesh_of(2))
+    assert_bitwise_equal(whole.state, rest.state)
+    rows, expected = (without_speed(tmp_path / d / "metrics.jsonl") for d in ("run", "whole"))
+    rows = [row for row in rows if not (row["step"] == 20 and "eval/loss" in row)]
+    assert rows == expected
+
+
+def data_files(step):
+    return [path for path in (step / "state").rglob("*") if path.parent.name == "d"]
+
+
+def flip_a_byte(step):
+    for path in data_files(step):  # which of them is read is up to the format
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+def truncate(step):
+    for path in data_files(step):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def remove_state(step):
+    shutil.rmtree(step / "state")
+
+
+def empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def cast(step):
+    """Another value in the checksums stands for any leaf that is not what was saved."""
+    path = next((step / "meta").rglob("metadata"))
+    meta = json.loads(path.read_text())
+    meta["checksums"]["params/Dense_0/kernel"] ^= 1
+    path.write_text(json.dumps(meta))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, remove_state, empty, cast])
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_used(tmp_path, capsys, damage):
+    def config(**changes):
+        made = digits(30, **changes)
+        made.checkpoint.every_steps = 10
+        return made
+
+    whole = trainer.train(config(), tmp_path / "whole", mesh_of(2))
+    trainer.train(config(stop_at_step=20), tmp_path / "run", mesh_of(2))
+    damage(tmp_path / "run/checkpoints/20")
+    capsys.readouterr()
+    rest = trainer.train(config(), tmp_path / "run", mesh_of(2))
+    printed = capsys.readouterr()
+    assert "checkpoint 20 cannot be restored" in printed.err
+    assert "restored step 10" in printed.out
+    assert [p.name[:3] for p in (tmp_path / "run/checkpoints-damaged").iterdir()] == ["20-"]
+    assert_bitwise_equal(whole.state, rest.state)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_if_none_can_be_read_nothing_is_started_afresh_or_deleted(tmp_path):
+    trainer.train(digits(30, stop_at_step=10), tmp_path / "run", mesh_of(2))
+    remove_state(tmp_path / "run/checkpoints/10")
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    with pytest.raises(CheckpointsUnreadable, match="none of the 1 checkpoints"):
+        trainer.train(digits(30), tmp_path / "run", mesh_of(2))
+    assert (tmp_path / "run/checkpoints/10").exists()
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_keys_of_how_long_may_change_and_others_may_not(tmp_path):
+    run = tmp_path / "run"
+    trainer.train(digits(10), run, mesh_of(2))
+    longer = digits(12, num_epochs=9)
+    longer.log_every_steps = 3
+    longer.checkpoint.keep = 1
+    assert int(trainer.train(longer, run, mesh_of(2)).state.step) == 12
+    for key, value in (("seed", 1), ("global_batch_size", 32), ("lift", "vmap")):
+        with pytest.raises(UserError, match=f"  {key}: "):
+            trainer.train(digits(20, **{key: value}), run, mesh_of(2))
+
+
+def test_the_latest_and_the_best_are_kept_apart(tmp_path):
+    config = digits(40)
+    config.eval = {"every_steps": 10}
+    config.checkpoint = {
+        "every_steps": 5, "keep": 2, "best_metric": "eval/accuracy", "best_mode": "max",
+    }
+    trainer.train(config, tmp_path / "run", mesh_of(2))
+    rows = [row for row in without_speed(tmp_path / "run/metrics.jsonl") if "eval/accuracy" in row]
+    best = max(rows, key=lambda row: row["eval/accuracy"])["step"]
+    assert sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()) == [35, 40]
+    assert [int(p.name) for p in (tmp_path / "run/best").iterdir()] == [best]
+
+
+def test_training_on_while_a_save_is_under_way_does_not_touch_it(tmp_path):
+    """Donated buffers are reused by the next steps; what is saved must be a copy."""
+    def config(**changes):
+        made = digits(60, **changes)
+        made.checkpoint.every_steps = 1
+        made.checkpoint.keep = 60
+        made.model.hidden_size = 512
+        return made
+
+    trainer.train(config(stop_at_step=12), tmp_path / "run", mesh_of(8))
+    for step in range(1, 13):
+        run = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "run", run)
+        for later in range(step + 1, 13):
+            shutil.rmtree(run / "checkpoints" / str(later))
+        # Restoring compares the checksums of what was on the devices with what is in the file.
+        assert int(trainer.train(config(stop_at_step=step), run, mesh_of(8)).state.step) == step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_goes_on(start, launch, tmp_path, number):
+    arguments = ["--config=configs/digits.py", "--fake_devices=2", "--config.log_every_steps=20",
+                 "--config.checkpoint.every_steps=100000", "--config.num_steps=3000"]
+    process = start(*arguments, f"--workdir={tmp_path}/run")
+    wait_for(tmp_path / "run/metrics.jsonl")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 42, out + err
+    saved = [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()]
+    assert f"asked to stop: saved at step {saved[0]}" in err
+    stop = f"--config.stop_at_step={saved[0] + 50}"
+    code, out, _ = launch(*arguments, stop, f"--workdir={tmp_path}/run")
+    assert code == 0
+    assert f"restored step {saved[0]}" in out
+    assert launch(*arguments, stop, f"--workdir={tmp_path}/whole")[0] == 0
+    last = [without_speed(tmp_path / d / "metrics.jsonl")[-1] for d in ("run", "whole")]
+    assert last[0]["step"] == saved[0] + 50
+    assert last[0]["eval/loss"] == last[1]["eval/loss"]
+
+
+def test_asked_to_stop_before_the_first_step(tmp_path):
+    with pytest.raises(trainer.Preempted) as stopped:
+        trainer.train(digits(10), tmp_path / "run", mesh_of(2), stop_requested=lambda: True)
+    assert stopped.value.step == 0
+    whole = trainer.train(digits(10), tmp_path / "whole", mesh_of(2))
+    assert_bitwise_equal(trainer.train(digits(10), tmp_path / "run", mesh_of(2)).state, whole.state)
