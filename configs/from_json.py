@@ -1,6 +1,6 @@
 """Runs a run again: its `config.json` as a config, with overrides.
 
-    python -m launcher --config=configs/from_json.py:WORKDIR/config.json --config.seed=1
+python -m launcher --config=configs/from_json.py:WORKDIR/config.json --config.seed=1
 """
 
 import builtins

@@ -95,7 +95,7 @@ def parse(argv: Sequence[str], now: float | None = None) -> tuple[Options, bool]
         flags.DEFINE_bool("print_config", False, "", flag_values=values)
         left = values(rest)[1:]
     except flags.UnrecognizedFlagError as error:
-        raise _unknown_flag(error.flagname, error.flagvalue) from error
+        raise _unknown_flag(error.flagname) from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(_first_line(error), "see --print_config for the keys") from error
     if left:
@@ -128,11 +128,10 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     if len(found) > 1:
         raise UserError("--config is given twice")
     if not found or not found[0]:
+        known = ("config.", "noconfig.", "workdir", "fake_devices", "print_config")
         for argument in rest[1:]:
-            name = argument.lstrip("-").split("=")[0]
-            if argument.startswith("-") and not name.startswith(("config.", "noconfig.")):
-                if name not in ("workdir", "fake_devices", "print_config"):
-                    raise _unknown_flag(name)
+            if argument.startswith("-") and not argument.lstrip("-").startswith(known):
+                raise _unknown_flag(argument.lstrip("-").split("=")[0])
         files = ", ".join(str(path) for path in sorted(Path("configs").glob("*.py"))[:8])
         raise UserError(
             "--config is missing",
@@ -141,7 +140,7 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     return found[0], rest
 
 
-def _unknown_flag(name: str, value: str = "") -> UserError:
+def _unknown_flag(name: str) -> UserError:
     known = ["config", "workdir", "fake_devices", "print_config", "help"]
     near = difflib.get_close_matches(name, known, n=1)
     return UserError(

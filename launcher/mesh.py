@@ -8,7 +8,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from trainer.errors import UserError
-from trainer.lift import AXIS
+from trainer.step import AXIS
 
 
 def build_mesh(lift: str) -> Mesh:

@@ -40,6 +40,7 @@ class RankLog(logging.Handler):
         self._path: Path | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Takes one record, as logging.Handler says."""
         self._held.append(self.format(record) + "\n")
         if self._path is not None or is_claimed(self._workdir):
             self.open()

@@ -15,6 +15,7 @@ class StopRequest:
         self._requested = False
 
     def __call__(self) -> bool:
+        """Whether the process was asked to stop."""
         return self._requested
 
     def install(self) -> None:

@@ -39,9 +39,7 @@ def start(cache_dir, tmp_path):
     started = []
 
     def start_process(*arguments, cwd=ROOT, environ=None, module="launcher"):
-        inherited = {
-            k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")
-        }
+        inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
         process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
             cwd=cwd,

@@ -43,7 +43,10 @@ WITHOUT_JAX = [
 def test_answers_that_need_no_jax(start, arguments, code, text):
     """One clear answer, in half a second on a quiet machine, with no import of jax."""
     process = start(
-        "launcher", *arguments, module="conftest_imports", environ={"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+        "launcher",
+        *arguments,
+        module="conftest_imports",
+        environ={"PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
     )
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, out + err
@@ -110,8 +113,7 @@ def test_a_config_file_with_a_mistake(tmp_path, text, expected):
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        options, _ = flags.parse(["launcher", f"--config={path}"])
-        check(options.config)
+        check(flags.parse(["launcher", f"--config={path}"])[0].config)
     assert expected in str(error.value)
 
 
@@ -126,8 +128,15 @@ def test_overrides_reach_the_config_and_references_follow(tmp_path):
         "    return c\n"
     )
     options, show = flags.parse(
-        ["launcher", f"--config={path}:16", "--config.model.sizes=(3,)", "--config.stop_at_step=4",
-         "--config.global_batch_size", "32", "--print_config"],
+        [
+            "launcher",
+            f"--config={path}:16",
+            "--config.model.sizes=(3,)",
+            "--config.stop_at_step=4",
+            "--config.global_batch_size",
+            "32",
+            "--print_config",
+        ],
         now=0.0,
     )
     assert show
@@ -141,13 +150,17 @@ def test_environment_of_fake_devices(tmp_path):
     environ = {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": "--xla_something=1"}
     environment.prepare(environ, 8)
     assert environ["XLA_FLAGS"].split() == [
-        "--xla_something=1", "--xla_force_host_platform_device_count=8",
+        "--xla_something=1",
+        "--xla_force_host_platform_device_count=8",
     ]
     assert environ["JAX_PLATFORMS"] == "cpu"
     assert int(environ["PJRT_NPROC"]) >= 16
     assert environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(tmp_path))
 
-    asked = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "XDG_CACHE_HOME": str(tmp_path)}
+    asked = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
     environment.prepare(asked, None)
     assert int(asked["PJRT_NPROC"]) >= 8
     assert "JAX_PLATFORMS" not in asked
@@ -157,7 +170,8 @@ def test_environment_of_fake_devices(tmp_path):
 
 def test_xla_flags_alone_give_fake_devices(launch, tmp_path):
     code, out, err = launch(
-        MLP, f"--workdir={tmp_path}/run",
+        MLP,
+        f"--workdir={tmp_path}/run",
         environ={"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
     )
     assert code == 0, err
@@ -216,7 +230,10 @@ def test_a_run_again_from_its_config_json(launch, tmp_path):
 
 def test_a_loss_that_is_not_a_number_ends_the_run(launch, tmp_path):
     code, _, err = launch(
-        MLP, "--fake_devices=2", f"--workdir={tmp_path}/run", "--config.optimizer.learning_rate=1e30",
+        MLP,
+        "--fake_devices=2",
+        f"--workdir={tmp_path}/run",
+        "--config.optimizer.learning_rate=1e30",
         "--config.num_epochs=50",
     )
     assert code == 1
@@ -251,7 +268,9 @@ def wait_for(path, seconds=60):
 def test_a_traceback_for_a_fault_in_the_users_code(launch, tmp_path):
     (tmp_path / "mine.py").write_text("def loss(outputs, batch):\n    return outputs.no_such\n")
     code, _, err = launch(
-        MLP, f"--workdir={tmp_path}/run", "--config.loss.target=mine:loss",
+        MLP,
+        f"--workdir={tmp_path}/run",
+        "--config.loss.target=mine:loss",
         environ={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
     )
     assert code == 1
@@ -263,7 +282,9 @@ def test_a_traceback_for_a_fault_in_the_users_code(launch, tmp_path):
     # And once it is mended, the same command works in the same workdir.
     (tmp_path / "mine.py").write_text("from trainer.losses import squared_error as loss\n")
     code, _, err = launch(
-        MLP, f"--workdir={tmp_path}/run", "--config.loss.target=mine:loss",
+        MLP,
+        f"--workdir={tmp_path}/run",
+        "--config.loss.target=mine:loss",
         environ={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
     )
     assert code == 0, err
@@ -273,9 +294,18 @@ def test_the_installed_command_finds_packages_in_the_current_folder(tmp_path):
     (tmp_path / "mine.py").write_text("from trainer.losses import squared_error as loss\n")
     code = "import sys; sys.path.remove(''); from launcher.__main__ import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, f"--config={ROOT}/configs/mlp.py",
-         "--config.loss.target=mine:loss", "--config.num_epochs=1"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        [
+            sys.executable,
+            "-c",
+            code,
+            f"--config={ROOT}/configs/mlp.py",
+            "--config.loss.target=mine:loss",
+            "--config.num_epochs=1",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr

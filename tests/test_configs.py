@@ -12,8 +12,15 @@ import trainer
 from launcher import flags
 
 GOLDEN = ROOT / "tests" / "golden"
-VARIANTS = ["mlp", "bias_adder", "bias_adder:ones", "digits", "digits:resnet", "fashion_mnist",
-            "char_lm"]
+VARIANTS = [
+    "mlp",
+    "bias_adder",
+    "bias_adder:ones",
+    "digits",
+    "digits:resnet",
+    "fashion_mnist",
+    "char_lm",
+]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -59,7 +66,9 @@ def test_char_lm_learns(tmp_path):
 
 @pytest.mark.slow
 def test_digits_mlp_reaches_its_accuracy(launch, tmp_path):
-    code, out, err = launch("--config=configs/digits.py", "--fake_devices=8", f"--workdir={tmp_path}/r")
+    code, out, err = launch(
+        "--config=configs/digits.py", "--fake_devices=8", f"--workdir={tmp_path}/r"
+    )
     assert code == 0, err
     assert last_accuracy(out) >= 0.975
 
@@ -77,8 +86,11 @@ def test_digits_resnet_reaches_its_accuracy(launch, tmp_path):
 def test_fashion_mnist_shortened(launch, tmp_path):
     """A tenth of the data, one epoch, on two devices: real files, real images."""
     code, out, err = launch(
-        "--config=configs/fashion_mnist.py", "--fake_devices=2", f"--workdir={tmp_path}/r",
-        "--config.data.num_train=12000", "--config.num_epochs=2",
+        "--config=configs/fashion_mnist.py",
+        "--fake_devices=2",
+        f"--workdir={tmp_path}/r",
+        "--config.data.num_train=12000",
+        "--config.num_epochs=2",
     )
     assert code == 0, err
     assert last_accuracy(out) >= 0.78
@@ -86,7 +98,8 @@ def test_fashion_mnist_shortened(launch, tmp_path):
 
 def test_fashion_mnist_says_how_to_get_its_files(launch, tmp_path):
     code, _, err = launch(
-        "--config=configs/fashion_mnist.py", f"--workdir={tmp_path}/r",
+        "--config=configs/fashion_mnist.py",
+        f"--workdir={tmp_path}/r",
         f"--config.data.directory={tmp_path}",
     )
     assert code == 2

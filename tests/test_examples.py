@@ -21,10 +21,16 @@ def test_a_package_of_ones_own(launch, tmp_path):
 
 def test_from_a_script_without_a_launcher(tmp_path):
     done = subprocess.run(
-        [sys.executable, "notebook.py", tmp_path / "run"], cwd=EXAMPLE, check=False, text=True,
+        [sys.executable, "notebook.py", tmp_path / "run"],
+        cwd=EXAMPLE,
+        check=False,
+        text=True,
         capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT),
-             "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        },
     )
     assert done.returncode == 0, done.stderr
     assert "held-out accuracy 0.9" in done.stdout or "held-out accuracy 1.0" in done.stdout

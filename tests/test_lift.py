@@ -78,9 +78,9 @@ def tutorial_reference(name):
                 return task.loss(outputs, example)[0], updated
 
             axes = (0, None if batch.get("y") is None else 0)
-            loss, updated = jax.vmap(
-                loss_fn, in_axes=axes, out_axes=(0, None), axis_name="batch"
-            )(batch["x"], batch.get("y"))
+            loss, updated = jax.vmap(loss_fn, in_axes=axes, out_axes=(0, None), axis_name="batch")(
+                batch["x"], batch.get("y")
+            )
             return jnp.mean(loss), updated
 
         (loss, updated), grads = jax.value_and_grad(batch_loss, has_aux=True)(params)
@@ -240,7 +240,10 @@ def test_replicas_that_differ_are_found_and_named(kind):
     lift = make_lift(kind, mesh_of(8))
     state = lift.put_state(jax.jit(lambda x: init_state(task, 0, x))(batch["x"][0]))
     assert set(lift.checksums(state)) == {
-        "step", "rng", "params/Dense_0/kernel", "params/Dense_0/bias",
+        "step",
+        "rng",
+        "params/Dense_0/kernel",
+        "params/Dense_0/bias",
         "model_state/counters/positives",
     }
     state, _ = lift(make_update_step(task))(state, lift.put_batch(batch))

@@ -15,8 +15,14 @@ from trainer.errors import NonFiniteLoss
 from trainer.progress import InFlight, TrainLog
 
 TAGS = {
-    "train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm",
-    "train/examples_per_second", "train/step_seconds", "eval/loss", "eval/accuracy",
+    "train/loss",
+    "train/accuracy",
+    "train/learning_rate",
+    "train/grad_norm",
+    "train/examples_per_second",
+    "train/step_seconds",
+    "eval/loss",
+    "eval/accuracy",
 }
 
 

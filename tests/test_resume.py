@@ -66,8 +66,12 @@ def test_two_halves_are_the_whole_bit_for_bit(tmp_path, lift, steps_per_call):
 
 def test_the_middle_of_an_epoch_is_no_exception(tmp_path, capsys):
     """The mean over an epoch, and dropout, go on where they were."""
-    model = {"target": "trainer.models.mlp:PlainMLP", "hidden_sizes": (16,), "out_size": 10,
-             "dropout": 0.3}
+    model = {
+        "target": "trainer.models.mlp:PlainMLP",
+        "hidden_sizes": (16,),
+        "out_size": 10,
+        "dropout": 0.3,
+    }
     base = {"num_epochs": 2, "model": model}
     whole = trainer.train(digits(None, **base), tmp_path / "whole", mesh_of(2))
     straight = [line for line in capsys.readouterr().out.splitlines() if "epoch" in line[:14]]
@@ -185,7 +189,10 @@ def test_the_latest_and_the_best_are_kept_apart(tmp_path):
     config = digits(40)
     config.eval = {"every_steps": 10}
     config.checkpoint = {
-        "every_steps": 5, "keep": 2, "best_metric": "eval/accuracy", "best_mode": "max",
+        "every_steps": 5,
+        "keep": 2,
+        "best_metric": "eval/accuracy",
+        "best_mode": "max",
     }
     trainer.train(config, tmp_path / "run", mesh_of(2))
     rows = [row for row in without_speed(tmp_path / "run/metrics.jsonl") if "eval/accuracy" in row]
@@ -196,6 +203,7 @@ def test_the_latest_and_the_best_are_kept_apart(tmp_path):
 
 def test_training_on_while_a_save_is_under_way_does_not_touch_it(tmp_path):
     """Donated buffers are reused by the next steps; what is saved must be a copy."""
+
     def config(**changes):
         made = digits(60, **changes)
         made.checkpoint.every_steps = 1
@@ -215,8 +223,13 @@ def test_training_on_while_a_save_is_under_way_does_not_touch_it(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_goes_on(start, launch, tmp_path, number):
-    arguments = ["--config=configs/digits.py", "--fake_devices=2", "--config.log_every_steps=20",
-                 "--config.checkpoint.every_steps=100000", "--config.num_steps=3000"]
+    arguments = [
+        "--config=configs/digits.py",
+        "--fake_devices=2",
+        "--config.log_every_steps=20",
+        "--config.checkpoint.every_steps=100000",
+        "--config.num_steps=3000",
+    ]
     process = start(*arguments, f"--workdir={tmp_path}/run")
     wait_for(tmp_path / "run/metrics.jsonl")
     process.send_signal(number)

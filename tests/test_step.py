@@ -10,9 +10,9 @@ import optax
 import pytest
 from conftest import mesh_of
 
+from trainer.data.stream import ArraySource
 from trainer.errors import UserError
 from trainer.evaluate import Evaluator
-from trainer.data.stream import ArraySource
 from trainer.lift import make_lift
 from trainer.losses import squared_error
 from trainer.metrics import mean_per_example
@@ -40,7 +40,9 @@ def test_masked_examples_do_not_count_wherever_they_are(kind, devices):
     residual = X[:21] @ np.asarray(kernel) + np.asarray(bias) - Y[:21]
     lift = make_lift(kind, mesh_of(devices))
     step = lift(make_update_step(LINEAR))
-    state, metrics = step(lift.put_state(state_of(LINEAR)), lift.put_batch({"x": X, "y": y, "mask": mask}))
+    state, metrics = step(
+        lift.put_state(state_of(LINEAR)), lift.put_batch({"x": X, "y": y, "mask": mask})
+    )
     np.testing.assert_allclose(lift.read(metrics)["loss"], (residual**2).mean(), rtol=1e-5)
     expected = np.asarray(kernel) - 0.1 * 2 * X[:21].T @ residual / 21
     np.testing.assert_allclose(np.asarray(state.params["kernel"]), expected, atol=1e-6)
@@ -68,12 +70,16 @@ def test_a_flat_mean_is_the_mean_and_leaves_integers_alone():
     for flat in (False, True):
         mean = jax.vmap(
             lambda t, flat=flat: mean_over_axis({**t, "n": 3}, "i", flat=flat),
-            axis_name="i", out_axes=None,
+            axis_name="i",
+            out_axes=None,
         )(tree)
         for name, value in tree.items():
             assert mean[name].dtype == value.dtype
-            np.testing.assert_allclose(mean[name], value.mean(axis=0, dtype=np.float32),
-                                       atol=1e-3 if value.dtype == np.float16 else 1e-6)
+            np.testing.assert_allclose(
+                mean[name],
+                value.mean(axis=0, dtype=np.float32),
+                atol=1e-3 if value.dtype == np.float16 else 1e-6,
+            )
         assert mean["n"] == 3
 
 
@@ -99,7 +105,9 @@ def test_dropout_differs_between_shards_and_steps_and_repeats_itself():
     # Equal examples on all shards: with equal masks the mean loss would be that of one shard.
     one = make_lift("pmap", mesh_of(1))
     step = one(make_update_step(task))
-    _, metrics = step(one.put_state(state_of(task)), one.put_batch({k: v[:1] for k, v in batch.items()}))
+    _, metrics = step(
+        one.put_state(state_of(task)), one.put_batch({k: v[:1] for k, v in batch.items()})
+    )
     assert abs(float(one.read(metrics)["loss"]) - first[0]) > 1e-4
     assert lift.num_shards == 8
 
@@ -108,7 +116,9 @@ def test_a_loss_that_is_not_per_example_is_refused():
     task = Task(nn.Dense(1), lambda o, b: jnp.mean((o - b["y"]) ** 2), optax.sgd(0.1))
     lift = make_lift("pmap", mesh_of(2))
     with pytest.raises(UserError, match=r"shape \(\) for 24 examples"):
-        lift(make_update_step(task))(lift.put_state(state_of(task)), lift.put_batch({"x": X, "y": Y}))
+        lift(make_update_step(task))(
+            lift.put_state(state_of(task)), lift.put_batch({"x": X, "y": Y})
+        )
 
 
 class GrowingMean(nn.Module):

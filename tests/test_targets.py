@@ -33,7 +33,7 @@ def test_nested_blocks_are_built_and_offers_fill_what_is_unset():
     ],
 )
 def test_a_wrong_path_says_what_was_meant(target, expected):
-    with pytest.raises(UserError, match="config.loss") as error:
+    with pytest.raises(UserError, match=r"config\.loss") as error:
         resolve(target, "config.loss")
     assert expected in str(error.value)
 

@@ -104,9 +104,7 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract: TrainState) -> Restored:
         def with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=self._lift.state_sharding
-            )
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._lift.state_sharding)
 
         target = jax.tree.map(with_sharding, to_dict(abstract))
         read = self._manager.restore(
@@ -145,4 +143,3 @@ class Checkpoints:
         """Waits for saves under way; raises what made one fail."""
         self._manager.wait_until_finished()
         self._manager.close()
-

@@ -58,8 +58,12 @@ class Bar:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         self._progress = Progress(
-            BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=Console(file=sys.stdout), transient=True, redirect_stdout=False,
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stdout),
+            transient=True,
+            redirect_stdout=False,
             redirect_stderr=False,
         )
         self._task = self._progress.add_task("", total=stop, completed=step)

@@ -40,7 +40,7 @@ class Lift:
 
     @property
     def platform(self) -> str:
-        """"cpu", "gpu" or "tpu"."""
+        """ "cpu", "gpu" or "tpu"."""
         return str(self.mesh.devices.flat[0].platform)
 
     @property

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -26,7 +25,7 @@ from trainer.report import Report
 from trainer.saving import Saver
 from trainer.settings import Settings, check
 from trainer.state import TrainState, count_params
-from trainer.step import init_state, make_update_step
+from trainer.step import init_state, make_update_step, stack_metrics
 from trainer.workdir import Workdir, release
 
 
@@ -120,12 +119,16 @@ class _Run:
             on_epoch=lambda epoch, loss: say(f"Loss for epoch {epoch}: {loss:.6g}"),
             on_row=self._on_row,
         )
-        self.evaluator = job.held_out and Evaluator(
-            job.task,
-            job.held_out,
-            lift,
-            settings.eval_batch_size or settings.global_batch_size,
-            self.prefetch_depth,
+        self.evaluator = (
+            None
+            if job.held_out is None
+            else Evaluator(
+                job.task,
+                job.held_out,
+                lift,
+                settings.eval_batch_size or settings.global_batch_size,
+                self.prefetch_depth,
+            )
         )
 
     def train(self) -> Result:
@@ -202,21 +205,16 @@ class _Run:
         """The lifted step, `(state, batch) -> (state, rows)`; it compiles at its first call."""
         task, reduce = self.job.task, self.settings.reduce
         flat = reduce == "flat" or (reduce == "auto" and self.lift.platform == "cpu")
-        update_step = make_update_step(task, flat=flat)
+        update_step = stack_metrics(make_update_step(task, flat=flat))
         unroll = False
         if self.scan and self.lift.platform == "cpu":
             batch = self.job.stream.batch_at(0, slice(0, 1))
             shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), batch)
             unroll = has_convolution(update_step, state, shapes)
 
-        def with_rows(state: TrainState, batch: Any) -> tuple[TrainState, jax.Array]:
-            # One array of metrics instead of one each: every output costs a dispatch per device.
-            state, metrics = update_step(state, batch)
-            return state, jnp.stack([metrics[name] for name in sorted(metrics)])
+        return self.lift(update_step, scan=self.scan, unroll=unroll)
 
-        return self.lift(with_rows, scan=self.scan, unroll=unroll)
-
-    def _batches(self, step: int) -> Iterator[tuple[int, Any]]:
+    def _batches(self, step: int) -> Generator[tuple[int, Any]]:
         """(steps in the call, batch on the devices) for each call from `step` to the stop."""
         stop, per_call = self.job.stop, self.settings.steps_per_call
         calls = ((s, min(per_call, stop - s)) for s in range(step, stop, per_call))
@@ -231,9 +229,7 @@ class _Run:
 
         return prefetch(make, calls, self.prefetch_depth)
 
-    def _after_first_call(
-        self, state: TrainState, before: int, step: int, seconds: float
-    ) -> None:
+    def _after_first_call(self, state: TrainState, before: int, step: int, seconds: float) -> None:
         jax.block_until_ready(state)
         self.lift.checksums(state)
         say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
@@ -266,8 +262,7 @@ class _Run:
         tags = {f"train/{name}": value for name, value in row.values.items()}
         shown = [f"step {row.step}/{self.job.stop}"]
         shown += [
-            f"{name} {row.values[name]:.4g}"
-            for name in ["loss", *sorted(self.job.task.metrics)]
+            f"{name} {row.values[name]:.4g}" for name in ["loss", *sorted(self.job.task.metrics)]
         ]
         if row.step_seconds > 0:
             rate = self.settings.global_batch_size / row.step_seconds
@@ -289,7 +284,8 @@ class _Run:
         return every is not None and after // every > before // every
 
     def _evaluate(self, state: TrainState, step: int) -> None:
-        assert self.evaluator and self.report
+        assert self.evaluator is not None
+        assert self.report is not None
         self._drain()
         began = time.monotonic()
         metrics = self.evaluator(state, self.stop_requested)
@@ -328,7 +324,7 @@ class _Run:
             f"lift {lift.kind}, global batch {settings.global_batch_size} "
             f"({settings.global_batch_size // lift.num_shards} a shard)"
         )
-        held_out = f", {len(job.held_out):,} held out" if job.held_out else ""
+        held_out = f", {len(job.held_out):,} held out" if job.held_out is not None else ""
         say(
             f"{count_params(state.params):,} parameters, {len(job.stream.source):,} examples"
             f"{held_out}, {job.stream.steps_per_epoch} steps an epoch; state ready in "

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 
@@ -20,7 +21,7 @@ def mean_over_axis(tree: Any, axis: str | None, *, flat: bool) -> Any:
     Args:
         tree: any pytree of arrays.
         axis: a bound axis name, or None for "there is no axis": the tree is returned as it is.
-        flat: ravel the leaves together, one buffer a dtype, so that each dtype costs one collective.
+        flat: ravel the leaves together: one buffer, and so one collective, a dtype.
     """
     if axis is None:
         return tree
@@ -41,3 +42,16 @@ def mean_over_axis(tree: Any, axis: str | None, *, flat: bool) -> Any:
             for i, mean in zip(indices, lax.pmean([leaves[i] for i in indices], axis), strict=True):
                 leaves[i] = mean
     return jax.tree.unflatten(treedef, leaves)
+
+
+def global_norm(tree: Any, *, flat: bool) -> jax.Array:
+    """The 2-norm of all leaves together, shape ().
+
+    Args:
+        tree: float leaves.
+        flat: as one buffer. After a flat mean the compiler sees through the slices and reduces the
+            mean's own buffer, one kernel instead of one a leaf.
+    """
+    if flat:
+        return jnp.linalg.norm(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)]))
+    return optax.tree.norm(tree)

@@ -28,7 +28,9 @@ class Report:
         if workdir.is_local:
             if workdir.metrics.exists() or self._lines:
                 write_whole(workdir.metrics, "".join(self._lines))
-            self._file = open(workdir.metrics, "a", buffering=1, encoding="utf-8")
+            self._file = open(  # noqa: SIM115 (closed by `close`)
+                workdir.metrics, "a", buffering=1, encoding="utf-8"
+            )
         self._first_step = step
         self._writer: Any = None
 

@@ -1,8 +1,4 @@
-"""The keys of a config: their defaults, and the checks that need no import of jax.
-
-This is the whole list of keys; `python -m launcher --config=FILE --print_config` shows them
-resolved. `placeholder(type)` marks a key that may stay None.
-"""
+"""The keys of a config: their defaults, and the checks that need no import of jax."""
 
 from __future__ import annotations
 
@@ -32,33 +28,48 @@ RESUMABLE = (
 )
 
 
+# Every key with a default: its default and what it means. A type stands for "None, or a value of
+# that type". The four blocks that name code (model, loss, data, optimizer) have no default.
+KEYS: dict[str, tuple[Any, str]] = {
+    "seed": (0, "of the parameters, the order of examples, augmentation and dropout"),
+    "num_epochs": (int, "length of the run in epochs; an epoch's remainder is dropped"),
+    "num_steps": (int, "length of the run in steps; where set, it wins over `num_epochs`"),
+    "stop_at_step": (int, "stop early; schedules still span the whole run"),
+    "global_batch_size": (int, "examples a step, over all devices; must divide by them"),
+    "steps_per_call": (1, "steps in one dispatch; all `every_steps` round up to a whole call"),
+    "lift": ("pmap", '"pmap", "shard_map" or "vmap"; "vmap:8" simulates 8 chips on one'),
+    "reduce": (
+        "auto",
+        'gradients, float state and metrics in one buffer ("flat") or one by one ("leaves"); '
+        '"auto" is flat on CPU',
+    ),
+    "log_every_steps": (100, "steps from one log row to the next"),
+    "eval.every_steps": (int, "steps from one evaluation to the next; None: once an epoch"),
+    "eval.batch_size": (int, "None: `global_batch_size`; rounded up to fill the devices"),
+    "checkpoint.every_steps": (
+        1000,
+        "steps from one checkpoint to the next; one is saved at the end",
+    ),
+    "checkpoint.keep": (3, "how many of the newest to keep"),
+    "checkpoint.best_metric": ("eval/loss", "the tag that decides which state is kept in `best/`"),
+    "checkpoint.best_mode": ("min", '"min" or "max"'),
+    "data.shuffle": (True, "a new order of the training examples each epoch"),
+    "data.prefetch": (int, "batches made ahead in a thread; None: 2, and 0 on CPU"),
+}
+
+
 def defaults() -> ConfigDict:
     """A config with every key that has a default; blocks that name code have none."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "num_epochs": placeholder(int),
-            "num_steps": placeholder(int),
-            "stop_at_step": placeholder(int),
-            "global_batch_size": placeholder(int),
-            "steps_per_call": 1,
-            "lift": "pmap",
-            "reduce": "auto",
-            "metrics": ConfigDict(),
-            "eval": {"every_steps": placeholder(int), "batch_size": placeholder(int)},
-            "checkpoint": {
-                "every_steps": 1000,
-                "keep": 3,
-                "best_metric": "eval/loss",
-                "best_mode": "min",
-            },
-            "log_every_steps": 100,
-            "data": {
-                "shuffle": True,
-                "prefetch": placeholder(int),
-            },
-        }
-    )
+    config = ConfigDict({"metrics": {}})
+    for key, (default, _) in KEYS.items():
+        *blocks, name = key.split(".")
+        block = config
+        for inner in blocks:
+            if inner not in block:
+                block[inner] = ConfigDict()
+            block = block[inner]
+        block[name] = placeholder(default) if isinstance(default, type) else default
+    return config
 
 
 def with_defaults(config: ConfigDict) -> ConfigDict:
@@ -146,15 +157,18 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         if not isinstance(metric, ConfigDict) or "target" not in metric:
             raise UserError(f"config.metrics.{name} has no target")
 
-    def positive(where: str, *, optional: bool = False) -> int | None:
+    def positive(where: str) -> int:
         value: Any = config
         for part in where.split("."):
             value = value[part]
-        if value is None and optional:
-            return None
         if not isinstance(value, int) or value < 1:
             raise UserError(f"config.{where}={value} should be a whole number of at least 1")
         return value
+
+    def positive_or_none(where: str) -> int | None:
+        block, _, name = where.rpartition(".")
+        unset = (config[block] if block else config)[name] is None
+        return None if unset else positive(where)
 
     def one_of(where: str, value: str, choices: tuple[str, ...]) -> str:
         if value not in choices:
@@ -174,19 +188,14 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
     if prefetch is not None and prefetch < 0:
         raise UserError(f"config.data.prefetch={prefetch} should be 0 or more")
     data = config.data.to_dict()
-    global_batch_size = positive("global_batch_size")
-    steps_per_call = positive("steps_per_call")
-    checkpoint_keep = positive("checkpoint.keep")
-    log_every_steps = positive("log_every_steps")
-    assert global_batch_size and steps_per_call and checkpoint_keep and log_every_steps
     return Settings(
         config=config,
         seed=config.seed,
-        num_epochs=positive("num_epochs", optional=True),
-        num_steps=positive("num_steps", optional=True),
-        stop_at_step=positive("stop_at_step", optional=True),
-        global_batch_size=global_batch_size,
-        steps_per_call=steps_per_call,
+        num_epochs=positive_or_none("num_epochs"),
+        num_steps=positive_or_none("num_steps"),
+        stop_at_step=positive_or_none("stop_at_step"),
+        global_batch_size=positive("global_batch_size"),
+        steps_per_call=positive("steps_per_call"),
         lift=config.lift,
         reduce=one_of("reduce", config.reduce, REDUCES),
         model=config.model.to_dict(),
@@ -197,13 +206,13 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         augment=data.get("augment"),
         shuffle=config.data.shuffle,
         prefetch=prefetch,
-        eval_every_steps=positive("eval.every_steps", optional=True),
-        eval_batch_size=positive("eval.batch_size", optional=True),
-        checkpoint_every_steps=positive("checkpoint.every_steps", optional=True),
-        checkpoint_keep=checkpoint_keep,
+        eval_every_steps=positive_or_none("eval.every_steps"),
+        eval_batch_size=positive_or_none("eval.batch_size"),
+        checkpoint_every_steps=positive_or_none("checkpoint.every_steps"),
+        checkpoint_keep=positive("checkpoint.keep"),
         best_metric=config.checkpoint.best_metric,
         best_mode=one_of("checkpoint.best_mode", config.checkpoint.best_mode, ("min", "max")),
-        log_every_steps=log_every_steps,
+        log_every_steps=positive("log_every_steps"),
     )
 
 

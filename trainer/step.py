@@ -6,6 +6,7 @@ decided in `trainer/lift.py` and nowhere else.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import optax
 from jax import lax
 
 from trainer.errors import UserError
-from trainer.reduce import mean_over_axis
+from trainer.reduce import global_norm, mean_over_axis
 from trainer.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -49,11 +50,12 @@ class Task:
 
     def apply(self, params: Any, model_state: Any, batch: Batch, *, train: bool, rng: Any) -> Any:
         """Runs the model; returns (outputs, new model state)."""
-        takes_train = "train" in inspect.signature(type(self.model).__call__).parameters
+        parameters = inspect.signature(type(self.model).__call__).parameters
+        keywords: dict[str, Any] = {"train": train} if "train" in parameters else {}
         return self.model.apply(
             {"params": params, **model_state},
             batch["x"],
-            **({"train": train} if takes_train else {}),
+            **keywords,
             mutable=list(model_state),
             rngs={"dropout": rng},
         )
@@ -102,9 +104,7 @@ def make_update_step(
             rng = jax.random.fold_in(rng, lax.axis_index(axis))
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
-            outputs, model_state = task.apply(
-                params, state.model_state, batch, train=True, rng=rng
-            )
+            outputs, model_state = task.apply(params, state.model_state, batch, train=True, rng=rng)
             losses = _per_example(task.loss, outputs, batch, "config.loss")
             return _mean_loss(losses, batch.get("mask"), axis), (outputs, model_state, losses)
 
@@ -117,11 +117,12 @@ def make_update_step(
         updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
         rate = task.learning_rate
         metrics = {name: numerator / count for name, (numerator, count) in sums.items()}
-        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["grad_norm"] = global_norm(grads, flat=flat)
         metrics["learning_rate"] = jnp.asarray(
             rate(state.step) if callable(rate) else rate, jnp.float32
         )
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             model_state=model_state,
@@ -130,6 +131,21 @@ def make_update_step(
         return state, metrics
 
     return update_step
+
+
+def stack_metrics(
+    update_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
+    """Returns the metrics as one array, in the order of their sorted names.
+
+    Every output costs a dispatch per device (~2 us on CPU), and the loop reads metrics together.
+    """
+
+    def stacked(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+        state, metrics = update_step(state, batch)
+        return state, jnp.stack([metrics[name] for name in sorted(metrics)])
+
+    return stacked
 
 
 def make_eval_step(

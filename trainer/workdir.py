@@ -159,9 +159,7 @@ class Workdir:
             and before.get(key, absent) != after.get(key, absent)
         ]
         if differing:
-            lines = [
-                f"  {key}: {_show(before, key)} -> {_show(after, key)}" for key in differing
-            ]
+            lines = [f"  {key}: {_show(before, key)} -> {_show(after, key)}" for key in differing]
             raise UserError(
                 "\n".join(
                     [f"{self.path} holds a run with another config (there -> asked for):", *lines]
@@ -220,7 +218,7 @@ def _lock(folder: epath.Path) -> Any:
 
     if os.fspath(folder) in _claims:
         return None
-    handle = Path(folder, ".lock").open("a+")
+    handle = Path(folder, ".lock").open("a+")  # noqa: SIM115 (held until `release`)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

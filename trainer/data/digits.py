@@ -26,8 +26,10 @@ def load(held_out: int = 360, split_seed: int = 0) -> dict[str, Any]:
 
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
-        raise UserError("the digits ship inside scikit-learn, which is not installed",
-                        'pip install "podlift[data]"')
+        raise UserError(
+            "the digits ship inside scikit-learn, which is not installed",
+            'pip install "podlift[data]"',
+        )
     path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if not path.exists():
         raise UserError(f"scikit-learn holds no {path}", 'pip install "scikit-learn>=1.3"')

@@ -10,14 +10,8 @@ from etils import epath
 
 from trainer.errors import UserError
 
-_DTYPES = {
-    0x08: np.uint8,
-    0x09: np.int8,
-    0x0B: np.dtype(">i2"),
-    0x0C: np.dtype(">i4"),
-    0x0D: np.dtype(">f4"),
-    0x0E: np.dtype(">f8"),
-}
+# The third byte of a file says what its numbers are; all are big-endian.
+_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
 def read(path: epath.PathLike) -> np.ndarray:

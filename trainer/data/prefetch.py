@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 
-def prefetch(make: Callable[[Any], Any], keys: Iterable[Any], depth: int) -> Iterator[Any]:
+def prefetch(make: Callable[[Any], Any], keys: Iterable[Any], depth: int) -> Generator[Any]:
     """Yields `make(key)` for each key, in order, made up to `depth` ahead in a thread.
 
     What `make` raises is raised here. Closing the iterator stops the thread.

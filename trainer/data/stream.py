@@ -121,7 +121,7 @@ class TrainStream:
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = len(source) // global_batch_size
         self._seed = seed
-        self._shuffle = shuffle and not (len(source) == global_batch_size)
+        self._shuffle = shuffle and len(source) != global_batch_size
         self._augment = augment
         self._orders: dict[int, np.ndarray] = {}
 

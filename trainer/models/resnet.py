@@ -51,9 +51,7 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`(examples, height, width, channels)` to logits `(examples, num_classes)`."""
         x = nn.Conv(self.features, (3, 3), strides=self.stem_strides, use_bias=False)(x)
-        x = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, axis_name=self.axis_name
-        )(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(x)
         x = nn.relu(x)
         for stage, blocks in enumerate(self.stage_blocks):
             for block in range(blocks):
