@@ -3,7 +3,9 @@
     python -m launcher --config=configs/digits.py --fake_devices=8            MLP
     python -m launcher --config=configs/digits.py:resnet --fake_devices=8     ResNet-8
 
-Held out: 360 of 1,797 images, drawn once.
+Held out: 360 of 1,797 images, drawn once. On two cores the MLP takes 6 s and ends at 98.9 %, the
+ResNet takes 20 s and ends at 99.2 % (jax 0.10) or 99.4 % (jax 0.12); both compile for half of that,
+and the next run is faster.
 """
 
 from ml_collections import ConfigDict
