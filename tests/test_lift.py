@@ -15,7 +15,7 @@ from conftest import mesh_of
 
 from trainer.data import tutorial
 from trainer.errors import ReplicasDiffer, UserError
-from trainer.lift import make_lift
+from trainer.lift import make_lift, unsynced_state
 from trainer.losses import softmax_cross_entropy, squared_distance_to_input, squared_error
 from trainer.models.bias_adder import BiasAdderWithRunningMean
 from trainer.models.mlp import MLP
@@ -153,6 +153,18 @@ def test_without_an_axis_name_the_numbers_are_wrong():
     for kind in LIFTS:
         with pytest.raises(AssertionError, match="Not equal to tolerance"):
             assert_same(lifted("unsynced", make_lift(kind, mesh_of(8)), flat=True), expected)
+
+
+def test_state_that_is_not_synchronised_is_found_before_a_step_is_run():
+    def found(name):
+        task, batch = make_problem(name)
+        return unsynced_state(task, start_of(name), batch, 8)
+
+    assert found("mlp") == []
+    assert found("bias_adder") == ["batch_stats/mean"]
+    assert [name.split("/")[1] for name in found("unsynced")] == ["BatchNorm_0"] * 2 + [
+        "BatchNorm_1"
+    ] * 2
 
 
 @pytest.mark.parametrize("kind", LIFTS)

@@ -83,6 +83,13 @@ def test_the_middle_of_an_epoch_is_no_exception(tmp_path, capsys):
     assert_bitwise_equal(whole.state, halves.state)
 
 
+def test_a_prefetching_thread_changes_no_number(tmp_path):
+    without = trainer.train(digits(30), tmp_path / "without", mesh_of(2))
+    config = digits(30)
+    config.data.prefetch = 2
+    assert_bitwise_equal(without.state, trainer.train(config, tmp_path / "with", mesh_of(2)).state)
+
+
 def test_saved_on_eight_devices_resumed_on_two(tmp_path):
     # Not Adam: it turns the rounding noise in the gradient of a bias in front of BatchNorm, whose
     # true gradient is zero, into steps of full size.

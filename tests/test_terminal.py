@@ -35,7 +35,11 @@ def test_the_bar_is_for_terminals_only(tmp_path):
     assert b"Loss for epoch 300" in shown
 
     piped = subprocess.run(
-        [*COMMAND, f"--workdir={tmp_path}/b"], capture_output=True, env=environ, cwd=ROOT, check=True
+        [*COMMAND, f"--workdir={tmp_path}/b"],
+        capture_output=True,
+        env=environ,
+        cwd=ROOT,
+        check=True,
     )
     assert "━".encode() not in piped.stdout
     assert b"\x1b" not in piped.stdout + (tmp_path / "a/logs/attempt-1/rank-0.log").read_bytes()

@@ -14,12 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from trainer.console import Bar, duration, open_terminal, say
+from trainer.console import Bar, duration, open_terminal, say, warn
 from trainer.data.prefetch import prefetch
 from trainer.errors import NonFiniteLoss, Preempted
 from trainer.evaluate import Evaluator
 from trainer.job import Job, build_job
-from trainer.lift import Lift, has_convolution, make_lift
+from trainer.lift import Lift, has_convolution, make_lift, unsynced_state
 from trainer.progress import InFlight, LogRow, TrainLog
 from trainer.report import Report
 from trainer.saving import Saver
@@ -141,6 +141,7 @@ class _Run:
         if step >= self.job.stop:
             self._say_finished_before(step)
             return Result(state, self.metrics)
+        self._warn_of_unsynced_state(state)
         update = self._compile_update(state)
         started = time.monotonic()
         evaluated_step = -1
@@ -314,6 +315,23 @@ class _Run:
         raise Preempted(step)
 
     # What a person reads
+
+    def _warn_of_unsynced_state(self, state: TrainState) -> None:
+        """The numbers would depend on the number of devices, which nothing else would show."""
+        if self.lift.num_shards == 1 or not state.model_state:
+            return
+        batch = self.job.stream.batch_at(0)
+        try:
+            names = unsynced_state(self.job.task, state, batch, self.lift.num_shards)
+        except Exception:  # a courtesy: a model may hold what this stricter tracing cannot follow
+            return
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            warn(
+                f"each device computes {names[0]}{more} from its own examples; the copies are "
+                'averaged after each step\n  HINT: give BatchNorm axis_name="batch", or its '
+                "outputs depend on the number of devices"
+            )
 
     def _say_start(self, state: TrainState, step: int, seconds: float) -> None:
         lift, settings, job = self.lift, self.settings, self.job
