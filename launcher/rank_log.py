@@ -15,7 +15,7 @@ from trainer.workdir import is_claimed
 def local_folder(workdir: str) -> Path:
     """Where a run's local files go: its workdir, or a temporary folder if that is remote."""
     if "://" not in workdir:
-        return Path(workdir).expanduser()
+        return Path(os.path.abspath(os.path.expanduser(workdir)))
     digest = hashlib.sha256(workdir.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"podlift-{os.getuid()}" / digest
 
@@ -43,7 +43,10 @@ class RankLog(logging.Handler):
         """Takes one record, as logging.Handler says."""
         self._held.append(self.format(record) + "\n")
         if self._path is not None or is_claimed(self._workdir):
-            self.open()
+            try:
+                self.open()
+            except OSError:  # a full disk is no reason to stop training
+                self.handleError(record)
 
     def open(self) -> Path:
         """Makes the file if need be, writes what was held back, and returns its path."""

@@ -44,18 +44,20 @@ def run(options: Options) -> int:
         _report(f"error: {error}")
         return exit_codes.USAGE
     except Preempted as error:
+        (local_folder(options.workdir) / "failure.json").unlink(missing_ok=True)
         _report(f"{error}\n  HINT: the same command with --workdir={options.workdir} goes on")
         return exit_codes.RETRY
     except Exception as error:
         return _failed(error, options.workdir, rank_log)
+    (local_folder(options.workdir) / "failure.json").unlink(missing_ok=True)
     return exit_codes.DONE
 
 
 def _failed(error: Exception, workdir: str, rank_log: RankLog) -> int:
     if isinstance(error, NonFiniteLoss):
         message = (
-            f"{error}\n  HINT: lower config.optimizer.learning_rate or look at the data of that "
-            f"step; the last good state is in {workdir}/checkpoints"
+            f"{error}\n  HINT: lower config.optimizer.learning_rate, in a new --workdir, or look "
+            "at the data of that step; no state that is not finite was saved"
         )
         trace = ""
     else:

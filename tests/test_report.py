@@ -65,7 +65,6 @@ def collect(steps_per_epoch=4):
         ["grad_norm", "learning_rate", "loss"],
         steps_per_epoch=steps_per_epoch,
         clock=lambda: found["now"],
-        epoch_sum=0.0,
         on_epoch=lambda epoch, loss: found["epochs"].append((epoch, loss)),
         on_row=found["rows"].append,
     )
@@ -85,7 +84,7 @@ def test_means_over_epochs_and_rows_whatever_the_calls():
     (row,) = found["rows"]
     assert (row.step, row.values["loss"]) == (10, 5.5)
     assert row.values["learning_rate"] == pytest.approx(1.0)
-    assert log.epoch_sum == 19.0
+    assert log.to_json() == {"epoch": 19.0, "row": [0.0, 0.0, 0.0], "steps": 0}
     log.emit(10)
     assert len(found["rows"]) == 1
 

@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_used(tmp_path
     printed = capsys.readouterr()
     assert "checkpoint 20 cannot be restored" in printed.err
     assert "restored step 10" in printed.out
-    assert [p.name[:3] for p in (tmp_path / "run/checkpoints-damaged").iterdir()] == ["20-"]
+    assert [p.name[:3] for p in (tmp_path / "run/checkpoints-aside").iterdir()] == ["20-"]
     assert_bitwise_equal(whole.state, rest.state)
 
 
@@ -260,3 +260,75 @@ def test_asked_to_stop_before_the_first_step(tmp_path):
     assert stopped.value.step == 0
     whole = trainer.train(digits(10), tmp_path / "whole", mesh_of(2))
     assert_bitwise_equal(trainer.train(digits(10), tmp_path / "run", mesh_of(2)).state, whole.state)
+
+
+class Asked:
+    """Says yes from its n-th question on."""
+
+    def __init__(self, questions):
+        self.left = questions
+
+    def __call__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("questions", [3, 12, 16, 25, 33, 38, 44])
+def test_asked_to_stop_at_any_moment_nothing_is_lost(tmp_path, questions):
+    """Between steps, in the middle of a row, of an evaluation, and of the last evaluation."""
+
+    def config():
+        made = digits(33)
+        made.eval = {"every_steps": 11, "batch_size": 90}  # four questions an evaluation
+        made.log_every_steps = 7
+        return made
+
+    whole = trainer.train(config(), tmp_path / "whole", mesh_of(2))
+    with pytest.raises(trainer.Preempted):
+        trainer.train(config(), tmp_path / "run", mesh_of(2), stop_requested=Asked(questions))
+    rest = trainer.train(config(), tmp_path / "run", mesh_of(2))
+    assert_bitwise_equal(whole.state, rest.state)
+    rows, expected = (without_speed(tmp_path / d / "metrics.jsonl") for d in ("run", "whole"))
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-9)
+    again = trainer.train(config(), tmp_path / "run", mesh_of(2))
+    assert again.metrics["eval/loss"] == whole.metrics["eval/loss"]
+    assert without_speed(tmp_path / "run/metrics.jsonl") == rows
+    best = [[p.name for p in (tmp_path / d / "best").iterdir()] for d in ("run", "whole")]
+    assert best[0] == best[1]
+
+
+def test_a_state_can_be_loaded_without_a_trainer(tmp_path, monkeypatch):
+    state = trainer.train(digits(10), tmp_path / "run", mesh_of(4)).state
+    monkeypatch.chdir(tmp_path)
+    loaded = trainer.load("run")
+    assert_bitwise_equal(loaded["params"], state.params)
+    assert int(loaded["step"]) == 10
+    assert_bitwise_equal(trainer.load("run", best=True)["params"], state.params)
+    cast(tmp_path / "run/checkpoints/10")
+    with pytest.raises(CheckpointsUnreadable, match="is not what was saved"):
+        trainer.load("run")
+
+
+def test_a_best_state_past_the_restored_step_is_moved_aside(tmp_path):
+    def config():
+        made = digits(20)
+        made.eval = {"every_steps": 10}
+        made.checkpoint.every_steps = 10
+        return made
+
+    whole = trainer.train(config(), tmp_path / "run", mesh_of(2))
+    shutil.rmtree(tmp_path / "run/checkpoints/20")
+    trainer.train(config(), tmp_path / "run", mesh_of(2))
+    assert [p.name for p in (tmp_path / "run/best").iterdir()] == ["20"]
+    assert [p.name[:3] for p in (tmp_path / "run/best-aside").iterdir()] == ["20-"]
+    assert_bitwise_equal(trainer.load(tmp_path / "run", best=True)["params"], whole.state.params)
+
+
+def test_the_callers_config_is_not_touched(tmp_path):
+    config = digits(5)
+    before = config.to_json_best_effort()
+    trainer.train(config, tmp_path / "run", mesh_of(2))
+    assert config.to_json_best_effort() == before
+    config.data.mine = 1  # not locked either

@@ -15,7 +15,7 @@ from trainer.errors import UserError
 from trainer.evaluate import Evaluator
 from trainer.lift import make_lift
 from trainer.losses import squared_error
-from trainer.metrics import mean_per_example
+from trainer.metrics import accuracy, mean_per_example
 from trainer.models.mlp import MLP, PlainMLP
 from trainer.reduce import mean_over_axis
 from trainer.step import Task, init_state, make_update_step
@@ -156,3 +156,50 @@ def test_init_does_not_depend_on_the_axis_around_it():
     key, _ = jax.random.split(jax.random.key(7))
     plain = model.init({"params": key, "dropout": key}, X[:1])
     jax.tree.map(np.testing.assert_array_equal, state.params, plain["params"])
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int32])
+def test_a_mask_of_another_type_is_the_same_mask(dtype):
+    """The first shard has no real example at all."""
+    mask = np.arange(48) >= 24
+    lift = make_lift("pmap", mesh_of(2))
+    step = lift(make_update_step(LINEAR), donate=False)
+    losses = []
+    for kind in (np.float32, dtype):
+        batch = lift.put_batch({"x": X, "y": Y, "mask": mask.astype(kind)})
+        losses.append(float(lift.read(step(lift.put_state(state_of(LINEAR)), batch)[1])["loss"]))
+    assert np.isfinite(losses[0])
+    assert losses[0] == losses[1]
+
+
+def test_labels_that_would_broadcast_are_refused():
+    with pytest.raises(UserError, match=r"\(4, 1\).*\(4,\)"):
+        squared_error(jnp.zeros((4, 1)), {"y": jnp.zeros(4)})
+    with pytest.raises(UserError, match="labels"):
+        accuracy(jnp.zeros((4, 3)), {"y": jnp.zeros((4, 1))})
+
+
+class NeedsTrain(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        return nn.Dropout(0.5, deterministic=not train)(nn.Dense(1)(x))
+
+
+class SowsValues(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        self.sow("aux", "seen", jnp.mean(x))
+        return nn.Dense(1)(x)
+
+
+def test_train_may_have_no_default():
+    assert state_of(Task(NeedsTrain(), squared_error, optax.sgd(0.1))).params
+
+
+def test_state_that_gains_leaves_is_refused():
+    task = Task(SowsValues(), squared_error, optax.sgd(0.1))
+    lift = make_lift("pmap", mesh_of(2))
+    with pytest.raises(UserError, match="must keep its shape"):
+        lift(make_update_step(task))(
+            lift.put_state(state_of(task)), lift.put_batch({"x": X, "y": Y})
+        )

@@ -50,3 +50,13 @@ def test_a_wrong_keyword():
         build({"target": f"{__name__}:outer", "inner": 1, "sise": 2}, "config.x")
     assert "config.x.sise" in str(error.value)
     assert "did you mean 'size'?" in str(error.value)
+
+
+def test_a_none_that_is_written_down_is_passed_on():
+    block = {"target": f"{__name__}:outer", "inner": 1, "size": None, "num_steps": None}
+    assert build(block, "config.x", num_steps=4) == (1, None, 4)
+
+
+def test_a_missing_argument_is_named():
+    with pytest.raises(UserError, match="missing a required argument: 'inner'"):
+        build({"target": f"{__name__}:outer"}, "config.x")

@@ -13,13 +13,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainer.checkpoint import load
     from trainer.errors import NonFiniteLoss, Preempted, UserError
     from trainer.loop import Result, train
 
-__all__ = ["NonFiniteLoss", "Preempted", "Result", "UserError", "train"]
+__all__ = ["NonFiniteLoss", "Preempted", "Result", "UserError", "load", "train"]
 
 _HOME = {
     "train": "trainer.loop",
+    "load": "trainer.checkpoint",
     "Result": "trainer.loop",
     "Preempted": "trainer.errors",
     "NonFiniteLoss": "trainer.errors",

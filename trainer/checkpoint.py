@@ -6,19 +6,22 @@ one manager that ranks by a metric may evict the newest checkpoint, which a resu
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from trainer.console import say, warn
 from trainer.errors import CheckpointsUnreadable
 from trainer.lift import Lift
-from trainer.state import TrainState, from_dict, to_dict
+from trainer.state import TrainState, checksums, from_dict, name_leaves, to_dict
 
 Meta = dict[str, Any]
 
@@ -59,19 +62,21 @@ class Checkpoints:
             ReplicasDiffer: before anything is written.
         """
         meta = {**meta, "step": step, "checksums": self._lift.checksums(state)}
-        self._manager.save(
+        saved = self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(to_dict(state)),
                 meta=ocp.args.JsonSave(meta),
             ),
         )
+        if not saved:
+            raise RuntimeError(f"Orbax did not save step {step} in {self.directory}")
 
     def restore_latest(self, abstract: TrainState) -> Restored | None:
         """The newest checkpoint that reads back whole, or None where there is none at all.
 
-        A damaged one is moved aside, as `<directory>-damaged/<step>-<time>`, and reported; then
-        the one before it is tried.
+        A damaged one is moved aside, as `<directory>-aside/<step>-<time>`, and reported; then the
+        one before it is tried.
 
         Args:
             abstract: the shapes and dtypes of a state.
@@ -91,7 +96,7 @@ class Checkpoints:
                 failures.append((step, reason))
                 continue
             for failed, _ in failures:
-                self._move_aside(failed)
+                self.move_aside(failed)
             return restored
         if failures:
             raise CheckpointsUnreadable(
@@ -119,15 +124,16 @@ class Checkpoints:
                 raise ValueError(f"{name} is not what was saved: its checksum differs")
         return Restored(state, meta)
 
-    def _move_aside(self, step: int) -> None:
-        aside = self.directory.parent / f"{self.directory.name}-damaged"
+    def move_aside(self, step: int) -> None:
+        """Takes a checkpoint out of the folder without deleting it."""
+        aside = self.directory.parent / f"{self.directory.name}-aside"
         aside.mkdir(parents=True, exist_ok=True)
         moved = (self.directory / str(step)).rename(aside / f"{step}-{int(time.time())}")
         self._manager.reload()
-        say(f"moved the damaged checkpoint {step} to {moved}")
+        say(f"moved checkpoint {step} to {moved}")
 
     def newest_meta(self) -> Meta | None:
-        """The JSON of the newest checkpoint, or None where there is none or it is damaged."""
+        """The JSON of the newest checkpoint (only its step if damaged), or None without any."""
         step = self._manager.latest_step()
         if step is None:
             return None
@@ -137,9 +143,39 @@ class Checkpoints:
             )["meta"]
         except Exception:
             warn(f"the best checkpoint, {self.directory / str(step)}, cannot be read")
-            return None
+            return {"step": step}
 
     def close(self) -> None:
         """Waits for saves under way; raises what made one fail."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def load(workdir: epath.PathLike, *, best: bool = False) -> dict[str, Any]:
+    """The newest state of a run, or its best, as nested dicts of numpy arrays.
+
+    For use without a trainer, on any machine: `load("runs/mine", best=True)["params"]`.
+
+    Args:
+        workdir: the run's folder.
+        best: the state in `best/` instead of the newest in `checkpoints/`.
+
+    Raises:
+        CheckpointsUnreadable: there is no such checkpoint, or its arrays are not what was saved.
+    """
+    folder = epath.Path(os.path.abspath(workdir) if "://" not in os.fspath(workdir) else workdir)
+    folder = folder / ("best" if best else "checkpoints")
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    if not steps:
+        raise CheckpointsUnreadable(f"{folder} holds no checkpoint")
+    step = folder / str(max(steps))
+    checkpointer = ocp.PyTreeCheckpointer()
+    tree = checkpointer.metadata(step / "state").item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    state = checkpointer.restore(step / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    saved = json.loads((step / "meta" / "metadata").read_text())["checksums"]
+    sums = np.asarray(jax.jit(checksums)(state)).tolist()
+    for name, value in zip(name_leaves(state), sums, strict=True):
+        if saved.get(name) != value:
+            raise CheckpointsUnreadable(f"{step}: {name} is not what was saved")
+    return dict(state)

@@ -57,4 +57,7 @@ class Evaluator:
                     return None
                 add(in_flight.push(None, self._step(state, batch)))
         add(in_flight.drain())
-        return {f"eval/{name}": total / count for name, (total, count) in totals.items()}
+        return {
+            f"eval/{name}": total / count if count else float("nan")
+            for name, (total, count) in totals.items()
+        }

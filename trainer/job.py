@@ -65,6 +65,8 @@ def build_job(settings: Settings) -> Job:
     held_out = None
     if sources.get("eval") is not None:
         held_out = as_source(sources["eval"], 'config.data: what it returned as "eval"')
+        if not len(held_out):
+            raise UserError("config.data: there is no example to evaluate on", 'leave "eval" out')
     num_steps = settings.num_steps or (settings.num_epochs or 0) * stream.steps_per_epoch
     optimizer, learning_rate = _build_optimizer(settings.optimizer, num_steps)
     return Job(

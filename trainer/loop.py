@@ -21,7 +21,7 @@ from trainer.evaluate import Evaluator
 from trainer.job import Job, build_job
 from trainer.lift import Lift, has_convolution, make_lift, unsynced_state
 from trainer.progress import InFlight, LogRow, TrainLog
-from trainer.report import Report
+from trainer.report import Report, has_row, last_values
 from trainer.saving import Saver
 from trainer.settings import Settings, check
 from trainer.state import TrainState, count_params
@@ -101,6 +101,8 @@ class _Run:
         self.report: Report | None = None
         self.bar: Bar | None = None
         self.metrics: dict[str, float] = {}
+        # An evaluation that was due when the run was asked to stop; a resume makes up for it.
+        self.evaluation_pending = False
         self.scan = settings.steps_per_call > 1
         self.eval_every_steps = settings.eval_every_steps or job.stream.steps_per_epoch
         self.prefetch_depth = (
@@ -115,7 +117,6 @@ class _Run:
             names,
             steps_per_epoch=job.stream.steps_per_epoch,
             clock=time.monotonic,
-            epoch_sum=0.0,
             on_epoch=lambda epoch, loss: say(f"Loss for epoch {epoch}: {loss:.6g}"),
             on_row=self._on_row,
         )
@@ -136,15 +137,23 @@ class _Run:
         if self.folder.exists:
             self.folder.claim()
         state = self._initial_state()
+        if self.folder.exists:
+            self.folder.record()
         step = first_step = int(self.lift.read(state.step))
         self._say_start(state, step, time.monotonic() - began)
+        if self.folder.exists:
+            self.metrics = last_values(self.folder, step)
+        if self.evaluation_pending and self.evaluator:
+            self.report = Report(self.folder, step)
+            self._evaluate(state, step)
         if step >= self.job.stop:
+            if self.evaluation_pending:
+                self._stop(step, state)
             self._say_finished_before(step)
             return Result(state, self.metrics)
         self._warn_of_unsynced_state(state)
         update = self._compile_update(state)
         started = time.monotonic()
-        evaluated_step = -1
         with closing(self._batches(step)) as batches:
             for steps, batch in batches:
                 if self.stop_requested():
@@ -155,22 +164,18 @@ class _Run:
                 self._add(self.in_flight.push(before, values))
                 if before == first_step:
                     self._after_first_call(state, before, step, time.monotonic() - started)
-                if step == self.job.stop or self._due(self.settings.log_every_steps, before, step):
+                last = step == self.job.stop
+                if last or self._due(self.settings.log_every_steps, before, step):
                     self._drain()  # so that a row's time is that of its own steps
                     self.log.emit(step)
                 assert self.bar is not None
                 self.bar.update(step)
-                if self.evaluator and self._due(self.eval_every_steps, before, step):
+                if self.evaluator and (last or self._due(self.eval_every_steps, before, step)):
                     self._evaluate(state, step)
-                    evaluated_step = step
                 if self._due(self.settings.checkpoint_every_steps, before, step):
                     self._save(state, step)
-        if self.stop_requested():
+        if self.evaluation_pending:
             self._stop(step, state)
-        if self.evaluator and evaluated_step != step:
-            self._evaluate(state, step)
-            if self.stop_requested():
-                self._stop(step, state)
         self._save(state, step)
         self.saver.close()
         assert self.report is not None
@@ -196,7 +201,10 @@ class _Run:
         if self.folder.exists:
             restored = self.saver.restore(jax.eval_shape(init, first))
             if restored is not None:
-                self.log.epoch_sum = restored.meta["epoch_sum"]
+                self.log.from_json(restored.meta["log"])
+                self.evaluation_pending = restored.meta["evaluation_pending"] and not has_row(
+                    self.folder, restored.meta["step"], "eval/loss"
+                )
                 say(f"restored step {restored.meta['step']} from {self.folder.checkpoints}")
                 return restored.state
             say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
@@ -236,7 +244,9 @@ class _Run:
         say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
         if not self.folder.exists:
             self.folder.claim()
-        self.report = Report(self.folder, before)
+            self.folder.record()
+        if self.report is None:
+            self.report = Report(self.folder, before)
         self.bar = Bar(step, self.job.stop)
         self._drain()
 
@@ -290,6 +300,7 @@ class _Run:
         self._drain()
         began = time.monotonic()
         metrics = self.evaluator(state, self.stop_requested)
+        self.evaluation_pending = metrics is None
         if metrics is not None:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             say(f"step {step}/{self.job.stop}  {shown}")
@@ -301,7 +312,8 @@ class _Run:
     def _save(self, state: TrainState, step: int) -> None:
         self._drain()  # a loss that is not finite is found before it is saved
         began = time.monotonic()
-        self.saver.save(step, state, self.log.epoch_sum)
+        meta = {"log": self.log.to_json(), "evaluation_pending": self.evaluation_pending}
+        self.saver.save(step, state, meta)
         if self.report is not None:
             self.report.flush()
         self.log.exclude(time.monotonic() - began)
@@ -310,6 +322,7 @@ class _Run:
         say(f"asked to stop: saving at step {step}")
         if not self.folder.exists:
             self.folder.claim()
+            self.folder.record()
         self._save(state, step)
         self.saver.close()
         raise Preempted(step)
@@ -329,8 +342,8 @@ class _Run:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             warn(
                 f"each device computes {names[0]}{more} from its own examples; the copies are "
-                'averaged after each step\n  HINT: give BatchNorm axis_name="batch", or its '
-                "outputs depend on the number of devices"
+                "averaged after each step\n  HINT: right for a plain running mean; a BatchNorm "
+                'needs axis_name="batch", or its outputs depend on the number of devices'
             )
 
     def _say_start(self, state: TrainState, step: int, seconds: float) -> None:

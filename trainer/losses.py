@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainer.metrics import mean_per_example
+from trainer.metrics import mean_per_example, same_shape
 
 
 def squared_error(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Squared error, averaged over the axes behind the examples."""
+    same_shape(outputs.shape, batch["y"].shape, "the model's outputs")
     return mean_per_example((outputs - batch["y"]) ** 2)
 
 
@@ -23,6 +24,7 @@ def squared_distance_to_input(outputs: jax.Array, batch: Mapping[str, jax.Array]
 
 def softmax_cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Cross entropy, in nats, of logits `(examples, ..., classes)` and integer labels `y`."""
+    same_shape(outputs.shape[:-1], batch["y"].shape, "the logits, without classes,")
     return mean_per_example(
         optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"].astype(jnp.int32))
     )

@@ -7,12 +7,24 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from trainer.errors import UserError
+
 
 def mean_per_example(values: jax.Array) -> jax.Array:
     """Averages `(examples, ...)` to `(examples,)`."""
     return jnp.mean(values.reshape(values.shape[0], -1), axis=-1)
 
 
+def same_shape(shape: tuple[int, ...], labels: tuple[int, ...], what: str) -> None:
+    """Raises a UserError where arithmetic would broadcast one shape to the other, silently."""
+    if shape != labels:
+        raise UserError(
+            f"{what} have shape {shape} and the labels batch['y'] {labels} (on one shard)",
+            "give them the same shape: here the first would be spread over the second",
+        )
+
+
 def accuracy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
     """1.0 where the largest of `(examples, ..., classes)` is the label, averaged over positions."""
+    same_shape(outputs.shape[:-1], batch["y"].shape, "the logits, without classes,")
     return mean_per_example((jnp.argmax(outputs, axis=-1) == batch["y"]).astype(jnp.float32))

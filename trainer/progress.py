@@ -67,7 +67,6 @@ class TrainLog:
         names: of the columns of the metrics.
         steps_per_epoch: steps an epoch.
         clock: seconds, monotonic.
-        epoch_sum: the loss summed over the steps of the unfinished epoch (from a checkpoint).
         on_epoch: called with (epoch, counted from 1; mean loss over its steps).
         on_row: called with each row.
     """
@@ -78,7 +77,6 @@ class TrainLog:
         *,
         steps_per_epoch: int,
         clock: Callable[[], float],
-        epoch_sum: float,
         on_epoch: Callable[[int, float], None],
         on_row: Callable[[LogRow], None],
     ) -> None:
@@ -87,7 +85,7 @@ class TrainLog:
         self._guarded = [self._loss, self._names.index("grad_norm")]
         self._steps_per_epoch = steps_per_epoch
         self._clock = clock
-        self.epoch_sum = epoch_sum
+        self._epoch_sum = 0.0
         self._on_epoch = on_epoch
         self._on_row = on_row
         self._total = np.zeros(len(self._names))
@@ -95,6 +93,15 @@ class TrainLog:
         self._steps = 0
         self._timed_steps = 0
         self._since: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The sums of the unfinished epoch and row, for a checkpoint."""
+        return {"epoch": self._epoch_sum, "row": self._total.tolist(), "steps": self._steps}
+
+    def from_json(self, saved: dict[str, Any]) -> None:
+        """Goes on from what `to_json` gave."""
+        self._epoch_sum, self._steps = saved["epoch"], saved["steps"]
+        self._total = np.array(saved["row"])
 
     def add(self, first_step: int, rows: np.ndarray) -> None:
         """Takes the metrics of one finished call.
@@ -127,12 +134,12 @@ class TrainLog:
         while start < len(losses):
             in_epoch = (first_step + start) % self._steps_per_epoch
             end = min(len(losses), start + self._steps_per_epoch - in_epoch)
-            self.epoch_sum += float(losses[start:end].sum(dtype=np.float64))
+            self._epoch_sum += float(losses[start:end].sum(dtype=np.float64))
             start = end
             if (first_step + end) % self._steps_per_epoch == 0:
                 epoch = (first_step + end) // self._steps_per_epoch
-                self._on_epoch(epoch, self.epoch_sum / self._steps_per_epoch)
-                self.epoch_sum = 0.0
+                self._on_epoch(epoch, self._epoch_sum / self._steps_per_epoch)
+                self._epoch_sum = 0.0
 
     def emit(self, step: int) -> None:
         """Hands over the row of the steps added since the last one, if there are any.

@@ -112,3 +112,18 @@ def _lines_up_to(workdir: Workdir, step: int) -> list[str]:
         except (ValueError, KeyError, TypeError):
             continue
     return kept
+
+
+def last_values(workdir: Workdir, step: int) -> dict[str, float]:
+    """The last value of each tag in `metrics.jsonl`, up to a step."""
+    values: dict[str, float] = {}
+    for line in _lines_up_to(workdir, step):
+        values |= {tag: value for tag, value in json.loads(line).items() if value is not None}
+    values.pop("step", None)
+    return values
+
+
+def has_row(workdir: Workdir, step: int, tag: str) -> bool:
+    """Whether `metrics.jsonl` holds a value of a tag at a step."""
+    rows = map(json.loads, _lines_up_to(workdir, step))
+    return any(row["step"] == step and tag in row for row in rows)

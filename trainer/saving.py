@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainer.console import say
-from trainer.errors import UserError
 from trainer.lift import Lift
 from trainer.settings import Settings
 from trainer.state import TrainState
@@ -41,26 +41,34 @@ class Saver:
             restored = self._open_latest().restore_latest(abstract)
         if restored is not None:
             self._saved_step = restored.meta["step"]
-        if _has_any(self._workdir.best):
-            meta = self._open_best().newest_meta()
-            if meta is not None and meta.get("best_metric") == self._settings.best_metric:
-                self.best_value, self.best_step = meta["best_value"], meta["step"]
+        self._restore_best(restored.meta["step"] if restored else 0)
         return restored
 
-    def save(self, step: int, state: TrainState, epoch_sum: float) -> None:
-        """Starts to save a state to go on from, unless that step is saved already."""
+    def _restore_best(self, restored_step: int) -> None:
+        """Takes up the best so far; one past the restored step, or by another metric, is over."""
+        meta = self._open_best().newest_meta() if _has_any(self._workdir.best) else None
+        if meta is None:
+            return
+        if meta["step"] > restored_step or meta.get("best_metric") != self._settings.best_metric:
+            self._open_best().move_aside(meta["step"])
+        else:
+            self.best_value, self.best_step = meta["best_value"], meta["step"]
+
+    def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
+        """Starts to save a state to go on from, unless that step is saved already.
+
+        Args:
+            step: of the state.
+            state: on the devices.
+            meta: what else a resume needs, as JSON.
+        """
         if step != self._saved_step:
-            self._open_latest().save(step, state, {"epoch_sum": epoch_sum})
+            self._open_latest().save(step, state, meta)
             self._saved_step = step
 
     def save_if_best(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
         """Starts to save a state if the metric that ranks is the best so far."""
         name = self._settings.best_metric
-        if name not in metrics:
-            raise UserError(
-                f"config.checkpoint.best_metric={name!r} is not measured",
-                f"it can be one of {', '.join(metrics)}",
-            )
         value = metrics[name]
         if not math.isfinite(value):
             return

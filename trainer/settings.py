@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,14 @@ REDUCES = ("auto", "flat", "leaves")
 
 # Keys of `data` that belong to the order of examples, not to the target that loads them.
 STREAM_KEYS = ("augment", "prefetch", "shuffle")
+
+RESERVED_METRICS = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "examples_per_second",
+    "step_seconds",
+)
 
 # On a resume these may differ from the first run: they set only how long or how often.
 RESUMABLE = (
@@ -99,9 +108,9 @@ def _add_missing(config: ConfigDict, template: ConfigDict, where: str) -> None:
     with config.unlocked():
         for key in template:
             expected = template.get_type(key)
-            if key not in config or (config[key] is None and config.get_type(key) is type(None)):
-                is_none = template[key] is None
-                config[key] = placeholder(expected) if is_none else template[key]
+            untyped_none = key in config and config.get_type(key) is type(None)
+            if key not in config or (untyped_none and template[key] is None):
+                config[key] = placeholder(expected) if template[key] is None else template[key]
             elif isinstance(template[key], ConfigDict) and isinstance(config[key], ConfigDict):
                 _add_missing(config[key], template[key], f"{where}.{key}")
             elif config[key] is not None and not isinstance(config[key], expected):
@@ -146,7 +155,7 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
     Raises:
         UserError: naming the key, its value and what it may be.
     """
-    config = with_defaults(ConfigDict(config))
+    config = with_defaults(copy.deepcopy(ConfigDict(config)))
     for block in ("model", "loss", "optimizer", "data"):
         if not isinstance(config.get(block), ConfigDict) or "target" not in config[block]:
             raise UserError(
@@ -156,6 +165,16 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
     for name, metric in config.metrics.items():
         if not isinstance(metric, ConfigDict) or "target" not in metric:
             raise UserError(f"config.metrics.{name} has no target")
+        if name in RESERVED_METRICS:
+            raise UserError(f"config.metrics.{name}: podlift reports {name} itself", "rename it")
+    measured = ["eval/loss", *(f"eval/{name}" for name in config.metrics)]
+    if config.checkpoint.best_metric not in measured:
+        raise UserError(
+            f"config.checkpoint.best_metric={config.checkpoint.best_metric!r} is not measured",
+            f"it can be {' or '.join(measured)}",
+        )
+    if config.seed < 0:
+        raise UserError(f"config.seed={config.seed} should be 0 or more")
 
     def positive(where: str) -> int:
         value: Any = config

@@ -7,6 +7,7 @@ decided in `trainer/lift.py` and nowhere else.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from jax import lax
 
 from trainer.errors import UserError
 from trainer.reduce import global_norm, mean_over_axis
-from trainer.state import TrainState
+from trainer.state import TrainState, name_leaves
 
 Batch = Mapping[str, jax.Array]
 PerExample = Callable[[Any, Batch], jax.Array]
@@ -50,15 +51,21 @@ class Task:
 
     def apply(self, params: Any, model_state: Any, batch: Batch, *, train: bool, rng: Any) -> Any:
         """Runs the model; returns (outputs, new model state)."""
-        parameters = inspect.signature(type(self.model).__call__).parameters
-        keywords: dict[str, Any] = {"train": train} if "train" in parameters else {}
         return self.model.apply(
             {"params": params, **model_state},
             batch["x"],
-            **keywords,
+            **self._train_keyword(train),
             mutable=list(model_state),
             rngs={"dropout": rng},
         )
+
+    def init(self, rng: Any, x: jax.Array) -> Any:
+        """Initialises the model's variables on a batch `x` of any values."""
+        return self.model.init({"params": rng, "dropout": rng}, x, **self._train_keyword(False))
+
+    def _train_keyword(self, train: bool) -> dict[str, Any]:
+        parameters = inspect.signature(type(self.model).__call__).parameters
+        return {"train": train} if "train" in parameters else {}
 
 
 def init_state(task: Task, seed: int, example: jax.Array) -> TrainState:
@@ -71,11 +78,9 @@ def init_state(task: Task, seed: int, example: jax.Array) -> TrainState:
     """
     params_key, run_key = jax.random.split(jax.random.key(seed))
 
-    def init(x: jax.Array) -> Any:
-        return task.model.init({"params": params_key, "dropout": params_key}, x)
-
     # Inside an axis of size one, so that a model may use the axis while it initialises.
-    variables = jax.vmap(init, axis_name=AXIS)(example[None, None])
+    init = jax.vmap(functools.partial(task.init, params_key), axis_name=AXIS)
+    variables = init(example[None, None])
     variables = jax.tree.map(lambda leaf: leaf[0], variables)
     model_state, params = flax.core.pop(variables, "params")
     return TrainState(
@@ -106,7 +111,7 @@ def make_update_step(
         def objective(params: Any) -> tuple[jax.Array, Any]:
             outputs, model_state = task.apply(params, state.model_state, batch, train=True, rng=rng)
             losses = _per_example(task.loss, outputs, batch, "config.loss")
-            return _mean_loss(losses, batch.get("mask"), axis), (outputs, model_state, losses)
+            return _mean_loss(losses, _mask_of(batch), axis), (outputs, model_state, losses)
 
         grads, (outputs, model_state, losses) = jax.grad(objective, has_aux=True)(state.params)
         _same_shapes(state.model_state, model_state)
@@ -177,8 +182,18 @@ def _mean_loss(losses: jax.Array, mask: jax.Array | None, axis: str | None) -> j
     return jnp.sum(jnp.where(mask > 0, losses * mask, 0.0)) / jnp.maximum(count, 1e-9)
 
 
-def _sums(values: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _mask_of(batch: Batch) -> jax.Array | None:
     mask = batch.get("mask")
+    if mask is None:
+        return None
+    examples = batch["x"].shape[0]
+    if mask.shape != (examples,):
+        raise UserError(f"the data's mask has shape {mask.shape} for {examples} examples a shard")
+    return mask.astype(jnp.float32)  # a count of another type would not be summed over the shards
+
+
+def _sums(values: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    mask = _mask_of(batch)
     if mask is None:
         return jnp.sum(values), jnp.asarray(values.size, jnp.float32)
     return jnp.sum(jnp.where(mask > 0, values * mask, 0.0)), jnp.sum(mask)
@@ -204,13 +219,12 @@ def _per_example(function: PerExample, outputs: Any, batch: Batch, where: str) -
 
 def _same_shapes(before: Any, after: Any) -> None:
     """State that changes its shape would recompile the step and break its checkpoints."""
-    old = jax.tree_util.tree_leaves_with_path(before)
-    new = dict(jax.tree_util.tree_leaves_with_path(after))
-    for path, leaf in old:
-        if path in new and jnp.shape(new[path]) != jnp.shape(leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+    old, new = name_leaves(before), name_leaves(after)
+    for name in [*old, *(name for name in new if name not in old)]:
+        shapes = [jnp.shape(leaves[name]) if name in leaves else None for leaves in (old, new)]
+        if shapes[0] != shapes[1]:
             raise UserError(
-                f"the model's state {name} has shape {jnp.shape(leaf)} after init and "
-                f"{jnp.shape(new[path])} after a step",
-                "state must keep its shape (a mean with keepdims=True is a usual cause)",
+                f"the model's state {name} has shape {shapes[0]} after init and {shapes[1]} after "
+                "a step",
+                "state must keep its shape; keepdims=True in a mean and sown values change it",
             )

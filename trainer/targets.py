@@ -64,6 +64,12 @@ def build(block: Mapping[str, Any], where: str, **offered: Any) -> Any:
         UserError: the target does not resolve or does not take these arguments.
     """
     function, arguments = _prepare(block, where, offered)
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise UserError(f"{where}: {block['target']}: {error}") from error
+    except ValueError:  # some C functions tell nothing about themselves
+        pass
     return function(**arguments)
 
 
@@ -86,7 +92,7 @@ def _prepare(
         if isinstance(value, Mapping) and "target" in value
         else value
         for name, value in block.items()
-        if name != "target" and value is not None
+        if name != "target"
     }
     try:
         parameters = inspect.signature(function).parameters
@@ -100,8 +106,8 @@ def _prepare(
                 _did_you_mean(name, parameters) or f"it takes {', '.join(parameters)}",
             )
     for name, value in offered.items():
-        if name in parameters:
-            arguments.setdefault(name, value)
+        if name in parameters and arguments.get(name) is None:
+            arguments[name] = value
     return function, arguments
 
 

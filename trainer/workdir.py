@@ -5,12 +5,14 @@ Nothing in this module imports jax, and nothing is written before `claim`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +111,7 @@ class Workdir:
         folder = epath.Path(path).expanduser()
         workdir = cls(folder, config, (folder / "config.json").exists())
         if workdir.is_local:
-            if not folder.is_absolute():
-                workdir = cls(epath.Path(Path(folder).absolute()), config, workdir.exists)
+            workdir = cls(epath.Path(os.path.abspath(folder)), config, workdir.exists)
             _check_writable(Path(workdir.path))
         if workdir.exists:
             workdir._check_same_run()
@@ -168,21 +169,35 @@ class Workdir:
             )
 
     def claim(self) -> None:
-        """Makes the folder this run's: takes its lock and writes `config.json` and `env.json`.
+        """Makes the folder and takes its lock.
 
         Raises:
             UserError: the folder cannot be written, or another process is training in it.
         """
-        try:
+        with _errors_of_writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             _claims.setdefault(os.fspath(self.path), _lock(self.path) if self.is_local else None)
+
+    def record(self) -> None:
+        """Writes `config.json` and `env.json`, once it is certain that the run goes on.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        with _errors_of_writing(self.path):
             write_whole(self.path / "config.json", config_to_json(self.config))
             write_whole(self.path / "env.json", json.dumps(_environment(), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"--workdir={self.path} cannot be written: {error.strerror or error}",
-                "name a folder you may write to",
-            ) from error
+
+
+@contextlib.contextmanager
+def _errors_of_writing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--workdir={path} cannot be written: {error.strerror or error}",
+            "name a folder you may write to",
+        ) from error
 
 
 def write_whole(path: epath.Path, text: str) -> None:
