@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style, types and shell scripts: what CI checks before it runs the tests.
+# Style, types, shell scripts and docs: what CI checks before it runs the tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
@@ -8,3 +8,4 @@ bin=${PODLIFT_VENV:-.venv}/bin
 "$bin/ruff" format --check .
 "$bin/python" -m mypy
 "$bin/shellcheck" scripts/*.sh .ci/run
+"$bin/sphinx-build" -W -q docs docs/_build
