@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import os
 import re
 import sys
@@ -97,7 +98,7 @@ def parse(argv: Sequence[str], now: float | None = None) -> tuple[Options, bool]
     except flags.UnrecognizedFlagError as error:
         raise _unknown_flag(error.flagname) from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(_first_line(error), "see --print_config for the keys") from error
+        raise UserError(_first_line(error), "see --help and --print_config") from error
     if left:
         raise UserError(f"unexpected argument {left[0]!r}", "flags are written --name=value")
     workdir = values.workdir
@@ -132,6 +133,8 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
         for argument in rest[1:]:
             if argument.startswith("-") and not argument.lstrip("-").startswith(known):
                 raise _unknown_flag(argument.lstrip("-").split("=")[0])
+        if len(rest) > 1 and not rest[1].startswith("-"):
+            raise UserError("--config is missing", f"did you mean --config={rest[1]}?")
         files = ", ".join(str(path) for path in sorted(Path("configs").glob("*.py"))[:8])
         raise UserError(
             "--config is missing",
@@ -152,9 +155,11 @@ def _load_config(spec: str) -> tuple[Path, ConfigDict]:
     """Runs a config file; returns its path and the config with all defaults filled in."""
     name, colon, argument = spec.partition(":")
     path = Path(name)
+    if path.is_dir():
+        raise UserError(f"--config={spec}: {name} is a folder", "name a file with get_config()")
     if not path.is_file():
         others = [str(other) for other in path.parent.glob("*.py")]
-        near = difflib.get_close_matches(str(path), others, n=1)
+        near = difflib.get_close_matches(str(path), others, n=1, cutoff=0.75)
         raise UserError(
             f"--config={spec}: there is no file {name}",
             f"did you mean {near[0]}?" if near else f"the current folder is {Path.cwd()}",
@@ -168,7 +173,16 @@ def _load_config(spec: str) -> tuple[Path, ConfigDict]:
         get_config = getattr(module, "get_config", None)
         if get_config is None:
             raise UserError(f"--config={spec}: {name} defines no get_config()")
-        config = get_config(argument) if colon else get_config()
+        arguments = [argument] if colon else []
+        try:
+            inspect.signature(get_config).bind(*arguments)
+        except TypeError as error:
+            wants = "takes no argument after the file" if colon else "needs an argument"
+            raise UserError(
+                f"--config={spec}: get_config() {wants}",
+                f"--config={name}{'' if colon else ':ARG'}",
+            ) from error
+        config = get_config(*arguments)
     except UserError:
         raise
     except Exception as error:  # whatever a user's file does
@@ -192,7 +206,7 @@ def _line_in(error: BaseException, path: Path) -> str:
     lines = []
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
+        if os.path.abspath(trace.tb_frame.f_code.co_filename) == os.path.abspath(path):
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     return f" (line {lines[-1]})" if lines else ""
@@ -235,5 +249,7 @@ def _default_workdir(path: Path, spec: str, now: float) -> str:
 
 
 def _first_line(error: Any) -> str:
+    if isinstance(error, SyntaxError):
+        return error.msg
     message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
     return (str(message).strip().splitlines() or [type(error).__name__])[0]

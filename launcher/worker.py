@@ -15,7 +15,13 @@ from launcher.rank_log import RankLog, local_folder
 from launcher.signals import StopRequest
 from trainer import workdir as workdir_lib
 from trainer.console import open_terminal
-from trainer.errors import NonFiniteLoss, Preempted, UserError
+from trainer.errors import (
+    CheckpointsUnreadable,
+    NonFiniteLoss,
+    Preempted,
+    ReplicasDiffer,
+    UserError,
+)
 from trainer.settings import check
 
 
@@ -60,6 +66,8 @@ def _failed(error: Exception, workdir: str, rank_log: RankLog) -> int:
             "at the data of that step; no state that is not finite was saved"
         )
         trace = ""
+    elif isinstance(error, (CheckpointsUnreadable, ReplicasDiffer)):
+        message, trace = str(error), ""
     else:
         message = f"{type(error).__name__} on rank 0: {error}"
         trace = traceback.format_exc()

@@ -32,6 +32,12 @@ WITHOUT_JAX = [
     ([MLP, "--config.num_epochs=many"], 2, "--config.num_epochs=many"),
     ([MLP, "--config.optimizer.learning_rate=fast"], 2, "learning_rate=fast"),
     ([MLP, "--config.log_every_steps=0"], 2, "should be a whole number of at least 1"),
+    (["--config=configs/mlp.py:foo"], 2, "takes no argument after the file"),
+    (["--config=configs/from_json.py"], 2, "needs an argument"),
+    (["--config=configs"], 2, "configs is a folder"),
+    (["configs/mlp.py"], 2, "did you mean --config=configs/mlp.py?"),
+    ([MLP, "--workdir=/proc/foo"], 2, "cannot be written"),
+    ([MLP, "--config.lift=vmap:0"], 2, "vmap:8"),
     ([MLP, "--config.seed=-1"], 2, "config.seed=-1 should be 0 or more"),
     ([MLP, "--config.checkpoint.best_metric=eval/acc"], 2, "it can be eval/loss"),
     ([MLP, "--config.lift=pmpa"], 2, "is not one of pmap, shard_map, vmap"),
@@ -62,7 +68,7 @@ def test_answers_that_need_no_jax(start, arguments, code, text):
 
 
 WITH_JAX = [
-    (["--config.model.target=trainer.models.mpl:MLP"], "did you mean 'mlp'?"),
+    (["--config.model.target=trainer.models.mpl:MLP"], "did you mean 'trainer.models.mlp'?"),
     (["--config.model.target=trainer.models.mlp:MPL"], "did you mean 'MLP'?"),
     (["--config.model.target=MLP"], '"package.module:attribute"'),
     (["--config.model.target=nowhere.at_all:MLP"], "there is no module 'nowhere'"),

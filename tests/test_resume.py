@@ -332,3 +332,24 @@ def test_the_callers_config_is_not_touched(tmp_path):
     trainer.train(config, tmp_path / "run", mesh_of(2))
     assert config.to_json_best_effort() == before
     config.data.mine = 1  # not locked either
+
+
+def test_a_run_with_nothing_to_do_leaves_its_config_and_says_how_to_go_on(tmp_path, capsys):
+    run = tmp_path / "run"
+    longer = digits(None, num_epochs=3)
+    trainer.train(longer, run, mesh_of(2))
+    before = (run / "config.json").read_text()
+    capsys.readouterr()
+    trainer.train(digits(None, num_epochs=1), run, mesh_of(2))
+    assert (run / "config.json").read_text() == before
+    assert "--config.num_epochs=6" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_loading_what_is_damaged_says_so(tmp_path):
+    trainer.train(digits(5), tmp_path / "run", mesh_of(2))
+    truncate(tmp_path / "run/checkpoints/5")
+    with pytest.raises(CheckpointsUnreadable, match="cannot be read"):
+        trainer.load(tmp_path / "run")
+    with pytest.raises(CheckpointsUnreadable, match="holds no checkpoint"):
+        trainer.load(tmp_path)

@@ -27,7 +27,7 @@ def test_nested_blocks_are_built_and_offers_fill_what_is_unset():
     [
         (3, "does not name code"),
         ("trainer.losses", "does not name code"),
-        ("trainer.loses:x", "did you mean 'losses'?"),
+        ("trainer.loses:x", "did you mean 'trainer.losses'?"),
         ("trainer.losses:squared_eror", "did you mean 'squared_error'?"),
         ("os:path.jion", "did you mean 'join'?"),
     ],

@@ -6,10 +6,12 @@ one manager that ranks by a metric may evict the newest checkpoint, which a resu
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +93,7 @@ class Checkpoints:
             try:
                 restored = self._restore(step, abstract)
             except Exception as error:  # Orbax raises many types for damaged files
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                reason = _first_line(error)
                 warn(f"checkpoint {step} cannot be restored: {reason}")
                 failures.append((step, reason))
                 continue
@@ -101,9 +103,10 @@ class Checkpoints:
         if failures:
             raise CheckpointsUnreadable(
                 f"none of the {len(failures)} checkpoints in {self.directory} can be restored "
-                f"(the newest: {failures[0][1]})\n  HINT: if the model's code changed since, go "
-                "back to the code that wrote them (its git commit is in env.json), or start a new "
-                "run with another --workdir; nothing was deleted"
+                f"(the newest: {failures[0][1]})\n  HINT: if the code changed since, go back "
+                "to the commit in env.json; if files are damaged, bring them back, or see whether "
+                f"trainer.load({str(self.directory.parent)!r}, best=True) reads the best state. "
+                "Nothing was deleted"
             )
         return None
 
@@ -169,13 +172,37 @@ def load(workdir: epath.PathLike, *, best: bool = False) -> dict[str, Any]:
     if not steps:
         raise CheckpointsUnreadable(f"{folder} holds no checkpoint")
     step = folder / str(max(steps))
-    checkpointer = ocp.PyTreeCheckpointer()
-    tree = checkpointer.metadata(step / "state").item_metadata.tree
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    state = checkpointer.restore(step / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    saved = json.loads((step / "meta" / "metadata").read_text())["checksums"]
+    try:
+        with _quiet_absl():
+            state = _read_numpy(step / "state")
+        saved = json.loads((step / "meta" / "metadata").read_text())["checksums"]
+    except Exception as error:  # Orbax raises many types for damaged files
+        raise CheckpointsUnreadable(f"{step} cannot be read: {_first_line(error)}") from error
     sums = np.asarray(jax.jit(checksums)(state)).tolist()
     for name, value in zip(name_leaves(state), sums, strict=True):
         if saved.get(name) != value:
             raise CheckpointsUnreadable(f"{step}: {name} is not what was saved")
-    return dict(state)
+    return state
+
+
+def _read_numpy(path: epath.Path) -> dict[str, Any]:
+    checkpointer = ocp.PyTreeCheckpointer()
+    tree = checkpointer.metadata(path).item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return dict(checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy)))
+
+
+@contextlib.contextmanager
+def _quiet_absl() -> Iterator[None]:
+    """Orbax warns of files that it only writes one folder up."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -137,8 +137,6 @@ class _Run:
         if self.folder.exists:
             self.folder.claim()
         state = self._initial_state()
-        if self.folder.exists:
-            self.folder.record()
         step = first_step = int(self.lift.read(state.step))
         self._say_start(state, step, time.monotonic() - began)
         if self.folder.exists:
@@ -151,6 +149,8 @@ class _Run:
                 self._stop(step, state)
             self._say_finished_before(step)
             return Result(state, self.metrics)
+        if self.folder.exists:
+            self.folder.record()
         self._warn_of_unsynced_state(state)
         update = self._compile_update(state)
         started = time.monotonic()
@@ -205,6 +205,12 @@ class _Run:
                 self.evaluation_pending = restored.meta["evaluation_pending"] and not has_row(
                     self.folder, restored.meta["step"], "eval/loss"
                 )
+                before = restored.meta["num_steps"]
+                if before != self.job.num_steps and callable(self.job.task.learning_rate):
+                    warn(
+                        f"the run is now {self.job.num_steps} steps long and was {before}: a "
+                        "schedule that spans the run is stretched, so the learning rate may jump"
+                    )
                 say(f"restored step {restored.meta['step']} from {self.folder.checkpoints}")
                 return restored.state
             say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
@@ -312,7 +318,11 @@ class _Run:
     def _save(self, state: TrainState, step: int) -> None:
         self._drain()  # a loss that is not finite is found before it is saved
         began = time.monotonic()
-        meta = {"log": self.log.to_json(), "evaluation_pending": self.evaluation_pending}
+        meta = {
+            "log": self.log.to_json(),
+            "num_steps": self.job.num_steps,
+            "evaluation_pending": self.evaluation_pending,
+        }
         self.saver.save(step, state, meta)
         if self.report is not None:
             self.report.flush()
@@ -365,7 +375,7 @@ class _Run:
 
     def _say_finished_before(self, step: int) -> None:
         say(f"nothing to do: this run has taken {step} steps, and is to stop at {self.job.stop}")
-        say(f"to go on: {self._how_to_go_on()}")
+        say(f"to go on: {self._how_to_go_on(step)}")
 
     def _say_end(self, step: int, seconds: float) -> None:
         saver = self.saver
@@ -379,15 +389,16 @@ class _Run:
                 f"{saver.best_step}, in {self.folder.best}"
             )
         say(f"last checkpoint: {self.folder.checkpoints / str(step)}")
-        say(f"to go on: {self._how_to_go_on()}")
+        say(f"to go on: {self._how_to_go_on(step)}")
         say(f"curves: tensorboard --logdir {self.folder.path}")
 
-    def _how_to_go_on(self) -> str:
+    def _how_to_go_on(self, step: int) -> str:
         settings = self.settings
-        if self.job.stop < self.job.num_steps:
+        if step < self.job.num_steps:
             change = "without config.stop_at_step"
         elif settings.num_steps is not None:
-            change = f"and --config.num_steps={2 * settings.num_steps}"
+            change = f"and --config.num_steps={2 * step}"
         else:
-            change = f"and --config.num_epochs={2 * (settings.num_epochs or 1)}"
+            epochs = 2 * -(-step // self.job.stream.steps_per_epoch)
+            change = f"and --config.num_epochs={epochs}"
         return f"the same command with --workdir={self.folder.path} {change}"

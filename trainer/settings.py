@@ -197,11 +197,11 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
     if config.num_steps is None and config.num_epochs is None:
         raise UserError("neither config.num_steps nor config.num_epochs is set", "set one of them")
     lift, _, shards = config.lift.partition(":")
-    one_of("lift", lift, LIFTS)
-    if shards and (lift != "vmap" or not shards.isdigit() or int(shards) < 1):
+    simulated = lift == "vmap" and shards.isdigit() and int(shards) > 0
+    if lift not in LIFTS or (":" in config.lift and not simulated):
         raise UserError(
-            f"config.lift={config.lift!r}: only vmap takes a number of shards",
-            'write "vmap:8" to simulate 8 chips on one',
+            f"config.lift={config.lift!r} is not one of {', '.join(LIFTS)}",
+            'or "vmap:8", to simulate 8 chips on one',
         )
     prefetch = config.data.prefetch
     if prefetch is not None and prefetch < 0:

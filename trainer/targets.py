@@ -40,7 +40,7 @@ def resolve(target: Any, where: str) -> Any:
             ) from error
         raise UserError(
             f"{where}.target={target!r}: there is no module {error.name!r}",
-            _did_you_mean(error.name.rpartition(".")[2], _siblings(error.name))
+            _did_you_mean(error.name, _siblings(error.name))
             or "install it, or run from the folder that holds it",
         ) from error
     for name in attribute.split("."):
@@ -103,7 +103,8 @@ def _prepare(
         if name not in parameters and not takes_any:
             raise UserError(
                 f"{where}.{name}: {block['target']} takes no argument {name!r}",
-                _did_you_mean(name, parameters) or f"it takes {', '.join(parameters)}",
+                _did_you_mean(name, parameters)
+                or (f"it takes {', '.join(parameters)}" if parameters else "it takes none"),
             )
     for name, value in offered.items():
         if name in parameters and arguments.get(name) is None:
@@ -117,7 +118,8 @@ def _siblings(module_name: str) -> list[str]:
         paths = importlib.import_module(parent).__path__ if parent else None
     except (ImportError, AttributeError):
         return []
-    return [module.name for module in pkgutil.iter_modules(paths)]
+    prefix = f"{parent}." if parent else ""
+    return [module.name for module in pkgutil.iter_modules(paths, prefix)]
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,12 +217,8 @@ def _check_writable(folder: Path) -> None:
         if place.exists():
             if not place.is_dir():
                 raise UserError(f"--workdir={folder}: {place} is a file", "name a folder")
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise UserError(
-                    f"--workdir={folder} cannot be written: no permission for {place}",
-                    "name a folder you may write to",
-                )
-            return
+            with _errors_of_writing(epath.Path(folder)), tempfile.TemporaryFile(dir=place):
+                return  # asking for permission is not enough: not every place takes files
 
 
 # The folders this process trains in, each with its lock, which ends with the process if not before.
@@ -282,7 +279,8 @@ def _environment() -> dict[str, Any]:
         },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_dirty": _git("rev-parse", "HEAD")
+        and bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
 
 
