@@ -19,13 +19,20 @@ from trainer.data.prefetch import prefetch
 from trainer.errors import NonFiniteLoss, Preempted
 from trainer.evaluate import Evaluator
 from trainer.job import Job, build_job
-from trainer.lift import Lift, has_convolution, make_lift, unsynced_state
+from trainer.lift import Lift, has_convolution, make_lift
 from trainer.progress import InFlight, LogRow, TrainLog
 from trainer.report import Report, has_row, last_values
 from trainer.saving import Saver
 from trainer.settings import Settings, check
-from trainer.state import TrainState, count_params
+from trainer.state import TrainState
 from trainer.step import init_state, make_update_step, stack_metrics
+from trainer.summary import (
+    About,
+    say_end,
+    say_finished_before,
+    say_start,
+    warn_of_unsynced_state,
+)
 from trainer.workdir import Workdir, release
 
 
@@ -97,6 +104,7 @@ class _Run:
         self.lift = lift
         self.job = job
         self.stop_requested = stop_requested
+        self.about = About(settings, folder, lift, job)
         self.saver = Saver(folder, settings, lift)
         self.report: Report | None = None
         self.bar: Bar | None = None
@@ -138,7 +146,7 @@ class _Run:
             self.folder.claim()
         state = self._initial_state()
         step = first_step = int(self.lift.read(state.step))
-        self._say_start(state, step, time.monotonic() - began)
+        say_start(self.about, state, time.monotonic() - began)
         if self.folder.exists:
             self.metrics = last_values(self.folder, step)
         if self.evaluation_pending and self.evaluator:
@@ -147,11 +155,11 @@ class _Run:
         if step >= self.job.stop:
             if self.evaluation_pending:
                 self._stop(step, state)
-            self._say_finished_before(step)
+            say_finished_before(self.about, step)
             return Result(state, self.metrics)
         if self.folder.exists:
             self.folder.record()
-        self._warn_of_unsynced_state(state)
+        warn_of_unsynced_state(self.lift, self.job, state)
         update = self._compile_update(state)
         started = time.monotonic()
         with closing(self._batches(step)) as batches:
@@ -180,7 +188,7 @@ class _Run:
         self.saver.close()
         assert self.report is not None
         self.report.hparams(self.metrics)
-        self._say_end(step, time.monotonic() - began)
+        say_end(self.about, self.saver, step, time.monotonic() - began)
         return Result(state, self.metrics)
 
     def close(self) -> None:
@@ -336,69 +344,3 @@ class _Run:
         self._save(state, step)
         self.saver.close()
         raise Preempted(step)
-
-    # What a person reads
-
-    def _warn_of_unsynced_state(self, state: TrainState) -> None:
-        """The numbers would depend on the number of devices, which nothing else would show."""
-        if self.lift.num_shards == 1 or not state.model_state:
-            return
-        batch = self.job.stream.batch_at(0)
-        try:
-            names = unsynced_state(self.job.task, state, batch, self.lift.num_shards)
-        except Exception:  # a courtesy: a model may hold what this stricter tracing cannot follow
-            return
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            warn(
-                f"each device computes {names[0]}{more} from its own examples; the copies are "
-                "averaged after each step\n  HINT: right for a plain running mean; a BatchNorm "
-                'needs axis_name="batch", or its outputs depend on the number of devices'
-            )
-
-    def _say_start(self, state: TrainState, step: int, seconds: float) -> None:
-        lift, settings, job = self.lift, self.settings, self.job
-        device = lift.mesh.devices.flat[0]
-        shards = "" if lift.kind != "vmap" else f" as {lift.num_shards} shards"
-        say(
-            f"{lift.mesh.size} {device.device_kind} device{'s' * (lift.mesh.size > 1)}{shards}, "
-            f"lift {lift.kind}, global batch {settings.global_batch_size} "
-            f"({settings.global_batch_size // lift.num_shards} a shard)"
-        )
-        held_out = f", {len(job.held_out):,} held out" if job.held_out is not None else ""
-        say(
-            f"{count_params(state.params):,} parameters, {len(job.stream.source):,} examples"
-            f"{held_out}, {job.stream.steps_per_epoch} steps an epoch; state ready in "
-            f"{seconds:.2f} s"
-        )
-        say(f"workdir {self.folder.path}")
-
-    def _say_finished_before(self, step: int) -> None:
-        say(f"nothing to do: this run has taken {step} steps, and is to stop at {self.job.stop}")
-        say(f"to go on: {self._how_to_go_on(step)}")
-
-    def _say_end(self, step: int, seconds: float) -> None:
-        saver = self.saver
-        if step < self.job.num_steps:
-            say(f"stopped at step {step} of {self.job.num_steps} (config.stop_at_step)")
-        else:
-            say(f"finished: {step} steps in {duration(seconds)}")
-        if saver.best_value is not None:
-            say(
-                f"best {self.settings.best_metric} {saver.best_value:.4g} at step "
-                f"{saver.best_step}, in {self.folder.best}"
-            )
-        say(f"last checkpoint: {self.folder.checkpoints / str(step)}")
-        say(f"to go on: {self._how_to_go_on(step)}")
-        say(f"curves: tensorboard --logdir {self.folder.path}")
-
-    def _how_to_go_on(self, step: int) -> str:
-        settings = self.settings
-        if step < self.job.num_steps:
-            change = "without config.stop_at_step"
-        elif settings.num_steps is not None:
-            change = f"and --config.num_steps={2 * step}"
-        else:
-            epochs = 2 * -(-step // self.job.stream.steps_per_epoch)
-            change = f"and --config.num_epochs={epochs}"
-        return f"the same command with --workdir={self.folder.path} {change}"

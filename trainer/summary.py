@@ -1,0 +1,94 @@
+"""The lines that open and close a run, for the person who started it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.console import duration, say, warn
+from trainer.job import Job
+from trainer.lift import Lift, unsynced_state
+from trainer.saving import Saver
+from trainer.settings import Settings
+from trainer.state import TrainState, count_params
+from trainer.workdir import Workdir
+
+
+@dataclass(frozen=True)
+class About:
+    """What a run is."""
+
+    settings: Settings
+    folder: Workdir
+    lift: Lift
+    job: Job
+
+
+def warn_of_unsynced_state(lift: Lift, job: Job, state: TrainState) -> None:
+    """Says that numbers will depend on the number of devices, which nothing else would show."""
+    if lift.num_shards == 1 or not state.model_state:
+        return
+    batch = job.stream.batch_at(0)
+    try:
+        names = unsynced_state(job.task, state, batch, lift.num_shards)
+    except Exception:  # a courtesy: a model may hold what this stricter tracing cannot follow
+        return
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warn(
+            f"each device computes {names[0]}{more} from its own examples; the copies are "
+            "averaged after each step\n  HINT: right for a plain running mean; a BatchNorm "
+            'needs axis_name="batch", or its outputs depend on the number of devices'
+        )
+
+
+def say_start(about: About, state: TrainState, seconds: float) -> None:
+    """What is trained on what; `seconds` is how long the state took."""
+    lift, settings, job = about.lift, about.settings, about.job
+    device = lift.mesh.devices.flat[0]
+    shards = "" if lift.kind != "vmap" else f" as {lift.num_shards} shards"
+    say(
+        f"{lift.mesh.size} {device.device_kind} device{'s' * (lift.mesh.size > 1)}{shards}, "
+        f"lift {lift.kind}, global batch {settings.global_batch_size} "
+        f"({settings.global_batch_size // lift.num_shards} a shard)"
+    )
+    held_out = f", {len(job.held_out):,} held out" if job.held_out is not None else ""
+    say(
+        f"{count_params(state.params):,} parameters, {len(job.stream.source):,} examples"
+        f"{held_out}, {job.stream.steps_per_epoch} steps an epoch; state ready in "
+        f"{seconds:.2f} s"
+    )
+    say(f"workdir {about.folder.path}")
+
+
+def say_finished_before(about: About, step: int) -> None:
+    """The run had nothing left to do."""
+    say(f"nothing to do: this run has taken {step} steps, and is to stop at {about.job.stop}")
+    say(f"to go on: {_how_to_go_on(about, step)}")
+
+
+def say_end(about: About, saver: Saver, step: int, seconds: float) -> None:
+    """What came of it, where it is, and how to go on."""
+    if step < about.job.num_steps:
+        say(f"stopped at step {step} of {about.job.num_steps} (config.stop_at_step)")
+    else:
+        say(f"finished: {step} steps in {duration(seconds)}")
+    if saver.best_value is not None:
+        say(
+            f"best {about.settings.best_metric} {saver.best_value:.4g} at step "
+            f"{saver.best_step}, in {about.folder.best}"
+        )
+    say(f"last checkpoint: {about.folder.checkpoints / str(step)}")
+    say(f"to go on: {_how_to_go_on(about, step)}")
+    say(f"curves: tensorboard --logdir {about.folder.path}")
+
+
+def _how_to_go_on(about: About, step: int) -> str:
+    settings = about.settings
+    if step < about.job.num_steps:
+        change = "without config.stop_at_step"
+    elif settings.num_steps is not None:
+        change = f"and --config.num_steps={2 * step}"
+    else:
+        epochs = 2 * -(-step // about.job.stream.steps_per_epoch)
+        change = f"and --config.num_epochs={epochs}"
+    return f"the same command with --workdir={about.folder.path} {change}"
