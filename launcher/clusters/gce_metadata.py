@@ -1,0 +1,109 @@
+"""Asks the metadata server of Compute Engine about the TPU slice of this machine.
+
+https://cloud.google.com/compute/docs/metadata/querying-metadata
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from trainer.errors import UserError
+
+_SERVER = "http://metadata.google.internal"
+_KEYS = ("agent-worker-number", "worker-network-endpoints", "tpu-env")
+_GOOGLE = "0x1ae0"  # PCI vendor
+
+
+def has_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether a TPU chip is on the PCI bus of this machine."""
+    for path in devices.glob("*/vendor"):
+        try:
+            if path.read_text().strip().lower() == _GOOGLE:
+                return True
+        except OSError:  # a device that goes away
+            continue
+    return False
+
+
+def fetch_attribute(
+    key: str, server: str = _SERVER, timeout: float = 2.0, tries: int = 3, pause: float = 0.5
+) -> str | None:
+    """An attribute of this instance.
+
+    Args:
+        key: of the attribute.
+        server: base address of the metadata server.
+        timeout: of one try, in seconds.
+        tries: how often to ask a server that does not answer, or fails.
+        pause: between two tries, in seconds.
+
+    Returns:
+        Its text; None if the instance lacks it, or if there is no such server.
+
+    Raises:
+        UserError: the server is there but gives no answer. Going on would mean that each host of
+            a slice trains for itself.
+    """
+    # 25 ms to import, which only machines with a TPU are to pay.
+    from urllib.error import HTTPError, URLError
+    from urllib.request import ProxyHandler, Request, build_opener
+
+    url = f"{server}/computeMetadata/v1/instance/attributes/{key}"
+    request = Request(url, headers={"Metadata-Flavor": "Google"})  # noqa: S310 - http by design
+    opener = build_opener(ProxyHandler({}))  # a proxy cannot know this machine
+    reason = ""
+    for i in range(tries):
+        if i:
+            time.sleep(pause)
+        try:
+            with opener.open(request, timeout=timeout) as response:
+                return response.read().decode()
+        except HTTPError as error:
+            error.close()
+            if error.code < 500:
+                return None
+            reason = f"status {error.code}"
+        except URLError as error:
+            if not isinstance(error.reason, TimeoutError):
+                return None  # the name does not resolve, or nobody listens: not Compute Engine
+            reason = "no answer"
+        except OSError as error:
+            reason = str(error) or "no answer"
+    raise UserError(
+        f"the metadata server does not tell {key}: {reason}",
+        "set TPU_SKIP_MDS_QUERY=1 if this machine is not on Compute Engine",
+    )
+
+
+def read_gce_metadata(
+    env: Mapping[str, str],
+    fetch: Callable[[str], str | None] = fetch_attribute,
+    has_tpu: Callable[[], bool] = has_tpu,
+) -> dict[str, str]:
+    """What `launcher.clusters.detect` needs to know on a TPU VM, to be added to the variables.
+
+    Args:
+        env: the variables. With TPU_SKIP_MDS_QUERY, TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES
+            (GKE) nothing is asked.
+        fetch: asks for one attribute.
+        has_tpu: whether this machine has a TPU; without one nothing is asked.
+
+    Returns:
+        `gce/KEY` to value for the attributes that there are; empty away from TPU VMs.
+
+    Raises:
+        UserError: the server is there but gives no answer.
+    """
+    skip = ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+    if any(env.get(name) for name in skip) or not has_tpu():
+        return {}
+    found: dict[str, str] = {}
+    for key in _KEYS:
+        value = fetch(key)
+        if value is not None:
+            found[f"gce/{key}"] = value
+        elif not found:
+            break  # no worker number: not a slice, or no server; the next key would wait as long
+    return found

@@ -1,0 +1,167 @@
+"""How variables are read: numbers, addresses, and the accelerators that a process sees.
+
+A variable that is set to nothing counts as not set: the downward API of Kubernetes writes one for
+a label that the pod lacks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from trainer.errors import UserError
+
+COORDINATOR = "PODLIFT_COORDINATOR_ADDRESS"
+DEFAULT_PORT = 8476
+_PORTS = range(20000, 30000)  # below the ports that Linux gives to outgoing connections
+
+
+def missing(env: Mapping[str, str], required: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """The required variables that are not set, with alternatives written `A or B`."""
+    return tuple(" or ".join(names) for names in required if not any(map(env.get, names)))
+
+
+def integer(
+    env: Mapping[str, str], *names: str, default: int | None = None, minimum: int | None = None
+) -> int:
+    """The value of the first of some variables that is set.
+
+    Args:
+        env: the variables.
+        names: of the variables, the one to prefer first.
+        default: the value if none is set.
+        minimum: the smallest value that makes sense.
+
+    Raises:
+        UserError: none is set and there is no default, or the value is not an integer or too small.
+    """
+    for name in names:
+        value = env.get(name)
+        if not value:
+            continue
+        if not re.fullmatch(r"\s*-?[0-9]+\s*", value):
+            raise UserError(f"{name}={value!r} is not an integer")
+        if minimum is not None and int(value) < minimum:
+            raise UserError(f"{name}={int(value)} is less than {minimum}")
+        return int(value)
+    if default is None:
+        raise UserError(f"{' or '.join(names)} is not set")
+    return default
+
+
+def index(
+    env: Mapping[str, str], name: str, count: int, of: str, default: int | None = None
+) -> int:
+    """The value of a variable that counts from 0 to `count - 1`.
+
+    Args:
+        env: the variables.
+        name: of the variable.
+        count: how many there are.
+        of: what is counted, for the message.
+        default: the value if it is not set.
+
+    Raises:
+        UserError: it is not set and there is no default, not an integer, or out of range.
+    """
+    value = integer(env, name, default=default)
+    if not 0 <= value < count:
+        raise UserError(f"{name}={value} is not in 0..{count - 1}: there are {count} {of}")
+    return value
+
+
+def split_address(text: str) -> tuple[str, int | None]:
+    """`HOST`, `HOST:PORT`, `[IPV6]` or `[IPV6]:PORT` as host and port; no port is None.
+
+    Raises:
+        ValueError: it is none of these, or the port is not in 1..65535.
+    """
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:/\[\],]+))(?::([0-9]{1,5}))?", text)
+    if match is None or (match[3] and not 1 <= int(match[3]) <= 65535):
+        raise ValueError(text)
+    return match[1] or match[2], int(match[3]) if match[3] else None
+
+
+def parse_address(text: str, what: str, default_port: int | None = None) -> tuple[str, int]:
+    """An address that a person wrote, as host and port.
+
+    Args:
+        text: `HOST:PORT`, with IPv6 addresses in brackets.
+        what: the flag or variable it comes from, for the message.
+        default_port: the port where none is written; None if one must be.
+
+    Raises:
+        UserError: it is malformed.
+    """
+    try:
+        host, port = split_address(text.strip())
+    except ValueError:
+        host, port = "", None
+    port = default_port if port is None else port
+    if not host or port is None:
+        raise UserError(f"{what}={text}: not an address", f"{what}=HOST:PORT, or [IPV6]:PORT")
+    return host, port
+
+
+def port_of(number: int) -> int:
+    """A port in 20000..29999 that all ranks derive alike; numbers close together differ."""
+    return _PORTS[number % len(_PORTS)]
+
+
+def visible_devices(env: Mapping[str, str]) -> int | None:
+    """How many accelerators CUDA or ROCm shows to this process; None if no variable says.
+
+    On ROCm HIP_VISIBLE_DEVICES narrows down what ROCR_VISIBLE_DEVICES left: the smaller one counts.
+    """
+    if "CUDA_VISIBLE_DEVICES" in env:
+        return _count(env["CUDA_VISIBLE_DEVICES"])
+    rocm = [env[name] for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if name in env]
+    return min(map(_count, rocm)) if rocm else None
+
+
+def _count(devices: str) -> int:
+    """The length of a list of devices. CUDA ignores what follows the first invalid one."""
+    names = [name.strip() for name in devices.split(",")]
+    for i, name in enumerate(names):
+        if name in ("", "-1", "NoDevFiles"):
+            return i
+    return len(names)
+
+
+def device_share(
+    visible: int | None, on_node: int | None, tasks: int, local_rank: int, bound: bool, hint: str
+) -> tuple[int, ...] | None:
+    """Which of the visible accelerators are this process's.
+
+    jax's own detection always takes device `local_rank`. That is wrong where each task is bound to
+    devices of its own: it sees those only, and numbers them from 0 again. And it leaves devices
+    idle where there are more of them than tasks.
+
+    A task that sees so few that all tasks can have different ones is taken to be bound, if the
+    scheduler says so or if there are too few for an equal share. Where neither is the case (a
+    script of the user's own that splits 8 devices into 4 and 4) each task takes its share of what
+    it sees, which may leave some idle but never gives one device to two tasks.
+
+    Args:
+        visible: how many this process sees; None if unknown.
+        on_node: how many this node has for all tasks together; None if unknown.
+        tasks: how many processes of the job are on this node.
+        local_rank: of this process among them.
+        bound: whether the scheduler says that each task has accelerators of its own.
+        hint: what to do if they cannot be shared.
+
+    Returns:
+        Indices into the visible accelerators, or None for all of them.
+
+    Raises:
+        UserError: they cannot be shared equally.
+    """
+    if tasks == 1 or not visible:
+        return None
+    may_differ = on_node is None or visible * tasks <= on_node
+    if may_differ and (bound or visible < tasks):
+        return None
+    share, rest = divmod(visible, tasks)
+    if rest:
+        raise UserError(f"{tasks} tasks on this node cannot share {visible} accelerators", hint)
+    return tuple(range(local_rank * share, (local_rank + 1) * share))
