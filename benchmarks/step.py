@@ -115,8 +115,10 @@ def trainers_loop(config: ConfigDict, segment: int, mesh: Mesh, folder: str):
     def contestant(turn) -> None:
         calls, per_call = -1, config.get("steps_per_call", 1)
 
-        def stop_requested() -> bool:
+        def stop_requested(step: int, phase: str) -> bool:
             nonlocal calls
+            if phase not in ("compile", "train"):
+                return False
             calls += 1
             # The loop has drained at the multiple of log_every_steps that was just passed.
             return calls > 0 and calls * per_call % segment == 0 and turn()

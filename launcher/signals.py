@@ -14,7 +14,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._requested = False
 
-    def __call__(self) -> bool:
+    def __call__(self, step: int, phase: str) -> bool:
         """Whether the process was asked to stop."""
         return self._requested
 

@@ -64,6 +64,7 @@ class Checkpoints:
             ReplicasDiffer: before anything is written.
         """
         meta = {**meta, "step": step, "checksums": self._lift.checksums(state)}
+        state = self._lift.to_global(state)
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -90,10 +91,12 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         failures: list[tuple[int, str]] = []
         for step in steps:
+            restored, reason = None, "another process cannot read it"
             try:
                 restored = self._restore(step, abstract)
             except Exception as error:  # Orbax raises many types for damaged files
                 reason = _first_line(error)
+            if not all(self._lift.gather(int(restored is not None))):
                 warn(f"checkpoint {step} cannot be restored: {reason}")
                 failures.append((step, reason))
                 continue
@@ -121,7 +124,8 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()
             ),
         )
-        state, meta = from_dict(abstract, read["state"]), read["meta"]
+        state = self._lift.from_global(from_dict(abstract, read["state"]))
+        meta = read["meta"]
         for name, checksum in self._lift.checksums(state).items():
             if meta["checksums"].get(name) != checksum:
                 raise ValueError(f"{name} is not what was saved: its checksum differs")
@@ -129,11 +133,13 @@ class Checkpoints:
 
     def move_aside(self, step: int) -> None:
         """Takes a checkpoint out of the folder without deleting it."""
-        aside = self.directory.parent / f"{self.directory.name}-aside"
-        aside.mkdir(parents=True, exist_ok=True)
-        moved = (self.directory / str(step)).rename(aside / f"{step}-{int(time.time())}")
+        if self._lift.writes:
+            aside = self.directory.parent / f"{self.directory.name}-aside"
+            aside.mkdir(parents=True, exist_ok=True)
+            moved = (self.directory / str(step)).rename(aside / f"{step}-{int(time.time())}")
+            say(f"moved checkpoint {step} to {moved}")
+        self._lift.gather(0)
         self._manager.reload()
-        say(f"moved checkpoint {step} to {moved}")
 
     def newest_meta(self) -> Meta | None:
         """The JSON of the newest checkpoint (only its step if damaged), or None without any."""
@@ -147,6 +153,10 @@ class Checkpoints:
         except Exception:
             warn(f"the best checkpoint, {self.directory / str(step)}, cannot be read")
             return {"step": step}
+
+    def wait(self) -> None:
+        """Waits for a save under way; raises what made it fail."""
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for saves under way; raises what made one fail."""

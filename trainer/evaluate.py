@@ -50,7 +50,8 @@ class Evaluator:
                     total[0] += float(numerator)
                     total[1] += float(count)
 
-        batches = eval_batches(self._source, self._batch_size)
+        rows = self._lift.rows(self._batch_size)
+        batches = eval_batches(self._source, self._batch_size, rows)
         with closing(prefetch(self._lift.put_batch, batches, self._depth)) as on_devices:
             for batch in on_devices:
                 if stop_requested():

@@ -4,7 +4,8 @@ The only file that names `jax.pmap`, `jax.shard_map` or where arrays meet device
 The three lifts give the same numbers for the same number of shards (`tests/test_lift.py`).
 
 State is replicated and passed as it is; the batch carries the axis. On the way in, a host batch is
-a dict of arrays `(rows, ...)`, or `(steps, rows, ...)` for several steps in one call.
+a dict of arrays `(rows, ...)`, or `(steps, rows, ...)` for several steps in one call; where the
+devices belong to several processes, the rows are those of this process (`Lift.rows`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,7 +33,7 @@ class Lift:
 
     Attributes:
         kind: "vmap", "pmap" or "shard_map".
-        mesh: the devices, with the one axis "batch". Under vmap, a single device.
+        mesh: the devices, with the one axis "batch". Under vmap in one process, a single device.
         num_shards: how many shards a batch is cut into.
     """
 
@@ -46,8 +48,47 @@ class Lift:
 
     @property
     def state_sharding(self) -> NamedSharding:
-        """A whole copy on every device."""
+        """A whole copy on every device of every process."""
         return NamedSharding(self.mesh, P())
+
+    @functools.cached_property
+    def num_processes(self) -> int:
+        """How many processes the devices belong to."""
+        return len({device.process_index for device in self.mesh.devices.flat})
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes what the processes share."""
+        return jax.process_index() == 0
+
+    @functools.cached_property
+    def _positions(self) -> np.ndarray:
+        """The places of this process's devices on the axis, ascending."""
+        here = jax.process_index()
+        return np.flatnonzero([d.process_index == here for d in self.mesh.devices.flat])
+
+    @functools.cached_property
+    def _local_mesh(self) -> Mesh:
+        return Mesh(self.mesh.devices.flat[self._positions], (AXIS,))
+
+    def rows(self, batch_size: int) -> slice | np.ndarray:
+        """Which rows of a global batch this process feeds, and the only ones it needs to read."""
+        if self.num_processes == 1:
+            return slice(None)
+        per_device = batch_size // self.mesh.size
+        rows = (self._positions[:, None] * per_device + np.arange(per_device)).ravel()
+        if rows[-1] - rows[0] + 1 == len(rows):  # side by side: a view of an array, not a copy
+            return slice(int(rows[0]), int(rows[-1]) + 1)
+        return rows
+
+    def gather(self, number: int) -> list[int]:
+        """A number of each process, in order of rank, to agree on what only files can tell.
+
+        All processes must call it at the same point.
+        """
+        if self.num_processes == 1:
+            return [number]
+        return multihost_utils.process_allgather(np.array(number)).tolist()
 
     def __call__(
         self,
@@ -73,7 +114,15 @@ class Lift:
         donated = (0,) if donate else ()
         if self.kind == "vmap":
             mapped = jax.vmap(function, axis_name=AXIS, in_axes=(None, batch_dim), out_axes=None)
-            return jax.jit(mapped, donate_argnums=donated)
+            if self.num_processes == 1:
+                return jax.jit(mapped, donate_argnums=donated)
+            # The compiler cuts the vmapped axis itself, along the shardings of its arguments.
+            return jax.jit(
+                mapped,
+                donate_argnums=donated,
+                in_shardings=(self.state_sharding, self._batch_sharding(batch_dim)),
+                out_shardings=self.state_sharding,
+            )
         if self.kind == "pmap":
             return jax.pmap(
                 function,
@@ -95,17 +144,46 @@ class Lift:
         return jax.jit(mapped, donate_argnums=donated)
 
     def put_batch(self, batch: Mapping[str, np.ndarray], *, scan: bool = False) -> Any:
-        """Moves a host batch to the devices, each getting its shards only."""
+        """Moves this process's rows to its devices, each getting its shards only."""
         batch_dim = 1 if scan else 0
         if self.kind != "shard_map":
             batch = {name: self._split(array, batch_dim) for name, array in batch.items()}
-        if self.kind == "vmap":
-            return jax.device_put(dict(batch), self.state_sharding)
-        return jax.device_put(dict(batch), NamedSharding(self.mesh, self._batch_spec(batch_dim)))
+        if self.num_processes == 1:
+            return jax.device_put(dict(batch), self._batch_sharding(batch_dim))
+        spec = self._batch_spec(batch_dim)
+        local = jax.device_put(dict(batch), NamedSharding(self._local_mesh, spec))
+        if self.kind == "pmap":  # takes what is local to its process
+            return local
+
+        def join(leaf: jax.Array) -> jax.Array:
+            shape = list(leaf.shape)
+            shape[batch_dim] = shape[batch_dim] // self._local_mesh.size * self.mesh.size
+            return _rewrap(leaf, NamedSharding(self.mesh, spec), tuple(shape))
+
+        return jax.tree.map(join, local)
 
     def put_state(self, state: Any) -> Any:
-        """Replicates a state onto the devices."""
-        return jax.device_put(state, self.state_sharding)
+        """Replicates a state, the same in all processes, onto the devices."""
+        if self.num_processes == 1:
+            return jax.device_put(state, self.state_sharding)
+        local = jax.device_put(state, NamedSharding(self._local_mesh, P()))
+        return local if self.kind == "pmap" else self.to_global(local)
+
+    def to_global(self, state: Any) -> Any:
+        """A state as arrays over all devices, as checkpoints need it; no data is moved.
+
+        Under `pmap` in several processes a state is local to each of them.
+        """
+        if self.num_processes == 1:
+            return state
+        return jax.tree.map(lambda leaf: _rewrap(leaf, self.state_sharding), state)
+
+    def from_global(self, state: Any) -> Any:
+        """The inverse of `to_global`."""
+        if self.kind != "pmap" or self.num_processes == 1:
+            return state
+        local = NamedSharding(self._local_mesh, P())
+        return jax.tree.map(lambda leaf: _rewrap(leaf, local), state)
 
     def read(self, tree: Any) -> Any:
         """Replicated device arrays as numpy, from one local copy: no program is run.
@@ -118,10 +196,10 @@ class Lift:
     @functools.cached_property
     def _checksums(self) -> Callable[[Any], Any]:
         mapped = jax.shard_map(
-            lambda tree: checksums(tree)[None],
+            lambda tree: jax.lax.all_gather(checksums(tree), AXIS),
             mesh=self.mesh,
             in_specs=P(),
-            out_specs=P(AXIS),
+            out_specs=P(),
             check_vma=False,
         )
         return jax.jit(mapped)
@@ -135,25 +213,34 @@ class Lift:
         Raises:
             ReplicasDiffer: naming the first leaf whose copies differ.
         """
-        shards = self._checksums(state).addressable_shards
-        copies = np.concatenate([np.asarray(shard.data) for shard in shards])
+        copies = self.read(self._checksums(self.to_global(state)))
         names = list(name_leaves(state))
         differing = np.flatnonzero((copies != copies[0]).any(axis=0))
         if differing.size:
+            first = differing[0]
+            devices = [
+                str(self.mesh.devices.flat[place])
+                for place in np.flatnonzero(copies[:, first] != copies[0, first])
+            ]
             raise ReplicasDiffer(
-                f"{names[differing[0]]} differs between devices ({differing.size} of "
-                f"{len(names)} leaves do)\n  HINT: a value of the model's state depends on the "
-                'shard; reduce it in the model with lax.pmean(value, "batch")'
+                f"{names[first]} differs between devices ({differing.size} of {len(names)} leaves "
+                f"do): {', '.join(devices[:4])}{', ...' if devices[4:] else ''} against "
+                f"{self.mesh.devices.flat[0]}\n  HINT: a value of the model's state depends on "
+                'the shard; reduce it in the model with lax.pmean(value, "batch")'
             )
         return dict(zip(names, copies[0].tolist(), strict=True))
 
     def _batch_spec(self, batch_dim: int) -> P:
         return P(*([None] * batch_dim), AXIS)
 
+    def _batch_sharding(self, batch_dim: int) -> NamedSharding:
+        return NamedSharding(self.mesh, self._batch_spec(batch_dim))
+
     def _split(self, array: np.ndarray, batch_dim: int) -> np.ndarray:
         """`(rows, ...)` to `(shards, rows / shards, ...)`, behind any steps axis."""
         lead, rest = array.shape[:batch_dim], array.shape[batch_dim + 1 :]
-        return array.reshape(*lead, self.num_shards, -1, *rest)
+        shards = self.num_shards // self.mesh.size * len(self._positions)
+        return array.reshape(*lead, shards, -1, *rest)
 
     def check_divides(self, global_batch_size: int) -> None:
         """Raises a UserError unless every shard gets the same number of rows."""
@@ -185,8 +272,17 @@ def make_lift(name: str, mesh: Mesh | None = None) -> Lift:
     kind, _, shards = name.partition(":")
     if kind != "vmap":
         return Lift(kind, mesh, mesh.size)
+    num_shards = int(shards) if shards else mesh.size
+    if len({device.process_index for device in mesh.devices.flat}) > 1:
+        if num_shards % mesh.size:
+            raise UserError(
+                f"config.lift={name!r}: {num_shards} shards cannot be spread evenly over "
+                f"{mesh.size} devices of several processes",
+                f"simulate a multiple of {mesh.size}, or use one process",
+            )
+        return Lift(kind, mesh, num_shards)
     one = Mesh(np.array(mesh.devices.flat[:1]), (AXIS,))
-    return Lift(kind, one, int(shards) if shards else mesh.size)
+    return Lift(kind, one, num_shards)
 
 
 def has_convolution(function: Callable[[Any, Any], Any], state: Any, batch: Any) -> bool:
@@ -228,6 +324,17 @@ def unsynced_state(task: Task, state: TrainState, batch: Any, num_shards: int) -
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, dict(batch)))
     jax.eval_shape(mapped, *shapes)
     return found
+
+
+def _rewrap(
+    leaf: jax.Array, sharding: NamedSharding, shape: tuple[int, ...] | None = None
+) -> jax.Array:
+    """The same buffers under another sharding, whose part of this process they are."""
+    return jax.make_array_from_single_device_arrays(
+        leaf.shape if shape is None else shape,
+        sharding,
+        [shard.data for shard in leaf.addressable_shards],
+    )
 
 
 def _varies(leaf: jax.Array) -> bool:

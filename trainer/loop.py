@@ -16,12 +16,12 @@ from ml_collections import ConfigDict
 
 from trainer.console import Bar, duration, open_terminal, say, warn
 from trainer.data.prefetch import prefetch
-from trainer.errors import NonFiniteLoss, Preempted
+from trainer.errors import NonFiniteLoss, Preempted, UserError
 from trainer.evaluate import Evaluator
 from trainer.job import Job, build_job
 from trainer.lift import Lift, has_convolution, make_lift
 from trainer.progress import InFlight, LogRow, TrainLog
-from trainer.report import Report, has_row, last_values
+from trainer.report import NoReport, Report, has_row, last_values
 from trainer.saving import Saver
 from trainer.settings import Settings, check
 from trainer.state import TrainState
@@ -34,6 +34,8 @@ from trainer.summary import (
     warn_of_unsynced_state,
 )
 from trainer.workdir import Workdir, release
+
+StopRequested = Callable[[int, str], bool]
 
 
 class Result(NamedTuple):
@@ -53,16 +55,20 @@ def train(
     workdir: str | os.PathLike[str],
     mesh: Mesh | None = None,
     *,
-    stop_requested: Callable[[], bool] = lambda: False,
+    stop_requested: StopRequested = lambda step, phase: False,
 ) -> Result:
     """Trains what `config` describes, going on from the newest checkpoint in `workdir`.
+
+    Where jax was told of several processes (`jax.distributed.initialize`), all of them call this
+    with the same arguments, and `workdir` is a folder that all of them see.
 
     Args:
         config: see `trainer.settings`; keys it lacks take their defaults.
         workdir: the run's folder; made if absent. Nothing is written before the first step is done.
         mesh: the devices, with the one axis "batch"; all devices where None.
-        stop_requested: asked before every call of the step; once it says yes, the state is saved
-            and Preempted raised.
+        stop_requested: asked with the step and what comes next ("start", "compile", "train",
+            "evaluate" or "save"), at the same points in all processes. Once it says yes it must
+            go on to do so; the state is saved and Preempted raised.
 
     Raises:
         UserError: the config, its targets or the workdir are not as they should be.
@@ -97,7 +103,7 @@ class _Run:
         folder: Workdir,
         lift: Lift,
         job: Job,
-        stop_requested: Callable[[], bool],
+        stop_requested: StopRequested,
     ) -> None:
         self.settings = settings
         self.folder = folder
@@ -106,7 +112,7 @@ class _Run:
         self.stop_requested = stop_requested
         self.about = About(settings, folder, lift, job)
         self.saver = Saver(folder, settings, lift)
-        self.report: Report | None = None
+        self.report: Report | NoReport | None = None
         self.bar: Bar | None = None
         self.metrics: dict[str, float] = {}
         # An evaluation that was due when the run was asked to stop; a resume makes up for it.
@@ -142,15 +148,17 @@ class _Run:
 
     def train(self) -> Result:
         began = time.monotonic()
+        self.stop_requested(0, "start")
+        self._agree_on_the_folder()
         if self.folder.exists:
-            self.folder.claim()
+            self._claim()
         state = self._initial_state()
         step = first_step = int(self.lift.read(state.step))
         say_start(self.about, state, time.monotonic() - began)
         if self.folder.exists:
             self.metrics = last_values(self.folder, step)
         if self.evaluation_pending and self.evaluator:
-            self.report = Report(self.folder, step)
+            self.report = self._open_report(step)
             self._evaluate(state, step)
         if step >= self.job.stop:
             if self.evaluation_pending:
@@ -158,13 +166,13 @@ class _Run:
             say_finished_before(self.about, step)
             return Result(state, self.metrics)
         if self.folder.exists:
-            self.folder.record()
+            self._record()
         warn_of_unsynced_state(self.lift, self.job, state)
         update = self._compile_update(state)
         started = time.monotonic()
         with closing(self._batches(step)) as batches:
             for steps, batch in batches:
-                if self.stop_requested():
+                if self.stop_requested(step, "compile" if step == first_step else "train"):
                     self._stop(step, state)
                 before = step
                 state, values = update(state, batch)
@@ -185,6 +193,7 @@ class _Run:
         if self.evaluation_pending:
             self._stop(step, state)
         self._save(state, step)
+        self.stop_requested(step, "save")
         self.saver.close()
         assert self.report is not None
         self.report.hparams(self.metrics)
@@ -201,6 +210,37 @@ class _Run:
             self.report.close()
         release(self.folder.path)
 
+    # The folder: one process writes what all share
+
+    def _agree_on_the_folder(self) -> None:
+        """Raises a UserError where processes would disagree about whether there is a run."""
+        seen = self.lift.gather(int(self.folder.exists))
+        if len(set(seen)) > 1:
+            raise UserError(
+                f"process {seen.index(1)} finds a run in {self.folder.path} and process "
+                f"{seen.index(0)} does not",
+                "--workdir must be a folder that all hosts share",
+            )
+
+    def _claim(self) -> None:
+        if self.lift.writes:
+            self.folder.claim()
+
+    def _record(self) -> None:
+        """Writes what the run is, and checks that all processes see it."""
+        if self.lift.writes:
+            self.folder.record()
+        self.lift.gather(0)
+        seen = self.lift.gather(int(self.folder.is_recorded(patience=10.0)))
+        if not all(seen):
+            raise UserError(
+                f"process {seen.index(0)} does not see what process 0 wrote to {self.folder.path}",
+                "--workdir must be a folder that all hosts share",
+            )
+
+    def _open_report(self, step: int) -> Report | NoReport:
+        return Report(self.folder, step) if self.lift.writes else NoReport()
+
     # Before the first step
 
     def _initial_state(self) -> TrainState:
@@ -210,9 +250,9 @@ class _Run:
             restored = self.saver.restore(jax.eval_shape(init, first))
             if restored is not None:
                 self.log.from_json(restored.meta["log"])
-                self.evaluation_pending = restored.meta["evaluation_pending"] and not has_row(
-                    self.folder, restored.meta["step"], "eval/loss"
-                )
+                done = has_row(self.folder, restored.meta["step"], "eval/loss")
+                pending = restored.meta["evaluation_pending"] and not done
+                self.evaluation_pending = bool(self.lift.gather(int(pending))[0])
                 before = restored.meta["num_steps"]
                 if before != self.job.num_steps and callable(self.job.task.learning_rate):
                     warn(
@@ -231,7 +271,7 @@ class _Run:
         update_step = stack_metrics(make_update_step(task, flat=flat))
         unroll = False
         if self.scan and self.lift.platform == "cpu":
-            batch = self.job.stream.batch_at(0, slice(0, 1))
+            batch = self.job.stream.shapes(1)
             shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), batch)
             unroll = has_convolution(update_step, state, shapes)
 
@@ -241,13 +281,14 @@ class _Run:
         """(steps in the call, batch on the devices) for each call from `step` to the stop."""
         stop, per_call = self.job.stop, self.settings.steps_per_call
         calls = ((s, min(per_call, stop - s)) for s in range(step, stop, per_call))
+        rows = self.lift.rows(self.settings.global_batch_size)
 
         def make(call: tuple[int, int]) -> tuple[int, Any]:
             first, steps = call
             if self.scan:
-                batch = self.job.stream.batches_at(first, steps)
+                batch = self.job.stream.batches_at(first, steps, rows)
             else:
-                batch = self.job.stream.batch_at(first)
+                batch = self.job.stream.batch_at(first, rows)
             return steps, self.lift.put_batch(batch, scan=self.scan)
 
         return prefetch(make, calls, self.prefetch_depth)
@@ -257,10 +298,10 @@ class _Run:
         self.lift.checksums(state)
         say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
         if not self.folder.exists:
-            self.folder.claim()
-            self.folder.record()
+            self._claim()
+            self._record()
         if self.report is None:
-            self.report = Report(self.folder, before)
+            self.report = self._open_report(before)
         self.bar = Bar(step, self.job.stop)
         self._drain()
 
@@ -313,7 +354,7 @@ class _Run:
         assert self.report is not None
         self._drain()
         began = time.monotonic()
-        metrics = self.evaluator(state, self.stop_requested)
+        metrics = self.evaluator(state, lambda: self.stop_requested(step, "evaluate"))
         self.evaluation_pending = metrics is None
         if metrics is not None:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
@@ -325,6 +366,7 @@ class _Run:
 
     def _save(self, state: TrainState, step: int) -> None:
         self._drain()  # a loss that is not finite is found before it is saved
+        self.stop_requested(step, "save")
         began = time.monotonic()
         meta = {
             "log": self.log.to_json(),
@@ -339,8 +381,8 @@ class _Run:
     def _stop(self, step: int, state: TrainState) -> None:
         say(f"asked to stop: saving at step {step}")
         if not self.folder.exists:
-            self.folder.claim()
-            self.folder.record()
+            self._claim()
+            self._record()
         self._save(state, step)
         self.saver.close()
         raise Preempted(step)

@@ -100,6 +100,22 @@ class Report:
         return self._writer
 
 
+class NoReport:
+    """What the processes that do not write have in place of a report."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes nothing."""
+
+    def hparams(self, metrics: Mapping[str, float]) -> None:
+        """Writes nothing."""
+
+    def flush(self) -> None:
+        """Writes nothing."""
+
+    def close(self) -> None:
+        """Has nothing to close."""
+
+
 def _lines_up_to(workdir: Workdir, step: int) -> list[str]:
     """The rows of `metrics.jsonl` up to a step; a row that was cut short is dropped."""
     if not workdir.metrics.exists():

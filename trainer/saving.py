@@ -63,6 +63,7 @@ class Saver:
             meta: what else a resume needs, as JSON.
         """
         if step != self._saved_step:
+            self._let_finish(self._best)
             self._open_latest().save(step, state, meta)
             self._saved_step = step
 
@@ -75,6 +76,7 @@ class Saver:
         sign = 1 if self._settings.best_mode == "max" else -1
         if self.best_value is None or sign * value > sign * self.best_value:
             meta: dict[str, Any] = {"best_metric": name, "best_value": value}
+            self._let_finish(self._latest)
             self._open_best().save(step, state, meta)
             self.best_value, self.best_step = value, step
 
@@ -94,6 +96,15 @@ class Saver:
         if failures:
             say("a checkpoint could not be saved")
             raise failures[0]
+
+    def _let_finish(self, other: Checkpoints | None) -> None:
+        """Keeps saves to the two folders from overlapping where several processes take part.
+
+        Orbax names the barrier at the end of a save after the newest save that its process has
+        begun, in either folder: overlapping saves meet at barriers of different names, and hang.
+        """
+        if other is not None and self._lift.num_processes > 1:
+            other.wait()
 
     def _open_latest(self) -> Checkpoints:
         if self._latest is None:

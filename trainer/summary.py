@@ -27,8 +27,8 @@ def warn_of_unsynced_state(lift: Lift, job: Job, state: TrainState) -> None:
     """Says that numbers will depend on the number of devices, which nothing else would show."""
     if lift.num_shards == 1 or not state.model_state:
         return
-    batch = job.stream.batch_at(0)
     try:
+        batch = job.stream.shapes(job.stream.global_batch_size)
         names = unsynced_state(job.task, state, batch, lift.num_shards)
     except Exception:  # a courtesy: a model may hold what this stricter tracing cannot follow
         return
@@ -46,8 +46,10 @@ def say_start(about: About, state: TrainState, seconds: float) -> None:
     lift, settings, job = about.lift, about.settings, about.job
     device = lift.mesh.devices.flat[0]
     shards = "" if lift.kind != "vmap" else f" as {lift.num_shards} shards"
+    processes = "" if lift.num_processes == 1 else f" in {lift.num_processes} processes"
     say(
-        f"{lift.mesh.size} {device.device_kind} device{'s' * (lift.mesh.size > 1)}{shards}, "
+        f"{lift.mesh.size} {device.device_kind} device{'s' * (lift.mesh.size > 1)}{processes}"
+        f"{shards}, "
         f"lift {lift.kind}, global batch {settings.global_batch_size} "
         f"({settings.global_batch_size // lift.num_shards} a shard)"
     )

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +189,19 @@ class Workdir:
         with _errors_of_writing(self.path):
             write_whole(self.path / "config.json", config_to_json(self.config))
             write_whole(self.path / "env.json", json.dumps(_environment(), indent=2) + "\n")
+
+    def is_recorded(self, patience: float = 0.0) -> bool:
+        """Whether this machine sees the run that was recorded here, perhaps by another machine.
+
+        Args:
+            patience: seconds to wait for it; network file systems may lag behind.
+        """
+        deadline = time.monotonic() + patience
+        while not (self.path / "config.json").exists():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+        return True
 
 
 @contextlib.contextmanager

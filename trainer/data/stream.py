@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from trainer.errors import UserError
@@ -142,6 +143,13 @@ class TrainStream:
             batch = self._augment(batch, ExampleRandom(self._seed, flat))
             batch = {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
         return batch
+
+    def shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of a batch of so many rows."""
+        return {
+            name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
+            for name, array in self.batch_at(0, slice(0, 1)).items()
+        }
 
     def _indices(self, positions: np.ndarray) -> np.ndarray:
         epochs, offsets = np.divmod(positions, self.steps_per_epoch * self.global_batch_size)
