@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from trainer.errors import UserError
 
 _COUNT = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
+
+
+def fake_device_count(environ: Mapping[str, str]) -> int:
+    """How many CPU devices XLA_FLAGS asks to fake; 0 for none."""
+    match = _COUNT.search(environ.get("XLA_FLAGS", ""))
+    return int(match[1]) if match else 0
 
 
 def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None:

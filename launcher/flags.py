@@ -31,11 +31,36 @@ Trains a Flax model written for one chip on all devices of this machine or clust
   --config.KEY=VALUE     changes one key of it, for example --config.optimizer.learning_rate=0.1
   --workdir=DIR          the run's folder; the same folder again goes on from its last checkpoint
                          (default: a new runs/<config>-<time>)
-  --fake_devices=N       N virtual CPU devices on this machine
   --print_config         shows every key with its value, and exits
+  --dry_run              shows the processes, their environment and the mesh, and exits
   --help                 this text
 
-Exit codes: 0 done, 1 the program failed, 2 usage, 42 asked to stop and saved (start it again).
+Where it runs:
+  --processes=N          N processes on this machine, which share its GPUs
+  --fake_devices=M       M virtual CPU devices in each process
+  --cluster=auto         what has started this process: auto, none (this machine only), slurm,
+                         open_mpi, kubernetes, tpu_gke or tpu_gce; each task, pod or host runs the
+                         same command
+  --coordinator_address=HOST:PORT --num_processes=N --process_id=R
+                         the same by hand: one command a process, R from 0 to N-1
+
+What happens when something fails:
+  --max_restarts=0       how often to start again from the newest checkpoint (on one machine)
+  --hang_timeout_secs=600
+                         a process that trains without progress for so long ends the job, with the
+                         stacks of all in their logs; ten times that to compile, save or evaluate
+  --grace_secs=300       after being asked to stop, until processes are killed
+  --rendezvous_timeout_secs=300
+                         for all processes to come together
+  --heartbeat_timeout_secs=10
+                         without a sign of life from another host, until it counts as lost
+  --log_ranks=0          whose output is shown: 0, all, or 1,3; all of it is in WORKDIR/logs
+  --local_dir=DIR        for logs and locks if the workdir is remote
+
+Also: python -m launcher env    versions, devices and variables, for a bug report
+
+Exit codes: 0 done, 1 the program failed, 2 usage, 42 start it again (asked to stop and saved,
+killed from outside, a host lost, no progress).
 """
 
 
@@ -46,12 +71,64 @@ class Options:
     Attributes:
         config: the resolved config, locked.
         workdir: the run's folder.
-        fake_devices: how many CPU devices to fake; None for real devices.
+        has_workdir: whether it was given, or is the default.
+        fake_devices: how many CPU devices to fake in each process; None for real devices.
+        processes: how many on this machine; None if nothing was said.
+        cluster: "auto", "none", or the name of one.
+        coordinator_address: `HOST:PORT` of rank 0, given by hand with the next two.
+        num_processes: in the job.
+        process_id: of this one.
+        max_restarts: how often to start again.
+        hang_timeout_secs: without progress; None for the default.
+        grace_secs: from a request to stop to a kill.
+        rendezvous_timeout_secs: for all processes to come together.
+        heartbeat_timeout_secs: of silence, until a host is lost.
+        log_ranks: whose output is shown.
+        local_dir: for what needs a local folder; None for the system's temporary one.
+        dry_run: only show the plan.
+        print_config: only show the config.
     """
 
     config: ConfigDict
     workdir: str
+    has_workdir: bool
     fake_devices: int | None
+    processes: int | None
+    cluster: str
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+    max_restarts: int
+    hang_timeout_secs: float | None
+    grace_secs: float
+    rendezvous_timeout_secs: float
+    heartbeat_timeout_secs: int
+    log_ranks: str
+    local_dir: str | None
+    dry_run: bool
+    print_config: bool
+
+
+# The flags beside --config and --help: how each is defined, its default and its lowest value.
+_FLAGS: dict[str, tuple[Any, Any, float | None]] = {
+    "workdir": (flags.DEFINE_string, None, None),
+    "print_config": (flags.DEFINE_bool, False, None),
+    "dry_run": (flags.DEFINE_bool, False, None),
+    "processes": (flags.DEFINE_integer, None, 1),
+    "fake_devices": (flags.DEFINE_integer, None, 1),
+    "cluster": (flags.DEFINE_string, "auto", None),
+    "coordinator_address": (flags.DEFINE_string, None, None),
+    "num_processes": (flags.DEFINE_integer, None, 1),
+    "process_id": (flags.DEFINE_integer, None, 0),
+    "max_restarts": (flags.DEFINE_integer, 0, 0),
+    "hang_timeout_secs": (flags.DEFINE_float, None, 0.1),
+    "grace_secs": (flags.DEFINE_float, 300.0, 0.0),
+    "rendezvous_timeout_secs": (flags.DEFINE_float, 300.0, 0.1),
+    "heartbeat_timeout_secs": (flags.DEFINE_integer, 10, 2),
+    "log_ranks": (flags.DEFINE_string, "0", None),
+    "local_dir": (flags.DEFINE_string, None, None),
+}
+_NAMES = ["config", *_FLAGS, "help"]
 
 
 def parse_or_exit(argv: Sequence[str]) -> Options:
@@ -62,25 +139,22 @@ def parse_or_exit(argv: Sequence[str]) -> Options:
         if any(re.fullmatch(r"--?(help|helpshort|helpfull|h)", arg) for arg in argv[1:]):
             print(HELP, end="")
             sys.exit(exit_codes.DONE)
-        options, print_config = parse(argv)
+        options = parse(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(exit_codes.USAGE)
-    if print_config:
+    if options.print_config:
         print(format_config(options.config), end="")
         sys.exit(exit_codes.DONE)
     return options
 
 
-def parse(argv: Sequence[str], now: float | None = None) -> tuple[Options, bool]:
+def parse(argv: Sequence[str], now: float | None = None) -> Options:
     """Parses a command line.
 
     Args:
         argv: the program's name and its arguments.
         now: seconds since the epoch, for the default workdir.
-
-    Returns:
-        The options, and whether only the config is to be printed.
 
     Raises:
         UserError: for anything a person got wrong.
@@ -91,9 +165,9 @@ def parse(argv: Sequence[str], now: float | None = None) -> tuple[Options, bool]
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
-        flags.DEFINE_string("workdir", None, "", flag_values=values)
-        flags.DEFINE_integer("fake_devices", None, "", lower_bound=1, flag_values=values)
-        flags.DEFINE_bool("print_config", False, "", flag_values=values)
+        for name, (define, default, lowest) in _FLAGS.items():
+            bound = {} if lowest is None else {"lower_bound": lowest}
+            define(name, default, "", flag_values=values, **bound)
         left = values(rest)[1:]
     except flags.UnrecognizedFlagError as error:
         raise _unknown_flag(error.flagname) from error
@@ -101,11 +175,11 @@ def parse(argv: Sequence[str], now: float | None = None) -> tuple[Options, bool]
         raise UserError(_first_line(error), "see --help and --print_config") from error
     if left:
         raise UserError(f"unexpected argument {left[0]!r}", "flags are written --name=value")
-    workdir = values.workdir
-    if workdir is None:
-        workdir = _default_workdir(path, spec, time.time() if now is None else now)
-    options = Options(values.config.lock(), workdir, values.fake_devices)
-    return options, values.print_config
+    given: dict[str, Any] = {name: values[name].value for name in _FLAGS}
+    has_workdir = given["workdir"] is not None
+    if not has_workdir:
+        given["workdir"] = _default_workdir(path, spec, time.time() if now is None else now)
+    return Options(config=values.config.lock(), has_workdir=has_workdir, **given)
 
 
 def format_config(config: ConfigDict) -> str:
@@ -129,7 +203,7 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     if len(found) > 1:
         raise UserError("--config is given twice")
     if not found or not found[0]:
-        known = ("config.", "noconfig.", "workdir", "fake_devices", "print_config")
+        known = ("config.", "noconfig.", *_FLAGS, *(f"no{name}" for name in _FLAGS))
         for argument in rest[1:]:
             if argument.startswith("-") and not argument.lstrip("-").startswith(known):
                 raise _unknown_flag(argument.lstrip("-").split("=")[0])
@@ -144,8 +218,7 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _unknown_flag(name: str) -> UserError:
-    known = ["config", "workdir", "fake_devices", "print_config", "help"]
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, _NAMES, n=1)
     return UserError(
         f"there is no flag --{name}", f"did you mean --{near[0]}?" if near else "see --help"
     )

@@ -1,23 +1,92 @@
-"""The log file of one rank: `logs/attempt-K/rank-R.log` in the run's folder."""
+"""The log file of a rank: `logs/attempt-K/rank-R.log` in the run's folder."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import re
 import tempfile
+import time
+from collections import deque
 from pathlib import Path
 
 from trainer.workdir import is_claimed
 
 
-def local_folder(workdir: str) -> Path:
-    """Where a run's local files go: its workdir, or a temporary folder if that is remote."""
+def local_folder(workdir: str, local_dir: str | None = None) -> Path:
+    """Where a run's local files go: its workdir, or a folder of this machine if that is remote.
+
+    Args:
+        workdir: the run's folder.
+        local_dir: where folders of remote runs go; the system's temporary folder where None.
+    """
     if "://" not in workdir:
         return Path(os.path.abspath(os.path.expanduser(workdir)))
     digest = hashlib.sha256(workdir.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"podlift-{os.getuid()}" / digest
+    base = Path(local_dir or tempfile.gettempdir())
+    return base.expanduser().absolute() / f"podlift-{os.getuid()}" / digest
+
+
+def next_attempt(folder: Path) -> int:
+    """The number of the next attempt in a run's local folder, from 1."""
+    logs = folder / "logs"
+    numbers = [
+        int(match[1])
+        for path in (logs.iterdir() if logs.exists() else ())
+        if (match := re.fullmatch(r"attempt-(\d+)", path.name))
+    ]
+    return max(numbers, default=0) + 1
+
+
+class RankFile:
+    """The log of one worker, kept by its launcher, line by line with the time of each.
+
+    Args:
+        folder: the run's local folder.
+        attempt: its number.
+        rank: of the worker.
+    """
+
+    def __init__(self, folder: Path, attempt: int, rank: int) -> None:
+        self.path = folder / "logs" / f"attempt-{attempt}" / f"rank-{rank}.log"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8", errors="replace", buffering=1)
+        self._tail: deque[str] = deque(maxlen=100)
+
+    def write(self, text: str) -> None:
+        """Adds lines."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        for line in text.splitlines():
+            self._tail.append(line)
+            try:
+                self._file.write(f"{stamp} {line}\n")
+            except OSError:  # a full disk is no reason to stop training
+                continue
+
+    @property
+    def tail(self) -> str:
+        """The last hundred lines."""
+        return "\n".join(self._tail)
+
+    def close(self) -> None:
+        """Closes the file; also one that could not be written."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def remove_logs(folder: Path, attempt: int) -> None:
+    """Takes back the logs of an attempt that was refused, and the folder if nothing else is there.
+
+    A refused command leaves nothing behind.
+    """
+    logs = folder / "logs" / f"attempt-{attempt}"
+    for path in logs.glob("rank-*.log"):
+        path.unlink()
+    with contextlib.suppress(OSError):
+        for place in (logs, logs.parent, folder):
+            place.rmdir()
 
 
 class RankLog(logging.Handler):
@@ -27,15 +96,14 @@ class RankLog(logging.Handler):
 
     Args:
         workdir: the run's folder.
-        rank: of this process.
+        folder: its local folder.
     """
 
-    def __init__(self, workdir: str, rank: int = 0) -> None:
+    def __init__(self, workdir: str, folder: Path) -> None:
         super().__init__()
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._workdir = workdir
-        self._folder = local_folder(workdir)
-        self._rank = rank
+        self._folder = folder
         self._held: list[str] = []
         self._path: Path | None = None
 
@@ -51,15 +119,9 @@ class RankLog(logging.Handler):
     def open(self) -> Path:
         """Makes the file if need be, writes what was held back, and returns its path."""
         if self._path is None:
-            logs = self._folder / "logs"
-            numbers = [
-                int(match[1])
-                for path in (logs.iterdir() if logs.exists() else ())
-                if (match := re.fullmatch(r"attempt-(\d+)", path.name))
-            ]
-            folder = logs / f"attempt-{max(numbers, default=0) + 1}"
+            folder = self._folder / "logs" / f"attempt-{next_attempt(self._folder)}"
             folder.mkdir(parents=True)
-            self._path = folder / f"rank-{self._rank}.log"
+            self._path = folder / "rank-0.log"
         if self._held:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(self._held)

@@ -1,30 +1,47 @@
-"""Being asked to stop: SIGTERM or Ctrl-C ask for a save, a second Ctrl-C does not wait."""
+"""Being asked to stop, and how all processes of a job come to stop at the same step.
+
+SIGTERM, SIGUSR1 (what schedulers and mpirun pass on) and SIGINT all ask for the same: save and
+stop.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+# The stacks of all threads go to stderr, and so to the rank's log, even while the process is inside
+# a collective.
+STACKS_SIGNAL = signal.SIGUSR2
 
 
 class StopRequest:
-    """Remembers that the process was asked to stop. Call it to ask whether it was."""
+    """Remembers that this process was asked to stop. Call it to ask whether it was.
 
-    def __init__(self) -> None:
+    Args:
+        interactive: whether a person may press Ctrl-C here: the first is answered with a line, the
+            second does not wait.
+    """
+
+    def __init__(self, *, interactive: bool = False) -> None:
         self._requested = False
+        self._interactive = interactive
 
     def __call__(self, step: int, phase: str) -> bool:
         """Whether the process was asked to stop."""
         return self._requested
 
     def install(self) -> None:
-        """Takes over SIGTERM and SIGINT for the rest of the process."""
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
+        """Takes over the signals for the rest of the process."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and self._interactive:
             if self._requested:
                 os._exit(128 + signal.SIGINT)
             # os.write: the handler may have interrupted a print.
@@ -33,3 +50,46 @@ class StopRequest:
                 b"\nstopping after this step and saving; Ctrl-C again to stop at once\n",
             )
         self._requested = True
+
+
+class SyncPoint:
+    """Whether all processes of the job are to stop now, after any of them was asked to.
+
+    jax notices SIGTERM itself (it replaces Python's handler when it joins a cluster) and lets the
+    processes agree on a number that none of them has reached yet. The number counts the calls, not
+    the steps: in an evaluation the step stands still. It takes about a second.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._reached = False
+
+    def __call__(self, step: int, phase: str) -> bool:
+        """To be asked by all processes at the same points of the run."""
+        from jax.experimental import multihost_utils
+
+        self._count += 1
+        if not self._reached and multihost_utils.reached_preemption_sync_point(self._count):
+            self._reached = True
+        return self._reached
+
+
+def hand_to_jax(request: StopRequest) -> None:
+    """After jax has taken over SIGTERM: passes on what arrived before, and the other signals."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    if request(0, "start"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def asked_in_turn(
+    stop_requested: Callable[[int, str], bool], tell: Callable[[int, str], None]
+) -> Callable[[int, str], bool]:
+    """`stop_requested`, telling each time how far the run is."""
+
+    def ask(step: int, phase: str) -> bool:
+        tell(step, phase)
+        return stop_requested(step, phase)
+
+    return ask

@@ -1,18 +1,35 @@
-"""One process of a run: from options to an exit code."""
+"""One process of a run: in place, or as one of several under a launcher."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import faulthandler
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from launcher import environment, exit_codes
-from launcher.flags import Options
-from launcher.rank_log import RankLog, local_folder
-from launcher.signals import StopRequest
+from launcher.assignment import Assignment, Outcome
+from launcher.failure import forget_failure, write_failure
+from launcher.progress import ProgressPage
+from launcher.rank_log import RankLog
+from launcher.signals import (
+    STACKS_SIGNAL,
+    STOP_SIGNALS,
+    StopRequest,
+    SyncPoint,
+    asked_in_turn,
+    hand_to_jax,
+)
 from trainer import workdir as workdir_lib
 from trainer.console import open_terminal
 from trainer.errors import (
@@ -24,68 +41,161 @@ from trainer.errors import (
 )
 from trainer.settings import check
 
+# Messages of jax, gloo and NCCL when another process went away or does not answer.
+_LOST_PEER = (
+    "gloo",
+    "nccl",
+    "connection closed by peer",
+    "connection reset by peer",
+    "coordination service",
+    "coordinationservice",
+    "heartbeat",
+    "barrier",
+    "deadline_exceeded",
+    "unavailable:",
+)
 
-def run(options: Options) -> int:
-    """Trains in this process; returns the exit code.
+
+def run_here(config: ConfigDict, workdir: str, fake_devices: int | None, local_dir: Path) -> int:
+    """Trains in this process, alone; returns the exit code.
 
     Everything that can be refused without jax is refused before it is imported.
     """
-    stop_requested = StopRequest()
+    stop_requested = StopRequest(interactive=True)
     stop_requested.install()
     open_terminal()
-    rank_log = RankLog(options.workdir)
+    rank_log = RankLog(workdir, local_dir)
     for name in ("podlift", "py.warnings"):
         logging.getLogger(name).addHandler(rank_log)
+
+    def train() -> None:
+        settings = check(config)
+        workdir_lib.Workdir.check(workdir, settings.config)
+        environment.prepare(os.environ, fake_devices)
+        _train(config, workdir, stop_requested)
+
+    outcome = _outcome_of(train, rank=0)
+    if outcome.is_failure and outcome.exit_code != exit_codes.USAGE:
+        path = rank_log.open()
+        _report(f"{outcome.trace}error: {outcome.message}\n  full log: {path}")
+        write_failure(local_dir, outcome, rank=0, log=path)
+        return outcome.exit_code
+    if outcome.message:
+        prefix = "error: " if outcome.exit_code == exit_codes.USAGE else ""
+        _report(f"{prefix}{outcome.message}")
+    if outcome.exit_code != exit_codes.USAGE:
+        forget_failure(local_dir)
+    return outcome.exit_code
+
+
+def main() -> None:
+    """The entry point of a worker under a launcher; see `launcher.assignment`.
+
+    What went wrong is told to the launcher, which decides whose failure is the story; nothing of
+    it is printed here.
+    """
+    stop_requested = StopRequest()
+    stop_requested.install()
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    # The launcher holds these back until here, so that none of them finds its default.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, STACKS_SIGNAL})
+    assigned, page_file, report_file = (int(text) for text in sys.argv[1].split(","))
+    assignment = Assignment.read(assigned)
+    page = ProgressPage(page_file)
+    _die_with(assignment.parent)
+    open_terminal()
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+
+    def train() -> None:
+        from launcher.join import join
+
+        page.write(0, "start")
+        join(assignment)
+        several = assignment.coordinator is not None
+        if several:
+            hand_to_jax(stop_requested)
+        config = workdir_lib.config_from_json(assignment.config)
+        asked = SyncPoint() if several else stop_requested
+        _train(config, assignment.workdir, asked_in_turn(asked, page.write))
+
+    outcome = _outcome_of(train, assignment.rank, lambda: page.read().step)
+    with os.fdopen(report_file, "wb", closefd=True) as report:
+        report.write(outcome.to_line())
+    sys.stdout.flush()
+    if outcome.is_failure:
+        # Peers fail as soon as this process lets go of its connections, and what they say must not
+        # come before what it has said. The launcher ends them all.
+        time.sleep(5)
+        os._exit(outcome.exit_code)
+    with contextlib.suppress(Exception):
+        from launcher.join import leave
+
+        leave()
+    sys.exit(outcome.exit_code)
+
+
+def _train(config: ConfigDict, workdir: str, stop_requested: Callable[[int, str], bool]) -> None:
+    from launcher.mesh import build_mesh
+    from trainer.loop import train
+
+    mesh = build_mesh(config.get("lift", "pmap"), config.get("devices_per_process"))
+    train(config, workdir, mesh, stop_requested=stop_requested)
+
+
+def _outcome_of(
+    train: Callable[[], Any], rank: int, step: Callable[[], int | None] = lambda: None
+) -> Outcome:
+    """Runs a training; whatever it raises becomes an outcome."""
     try:
-        settings = check(options.config)
-        workdir_lib.Workdir.check(options.workdir, settings.config)
-        environment.prepare(os.environ, options.fake_devices)
-
-        from launcher.mesh import build_mesh
-        from trainer.loop import train
-
-        mesh = build_mesh(settings.lift)
-        train(options.config, options.workdir, mesh, stop_requested=stop_requested)
+        train()
     except UserError as error:
-        _report(f"error: {error}")
-        return exit_codes.USAGE
+        return Outcome(exit_codes.USAGE, str(error))
     except Preempted as error:
-        (local_folder(options.workdir) / "failure.json").unlink(missing_ok=True)
-        _report(f"{error}\n  HINT: the same command with --workdir={options.workdir} goes on")
-        return exit_codes.RETRY
-    except Exception as error:
-        return _failed(error, options.workdir, rank_log)
-    (local_folder(options.workdir) / "failure.json").unlink(missing_ok=True)
-    return exit_codes.DONE
-
-
-def _failed(error: Exception, workdir: str, rank_log: RankLog) -> int:
-    if isinstance(error, NonFiniteLoss):
-        message = (
-            f"{error}\n  HINT: lower config.optimizer.learning_rate, in a new --workdir, or look "
-            "at the data of that step; no state that is not finite was saved"
+        return Outcome(exit_codes.RETRY, str(error), step=error.step)
+    except NonFiniteLoss as error:
+        hint = (
+            "lower config.optimizer.learning_rate, in a new --workdir, or look at the data of "
+            "that step; no state that is not finite was saved"
         )
-        trace = ""
-    elif isinstance(error, (CheckpointsUnreadable, ReplicasDiffer)):
-        message, trace = str(error), ""
-    else:
-        message = f"{type(error).__name__} on rank 0: {error}"
-        trace = traceback.format_exc()
-    path = rank_log.open()
-    _report(f"{trace}error: {message}\n  full log: {path}")
-    failure = {
-        "rank": 0,
-        "exit_code": exit_codes.FAILED,
-        "error": message,
-        "step": getattr(error, "step", None),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "log": str(path),
-    }
-    target = local_folder(workdir) / "failure.json"
-    target.write_text(json.dumps(failure, indent=2) + "\n")
-    return exit_codes.FAILED
+        return Outcome(exit_codes.FAILED, f"{error}\n  HINT: {hint}", step=error.step)
+    except (CheckpointsUnreadable, ReplicasDiffer) as error:
+        return Outcome(exit_codes.FAILED, str(error), step=step())
+    except BaseException as error:
+        message = f"{type(error).__name__} on rank {rank}: {error}"
+        return Outcome(
+            exit_codes.FAILED, message, traceback.format_exc(), step(), _lost_peer(error)
+        )
+    return Outcome(exit_codes.DONE)
+
+
+def _lost_peer(error: BaseException) -> bool:
+    kinds = ("JaxRuntimeError", "XlaRuntimeError", "TimeoutError")
+    text = str(error).lower()
+    return type(error).__name__ in kinds and any(sign in text for sign in _LOST_PEER)
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when its launcher is gone, however that ended."""
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if sys.platform != "linux" or os.getppid() != parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _report(text: str) -> None:
     logging.getLogger("podlift").error("%s", text)
     sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

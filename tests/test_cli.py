@@ -115,7 +115,7 @@ def test_a_config_file_with_a_mistake(tmp_path, text, expected):
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        check(flags.parse(["launcher", f"--config={path}"])[0].config)
+        check(flags.parse(["launcher", f"--config={path}"]).config)
     assert expected in str(error.value)
 
 
@@ -129,7 +129,7 @@ def test_overrides_reach_the_config_and_references_follow(tmp_path):
         "    c.model = {'target': 'a:b', 'sizes': (1, 2)}\n"
         "    return c\n"
     )
-    options, show = flags.parse(
+    options = flags.parse(
         [
             "launcher",
             f"--config={path}:16",
@@ -141,7 +141,7 @@ def test_overrides_reach_the_config_and_references_follow(tmp_path):
         ],
         now=0.0,
     )
-    assert show
+    assert options.print_config
     assert options.config.num_steps == 64
     assert options.config.model.sizes == (3,)
     assert options.config.stop_at_step == 4

@@ -36,6 +36,19 @@ class Restored:
     meta: Meta
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, without its own idea of when a run is to stop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Says no.
+
+        Orbax asks jax for the sync point under the number of the step. jax knows one such counter
+        in a process, and whoever stops the run may be counting something else with it: then the
+        processes agree on a number that none of them comes to, or not all.
+        """
+        return False
+
+
 class Checkpoints:
     """One folder of checkpoints, `<directory>/<step>/`.
 
@@ -48,7 +61,7 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, keep: int, lift: Lift) -> None:
         self.directory = directory
         self._lift = lift
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             directory,
             item_names=("state", "meta"),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),

@@ -27,12 +27,13 @@ RESERVED_METRICS = (
     "step_seconds",
 )
 
-# On a resume these may differ from the first run: they set only how long or how often.
+# On a resume these may differ from the first run: they set only how long, how often or on what.
 RESUMABLE = (
     "num_steps",
     "num_epochs",
     "stop_at_step",
     "log_every_steps",
+    "devices_per_process",
     "checkpoint.",
 )
 
@@ -47,6 +48,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "global_batch_size": (int, "examples a step, over all devices; must divide by them"),
     "steps_per_call": (1, "steps in one dispatch; all `every_steps` round up to a whole call"),
     "lift": ("pmap", '"pmap", "shard_map" or "vmap"; "vmap:8" simulates 8 chips on one'),
+    "devices_per_process": (int, "use only so many devices of each process; None: all"),
     "reduce": (
         "auto",
         'gradients, float state and metrics in one buffer ("flat") or one by one ("leaves"); '
@@ -131,6 +133,7 @@ class Settings:
     global_batch_size: int
     steps_per_call: int
     lift: str
+    devices_per_process: int | None
     reduce: str
     model: Mapping[str, Any]
     loss: Mapping[str, Any]
@@ -216,6 +219,7 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         global_batch_size=positive("global_batch_size"),
         steps_per_call=positive("steps_per_call"),
         lift=config.lift,
+        devices_per_process=positive_or_none("devices_per_process"),
         reduce=one_of("reduce", config.reduce, REDUCES),
         model=config.model.to_dict(),
         loss=config.loss.to_dict(),

@@ -5,6 +5,7 @@ Nothing in this module imports jax, and nothing is written before `claim`.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import importlib.metadata
 import json
@@ -21,6 +22,7 @@ from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from trainer.errors import UserError
 from trainer.settings import RESUMABLE, flatten
@@ -60,6 +62,23 @@ def config_to_json(config: ConfigDict) -> str:
                 'name code by its path: target="package.module:attribute"',
             ) from error
     return json.dumps({**plain, NONE_TYPES: none_types(config, "")}, indent=2) + "\n"
+
+
+def config_from_json(text: str) -> ConfigDict:
+    """The inverse of `config_to_json`, except that lists come back as tuples."""
+    stored = json.loads(text)
+    types = stored.pop(NONE_TYPES, {})
+
+    def revive(value: Any, prefix: str) -> Any:
+        if isinstance(value, dict):
+            return {key: revive(inner, f"{prefix}{key}.") for key, inner in value.items()}
+        if isinstance(value, list):
+            return tuple(revive(inner, prefix) for inner in value)
+        if value is None and hasattr(builtins, types.get(prefix[:-1], "")):
+            return placeholder(getattr(builtins, types[prefix[:-1]]))
+        return value
+
+    return ConfigDict(revive(stored, ""))
 
 
 @dataclass(frozen=True)

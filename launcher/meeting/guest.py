@@ -1,0 +1,138 @@
+"""The meeting, for the launchers of all ranks but 0."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import asdict
+from typing import Any
+
+from launcher.exit_codes import RETRY
+from launcher.failure import CONSEQUENCE, Failure
+from launcher.meeting.address import join_address
+from launcher.meeting.link import Link
+from launcher.meeting.terms import BEAT_SECS, PROTOCOL, Card, Listener, Start
+from launcher.reactor import Reactor
+
+
+class Guest:
+    """The meeting, as the launcher of any other rank takes part in it.
+
+    Args:
+        reactor: of this launcher.
+        card: its own.
+        host: of rank 0.
+        port: where its launcher listens.
+        listener: whom to tell.
+        rendezvous_timeout: seconds until rank 0 must have answered.
+        heartbeat_timeout: seconds of silence after which it is lost.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        card: Card,
+        host: str,
+        port: int,
+        listener: Listener,
+        rendezvous_timeout: float,
+        heartbeat_timeout: float,
+    ) -> None:
+        self._reactor = reactor
+        self._card = card
+        self._target = (host, port)
+        self._listener = listener
+        self._rendezvous_timeout = rendezvous_timeout
+        self._heartbeat_timeout = heartbeat_timeout
+        self._began = reactor.clock()
+        self._link: Link | None = None
+        self._has_started = self._is_over = False
+        self._reason = ""
+        reactor.call_in(10, self._remind)
+
+    def open(self) -> None:
+        """Calls rank 0, again and again until it answers."""
+        if self._is_over:
+            return
+        try:
+            connection = socket.create_connection(self._target, timeout=2.0)
+        except OSError as error:
+            self._reason = error.strerror or str(error)
+            waited = self._reactor.clock() - self._began
+            if waited > self._rendezvous_timeout:
+                return self._end(
+                    Failure(
+                        self._card.rank,
+                        RETRY,
+                        f"rank 0 does not answer at {join_address(*self._target)} for "
+                        f"{waited:.0f} s ({self._reason})\n  HINT: was it started, and can this "
+                        "host reach it there?",
+                    )
+                )
+            self._reactor.call_in(min(2.0, 0.1 + waited / 10), self.open)
+            return None
+        self._address = connection.getsockname()[0]
+        self._link = Link(self._reactor, connection, self._take, self._lost)
+        self._link.send("join", protocol=PROTOCOL, card=asdict(self._card))
+        self._reactor.call_in(BEAT_SECS, self._beat)
+        return None
+
+    def failed(self, failure: Failure) -> None:
+        """Tells rank 0's launcher of a failure here; it decides whose is the story."""
+        if self._link is not None:
+            self._link.send("failed", failure=failure.to_json())
+
+    def stopping(self, line: str) -> None:
+        """Tells everyone that this launcher was asked to stop."""
+        if self._link is not None:
+            self._link.send("stopping", line=line)
+
+    def leave(self) -> None:
+        """Says goodbye and closes; call it last."""
+        self._is_over = True
+        if self._link is not None:
+            self._link.send("bye")
+            self._link.close()
+
+    def _end(self, failure: Failure) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._listener.on_end(failure)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        if kind == "start":
+            self._has_started = True
+            self._listener.on_start(
+                Start(str(message["coordinator"]), int(message["attempt"]), self._address)
+            )
+        elif kind == "end":
+            self._end(Failure(**message["failure"]))
+        elif kind == "stopping":
+            self._listener.on_stopping(str(message["line"]))
+        elif kind == "bye":
+            self._is_over = True
+
+    def _lost(self, reason: str) -> None:
+        host = join_address(*self._target)
+        if not self._has_started and not self._is_over:
+            message = (
+                f"rank 0's launcher at {host} has hung up: {reason}\n  HINT: does something else "
+                "listen there?"
+            )
+            return self._end(Failure(0, RETRY, message, weight=CONSEQUENCE))
+        return self._end(Failure(0, RETRY, f"lost rank 0 at {host}: {reason}", host=host))
+
+    def _remind(self) -> None:
+        if not self._has_started and not self._is_over:
+            waited = self._reactor.clock() - self._began
+            where = join_address(*self._target)
+            what = f"the other ranks at {where}" if self._link else f"rank 0 at {where}"
+            because = f": {self._reason}" if self._link is None else ""
+            self._listener.on_wait(f"waiting for {what} ({waited:.0f} s{because})")
+            self._reactor.call_in(10, self._remind)
+
+    def _beat(self) -> None:
+        if self._link is not None and not self._is_over:
+            self._link.send("beat")
+            self._link.check(self._heartbeat_timeout)
+            self._reactor.call_in(BEAT_SECS, self._beat)

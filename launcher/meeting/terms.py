@@ -1,0 +1,71 @@
+"""What passes between the launchers of a job, and between a meeting and its launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from launcher.failure import Failure
+
+# Raised when launchers could no longer understand older ones.
+PROTOCOL = 1
+BEAT_SECS = 1.0
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a launcher says of itself when it comes.
+
+    Attributes:
+        rank: of its worker.
+        size: how many ranks it was told there are.
+        host: where it runs.
+        job: which job it belongs to.
+        config: digest of the config.
+        versions: of what computes, as one line.
+        workdir: the run's folder.
+        sees_run: whether it finds a run there.
+    """
+
+    rank: int
+    size: int
+    host: str
+    job: str
+    config: str
+    versions: str
+    workdir: str
+    sees_run: bool
+
+
+@dataclass(frozen=True)
+class Start:
+    """What rank 0's launcher answers when all are there.
+
+    Attributes:
+        coordinator: `HOST:PORT` for jax's coordinator.
+        attempt: the number of this attempt.
+        address: this launcher's own address towards rank 0.
+    """
+
+    coordinator: str
+    attempt: int
+    address: str
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What a meeting tells its launcher.
+
+    Attributes:
+        on_start: all are there.
+        on_end: the job is over, for this reason.
+        on_stopping: another launcher was asked to stop; called with a line that says which.
+        on_wait: called now and then while ranks are missing, with a line that names them.
+        on_failure: for rank 0's launcher: another rank has failed.
+    """
+
+    on_start: Callable[[Start], None]
+    on_end: Callable[[Failure], None]
+    on_stopping: Callable[[str], None]
+    on_wait: Callable[[str], None]
+    on_failure: Callable[[Failure], None]

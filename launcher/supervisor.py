@@ -1,0 +1,157 @@
+"""A supervised run: attempts, what is tried again, and what is told at the end.
+
+This process never imports jax: it starts at once, and stays when a worker's runtime dies.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+from launcher import exit_codes
+from launcher.attempt import Attempt, Ending
+from launcher.children import adopt_orphans
+from launcher.failure import Failure, forget_failure, write_failure
+from launcher.plan import Plan, detected
+from launcher.reactor import Reactor
+from launcher.signals import STACKS_SIGNAL
+from trainer.console import say, warn
+
+
+def supervise(plan: Plan, environ: Mapping[str, str] = os.environ) -> int:
+    """Runs a plan to its end; returns the exit code.
+
+    Raises:
+        UserError: the place where the ranks are to meet is not to be had.
+    """
+    if plan.placement is not None:
+        say(detected(plan.placement))
+    adopt_orphans()
+    with Reactor() as reactor:
+        return _Supervisor(plan, reactor, environ).run()
+
+
+class _Supervisor:
+    def __init__(self, plan: Plan, reactor: Reactor, environ: Mapping[str, str]) -> None:
+        self._plan = plan
+        self._reactor = reactor
+        self._environ = environ
+        self._attempt: Attempt | None = None
+        self._asked_to_stop = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                reactor.on_signal(number, functools.partial(self._asked, number))
+        reactor.on_signal(signal.SIGCHLD, self._reap)
+        reactor.on_signal(STACKS_SIGNAL, self._dump_stacks)
+
+    def run(self) -> int:
+        previous: Failure | None = None
+        restarts = 0
+        while True:
+            self._attempt = Attempt(self._plan, self._reactor, self._environ)
+            ending = self._attempt.run()
+            self._attempt = None
+            self._tell(ending)
+            why_not = why_not_again(ending, previous, restarts, self._plan.limits.max_restarts)
+            if why_not is not None:
+                if why_not:
+                    say(why_not)
+                return ending.exit_code
+            previous = ending.failure
+            delay = backoff_secs(restarts)
+            restarts += 1
+            say(
+                f"restart {restarts} of {self._plan.limits.max_restarts} in {delay:.0f} s, from "
+                "the newest checkpoint"
+            )
+            if self._wait(delay):
+                return exit_codes.RETRY
+
+    def _wait(self, seconds: float) -> bool:
+        """Returns early, with True, if asked to stop."""
+        due: list[bool] = []
+        timer = self._reactor.call_in(seconds, lambda: due.append(True))
+        self._reactor.run(lambda: bool(due) or self._asked_to_stop)
+        timer.cancel()
+        return self._asked_to_stop
+
+    def _reap(self) -> None:
+        if self._attempt is not None:
+            self._attempt.reap()
+
+    def _dump_stacks(self) -> None:
+        if self._attempt is not None:
+            self._attempt.dump_stacks()
+
+    def _asked(self, number: int) -> None:
+        if self._asked_to_stop and number == signal.SIGINT and self._attempt is not None:
+            self._attempt.kill()
+            return
+        if not self._asked_to_stop:
+            again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+            say(f"{signal.Signals(number).name}: stopping after this step and saving{again}")
+        self._asked_to_stop = True
+        if self._attempt is not None:
+            self._attempt.stop(signal.Signals(number).name)
+
+    def _tell(self, ending: Ending) -> None:
+        """Says how an attempt ended, and leaves it in `failure.json`."""
+        sys.stdout.flush()
+        failure, plan = ending.failure, self._plan
+        has_rank_0 = any(worker.rank == 0 for worker in plan.workers)
+        if failure is not None:
+            print(failure.tell(), file=sys.stderr, flush=True)
+            if failure.exit_code != exit_codes.USAGE and ending.number and has_rank_0:
+                try:
+                    write_failure(
+                        plan.local_dir,
+                        failure,
+                        rank=failure.rank,
+                        log=failure.log,
+                        attempt=ending.number,
+                    )
+                except OSError as error:
+                    warn(f"failure.json cannot be written: {error.strerror or error}")
+            return
+        if ending.exit_code == exit_codes.DONE and has_rank_0:
+            forget_failure(plan.local_dir)
+        if ending.message:
+            hint = f"\n  HINT: the same command with --workdir={plan.workdir} goes on"
+            print(ending.message + hint, file=sys.stderr, flush=True)
+
+
+def why_not_again(
+    ending: Ending, previous: Failure | None, restarts: int, max_restarts: int
+) -> str | None:
+    """None if an attempt is to be followed by another; else why not, empty if that is plain.
+
+    Args:
+        ending: of the attempt.
+        previous: the failure of the attempt before it, if there was one.
+        restarts: how many there were.
+        max_restarts: how many there may be.
+    """
+    failure = ending.failure
+    if failure is None or ending.asked_to_stop or failure.exit_code == exit_codes.USAGE:
+        return ""
+    if max_restarts == 0:
+        return ""
+    if (
+        failure.exit_code == exit_codes.FAILED
+        and previous is not None
+        and previous.exit_code == exit_codes.FAILED
+        and previous.step == failure.step
+    ):
+        at = "" if failure.step is None else f" at step {failure.step}"
+        return f"failed twice{at}: a restart would most likely fail there again"
+    if restarts >= max_restarts:
+        return f"no restart left (--max_restarts={max_restarts})"
+    return None
+
+
+def backoff_secs(restarts: int) -> float:
+    """Seconds before the next restart: 1, 2, 4, ... up to a minute."""
+    return float(min(60, 2 ** min(restarts, 6)))

@@ -1,0 +1,63 @@
+"""Data that makes one rank fail at one step: named by configs of the tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+
+from trainer.data.digits import load
+from trainer.data.stream import ArraySource
+
+
+class Faulty:
+    """A source whose n-th batch on one rank does not come as it should."""
+
+    def __init__(self, arrays, kind, rank, at_step, once, delay):
+        self._source = ArraySource(arrays)
+        self._kind, self._rank, self._at_step = kind, rank, at_step
+        self._once = Path(once) if once else None
+        self._delay = delay
+        self._batches = 0
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, indices):
+        if len(indices.ravel()) > 1:  # one is asked for to see the shapes
+            time.sleep(self._delay)
+            self._batches += 1
+            if self._batches == self._at_step and jax.process_index() == self._rank:
+                self._fail()
+        return self._source[indices]
+
+    def _fail(self):
+        if self._once is not None:
+            if self._once.exists():
+                return
+            self._once.touch()
+        if self._kind == "raise":
+            raise ValueError("a fault of the user's code")
+        if self._kind == "exit":
+            os._exit(3)
+        if self._kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._kind == "abort":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self._kind == "stall":
+            time.sleep(1000)
+        if self._kind == "children":
+            child = subprocess.Popen(["sleep", "1000"])
+            apart = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+            Path(os.environ["CHILDREN"]).write_text(f"{child.pid} {apart.pid}")
+
+
+def digits(kind="", rank=1, at_step=5, once=None, delay=0.0):
+    """The digits. Each batch takes `delay` seconds longer; the file `once` makes a fault unique."""
+    sources = load()
+    train = Faulty(sources["train"], kind, rank, at_step, once, delay)
+    return {"train": train, "eval": sources["eval"]}

@@ -1,0 +1,369 @@
+"""Several processes on one machine: the same numbers, and one clear story when one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import trainer
+from trainer.state import name_leaves
+
+HERE = ROOT / "tests/cluster"
+CONFIG = f"--config={HERE}/digits_config.py"
+ENVIRON = {"PYTHONPATH": f"{ROOT}:{HERE}"}
+TWO = ["--processes=2", "--fake_devices=2"]
+
+
+def rows_of(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    speed = ("train/examples_per_second", "train/step_seconds")
+    return [{k: v for k, v in json.loads(line).items() if k not in speed} for line in lines]
+
+
+def assert_same_state(a, b, atol):
+    a, b = name_leaves(trainer.load(a)), name_leaves(trainer.load(b))
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=0, atol=atol, err_msg=name)
+
+
+def processes_of(workdir):
+    """Processes whose command line names a folder: launchers and workers of that run."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            try:
+                with open(f"/proc/{entry.name}/cmdline", "rb") as file:
+                    if str(workdir).encode() in file.read():
+                        found.append(int(entry.name))
+            except OSError:
+                continue
+    return sorted(found)
+
+
+def worker_of(workdir, rank, seconds=60):
+    """The process id of a worker, once it is there."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for pid in processes_of(workdir):
+            try:
+                with open(f"/proc/{pid}/cmdline", "rb") as file:
+                    if f"rank {rank} of ".encode() in file.read():
+                        return pid
+            except OSError:
+                continue
+        time.sleep(0.02)
+    raise AssertionError(f"rank {rank} did not start")
+
+
+def wait_for_line(path, text, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < deadline, f"no {text!r} in {path}"
+        time.sleep(0.02)
+
+
+def log_of(workdir, rank, attempt=1):
+    return workdir / f"logs/attempt-{attempt}/rank-{rank}.log"
+
+
+@pytest.fixture
+def run(launch):
+    """Runs the small config to its end; returns (exit code, stdout, stderr)."""
+
+    def run_config(workdir, *arguments, environ=None):
+        return launch(
+            CONFIG, f"--workdir={workdir}", *arguments, environ={**ENVIRON, **(environ or {})}
+        )
+
+    return run_config
+
+
+@pytest.fixture
+def begin(start):
+    """Starts the small config, slowed down, and waits until it trains."""
+
+    def begin_config(workdir, *arguments, until="step 10/", environ=None):
+        process = start(
+            CONFIG,
+            f"--workdir={workdir}",
+            "--config.num_steps=2000",
+            "--config.data.delay=0.02",
+            *arguments,
+            environ={**ENVIRON, **(environ or {})},
+        )
+        if until:
+            wait_for_line(log_of(workdir, 0), until)
+        return process
+
+    return begin_config
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The workdir of the same run in one process on four devices."""
+    return {"path": tmp_path_factory.mktemp("alone") / "run"}
+
+
+def reference(alone, run, *arguments):
+    key = arguments
+    if key not in alone:
+        workdir = alone["path"].with_name(f"run{len(alone)}")
+        code, out, err = run(workdir, *arguments)
+        assert code == 0, out + err
+        alone[key] = workdir
+    return alone[key]
+
+
+@pytest.mark.parametrize("lift", ["pmap", "shard_map", "vmap"])
+@pytest.mark.parametrize(
+    ("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+)
+def test_the_numbers_of_one_process(run, alone, tmp_path, lift, processes, devices):
+    expected = reference(alone, run, "--fake_devices=4", "--config.num_steps=5")
+    code, out, err = run(
+        tmp_path / "run",
+        f"--processes={processes}",
+        f"--fake_devices={devices}",
+        "--config.num_steps=5",
+        f"--config.lift={lift}",
+    )
+    assert code == 0, out + err
+    assert f"4 cpu devices in {processes} processes" in out
+    assert_same_state(tmp_path / "run", expected, atol=1e-6)
+    losses = [row["eval/loss"] for row in rows_of(tmp_path / "run") if "eval/loss" in row]
+    expected_losses = [row["eval/loss"] for row in rows_of(expected) if "eval/loss" in row]
+    np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-6)
+    assert err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps_per_call", [1, 5])
+def test_a_run_goes_on_with_other_processes_and_devices(run, alone, tmp_path, steps_per_call):
+    """2x2, then 1x8, then 4x1: the numbers of a run that never changed."""
+    expected = reference(alone, run, "--fake_devices=4", "--config.num_steps=40")
+    per_call = f"--config.steps_per_call={steps_per_call}"
+    for stop, layout in ((15, TWO), (30, ["--fake_devices=8"]), (40, ["--processes=4"])):
+        code, out, err = run(tmp_path / "run", *layout, f"--config.stop_at_step={stop}", per_call)
+        assert code == 0, out + err
+    assert_same_state(tmp_path / "run", expected, atol=1e-5)
+
+
+def test_a_killed_rank_ends_the_job_at_once(begin, tmp_path):
+    workdir = tmp_path / "run"
+    process = begin(workdir, *TWO)
+    os.kill(worker_of(workdir, 1), signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 42, err
+    assert time.monotonic() - killed < 1.0
+    assert err.startswith("error: rank 1 was killed by SIGKILL around step "), err
+    assert "out of memory?" in err
+    assert f"full log: {log_of(workdir, 1)}" in err
+    assert "rank 0" not in err.replace("rank-0", "")
+    failure = json.loads((workdir / "failure.json").read_text())
+    assert failure["rank"] == 1
+    assert failure["exit_code"] == 42
+    assert processes_of(workdir) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_that_raised_is_the_story(run, tmp_path, rank):
+    workdir = tmp_path / "run"
+    code, _, err = run(workdir, *TWO, "--config.data.kind=raise", f"--config.data.rank={rank}")
+    assert code == 1
+    assert err.count("Traceback") == 1
+    assert "ValueError: a fault of the user's code" in err
+    assert f"error: ValueError on rank {rank}: a fault of the user's code" in err
+    assert "gloo" not in err.lower(), "what it did to the others is no story"
+    assert "Traceback" in log_of(workdir, rank).read_text()
+    assert json.loads((workdir / "failure.json").read_text())["rank"] == rank
+
+
+def test_what_a_rank_has_started_goes_with_it(begin, tmp_path):
+    """Also what left its session."""
+    notes = tmp_path / "children"
+    arguments = ["--config.data.kind=children", "--config.data.at_step=3"]
+    process = begin(tmp_path / "run", *TWO, *arguments, environ={"CHILDREN": str(notes)})
+    os.kill(worker_of(tmp_path / "run", 0), signal.SIGKILL)
+    process.communicate(timeout=20)
+    for pid in notes.read_text().split():
+        assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_rank_that_exits_without_a_word(run, tmp_path):
+    code, _, err = run(tmp_path / "run", *TWO, "--config.data.kind=exit")
+    assert code == 1
+    assert err.startswith("error: rank 1 exited with code 3 without a word, around step 3")
+
+
+def test_a_crash_of_native_code(run, tmp_path):
+    code, _, err = run(tmp_path / "run", *TWO, "--config.data.kind=abort")
+    assert code == 1
+    assert err.startswith("error: rank 1 was killed by SIGSEGV around step 3")
+
+
+def test_a_stalled_rank_is_found_with_all_stacks(run, tmp_path):
+    workdir = tmp_path / "run"
+    code, _, err = run(
+        workdir, *TWO, "--config.data.kind=stall", "--hang_timeout_secs=3", "--max_restarts=0"
+    )
+    assert code == 42
+    assert "error: rank 1 has made no progress for 3 s, at step 3 (train)" in err
+    assert "in _fail" in log_of(workdir, 1).read_text()
+    assert "most recent call first" in log_of(workdir, 0).read_text()
+    assert processes_of(workdir) == []
+
+
+def test_a_suspended_rank_is_found(begin, tmp_path):
+    process = begin(tmp_path / "run", *TWO, "--hang_timeout_secs=2")
+    os.kill(worker_of(tmp_path / "run", 0), signal.SIGSTOP)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 42
+    assert "rank 0 has made no progress" in err
+    assert "is suspended (SIGSTOP)" in err
+    assert processes_of(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("target", ["launcher", "rank 0", "rank 1"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_asked_to_stop_all_ranks_save_the_same_step(begin, run, tmp_path, target, number):
+    if number != signal.SIGTERM and target == "rank 0":
+        pytest.skip("as rank 1")
+    workdir = tmp_path / "run"
+    process = begin(workdir, *TWO)
+    pid = process.pid if target == "launcher" else worker_of(workdir, int(target[-1]))
+    os.kill(pid, number)
+    asked = time.monotonic()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 42, out + err
+    assert time.monotonic() - asked < 3.0
+    stopped = [line for line in err.splitlines() if line.startswith("asked to stop: saved at")]
+    assert len(stopped) == 1
+    step = int(stopped[0].rsplit(maxsplit=1)[1])
+    assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name == str(step)]
+    assert not (workdir / "failure.json").exists()
+    assert processes_of(workdir) == []
+
+
+@pytest.mark.parametrize("phase", ["before", "evaluation"])
+def test_asked_to_stop_when_no_step_is_taken(begin, tmp_path, phase):
+    workdir = tmp_path / "run"
+    if phase == "before":
+        process = begin(workdir, *TWO, until=None)
+        worker_of(workdir, 1)
+    else:
+        slow = ["--config.eval.every_steps=10", "--config.eval.batch_size=4"]
+        process = begin(workdir, *TWO, *slow, until="step 10/")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 42, out + err
+    assert "asked to stop" in err
+    assert not (workdir / "failure.json").exists()
+
+
+def test_ctrl_c_twice_does_not_wait(begin, tmp_path):
+    process = begin(tmp_path / "run", *TWO)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    pressed = time.monotonic()
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert time.monotonic() - pressed < 1.0
+    assert "Ctrl-C again to stop at once" in out
+    assert processes_of(tmp_path / "run") == []
+
+
+def test_a_rank_that_does_not_stop_is_killed_after_the_grace(begin, tmp_path):
+    stalled = ["--config.data.kind=stall", "--config.data.at_step=15"]
+    process = begin(tmp_path / "run", *TWO, *stalled, "--grace_secs=2")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 42
+    assert "has not stopped within 2 s" in err
+    assert processes_of(tmp_path / "run") == []
+
+
+def test_workers_do_not_outlive_their_launcher(begin, tmp_path):
+    process = begin(tmp_path / "run", *TWO)
+    workers = [worker_of(tmp_path / "run", rank) for rank in (0, 1)]
+    process.kill()
+    process.communicate(timeout=20)
+    deadline = time.monotonic() + 5
+    while any(pid in processes_of(tmp_path / "run") for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_restart_goes_on_as_one_run(run, alone, tmp_path):
+    workdir = tmp_path / "run"
+    fault = ["--config.data.kind=kill", "--config.data.at_step=25", "--config.data.delay=0.05"]
+    once = f"--config.data.once={tmp_path}/once"
+    code, out, err = run(workdir, *TWO, *fault, once, "--max_restarts=2")
+    assert code == 0, out + err
+    assert "rank 1 was killed by SIGKILL" in err
+    assert "restart 1 of 2 in 1 s" in out
+    assert "restored step 20" in out
+    expected = reference(alone, run, "--fake_devices=4", "--config.num_steps=40")
+    assert_same_state(workdir, expected, atol=1e-6)
+    steps = [row["step"] for row in rows_of(workdir) if "train/loss" in row]
+    assert steps == [10, 20, 30, 40]
+    assert log_of(workdir, 1, attempt=2).exists()
+    assert not (workdir / "failure.json").exists()
+
+
+def test_what_fails_twice_at_the_same_step_is_not_tried_again(run, tmp_path):
+    code, out, err = run(tmp_path / "run", *TWO, "--config.data.kind=raise", "--max_restarts=5")
+    assert code == 1
+    assert err.count("Traceback") == 2
+    assert "failed twice at step 3" in out
+
+
+def test_retries_end_with_the_code_of_the_last_event(run, tmp_path):
+    code, out, err = run(tmp_path / "run", *TWO, "--config.data.kind=kill", "--max_restarts=1")
+    assert code == 42, out + err
+    assert "no restart left" in out
+
+
+def test_one_supervised_process_is_restarted_too(run, tmp_path):
+    fault = ["--config.data.kind=kill", "--config.data.rank=0", "--config.data.at_step=18"]
+    once = [f"--config.data.once={tmp_path}/once", "--config.data.delay=0.05"]
+    code, out, err = run(tmp_path / "run", "--fake_devices=2", *fault, *once, "--max_restarts=1")
+    assert code == 0, out + err
+    assert "restored step 10" in out
+
+
+def test_a_refused_command_leaves_nothing(run, tmp_path):
+    code, out, err = run(tmp_path / "run", *TWO, "--config.model.target=trainer.models.mlp:MPL")
+    assert code == 2, out + err
+    assert err.count("did you mean 'MLP'?") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_ranks_on_the_console(run, tmp_path):
+    code, out, _ = run(tmp_path / "run", *TWO, "--log_ranks=all", "--config.num_steps=10")
+    assert code == 0
+    for line in out.splitlines():
+        assert line.startswith(("[0] ", "[1] ")), line
+    for rank in (0, 1):
+        assert sum(line.startswith(f"[{rank}] step 10/10") for line in out.splitlines()) == 2
+
+
+def test_a_second_job_is_refused_while_the_first_runs(begin, run, tmp_path):
+    process = begin(tmp_path / "run", *TWO)
+    shutil.copy(tmp_path / "run/config.json", tmp_path)
+    code, _, err = run(
+        tmp_path / "run", *TWO, "--config.num_steps=2000", "--config.data.delay=0.02"
+    )
+    assert code == 2, err
+    assert "already training" in err
+    process.kill()
