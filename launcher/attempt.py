@@ -10,7 +10,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import importlib.metadata
 import os
 import platform
 import signal
@@ -126,6 +125,8 @@ class Attempt:
 
     def _meet(self) -> None:
         """Finds the other launchers; the workers start when all are there."""
+        import importlib.metadata
+
         placement = self._plan.placement
         assert placement is not None
         packages = ("jax", "jaxlib", "flax", "optax")

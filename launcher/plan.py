@@ -274,14 +274,14 @@ def describe(plan: Plan) -> str:
     rows.append(("processes", f"{count}, {len(plan.workers)} of them started here"))
     per_process = _devices_per_process(plan)
     if per_process is None:
-        devices = "all that jax finds"
+        devices = "all devices that jax finds"
         share = f"{batch // count} a process" if count > 1 else "divided by the devices"
     else:
-        devices = str(per_process * count)
+        devices = f"{per_process * count} devices"
         devices += f" ({per_process} a process)" if count > 1 else ""
         share = f"{batch // count} a process, {batch // (count * per_process)} a device"
     rows += [
-        ("mesh", f'one axis "batch", {devices} devices, lift {settings.lift}'),
+        ("mesh", f'{devices} on one axis, "batch"; lift {settings.lift}'),
         ("global batch", f"{batch}: {share}"),
         ("workdir", plan.workdir + (" (goes on from its newest checkpoint)" * plan.sees_run)),
         ("supervised", "yes" if plan.supervised else "no: runs in place"),

@@ -7,5 +7,5 @@ bin=${PODLIFT_VENV:-.venv}/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/python" -m mypy
-"$bin/shellcheck" scripts/*.sh .ci/run
+"$bin/shellcheck" scripts/*.sh scripts/slurm.sbatch scripts/k8s/*.sh .ci/run
 "$bin/sphinx-build" -W -q docs docs/_build

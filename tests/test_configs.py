@@ -28,7 +28,7 @@ def test_the_resolved_config_is_as_written_down(variant):
     """To change a golden file on purpose: --print_config into tests/golden/<config>.txt."""
     name, _, argument = variant.partition(":")
     spec = f"--config={ROOT}/configs/{name}.py" + (f":{argument}" if argument else "")
-    options, _ = flags.parse(["launcher", spec])
+    options = flags.parse(["launcher", spec])
     expected = (GOLDEN / f"{variant.replace(':', '-')}.txt").read_text()
     assert flags.format_config(options.config) == expected
 
@@ -36,7 +36,8 @@ def test_the_resolved_config_is_as_written_down(variant):
 def test_configs_are_data_and_import_no_jax():
     for path in (ROOT / "configs").glob("*.py"):
         imports = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.M)
-        assert set(imports) <= {"ml_collections", "json", "builtins", "typing"}, path
+        reader = {"trainer"} if path.name == "from_json.py" else set()  # of the workdir's format
+        assert set(imports) <= {"ml_collections", "typing"} | reader, path
 
 
 def test_a_docstring_gives_command_time_and_result():

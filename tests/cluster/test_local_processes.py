@@ -122,7 +122,12 @@ def reference(alone, run, *arguments):
     return alone[key]
 
 
-@pytest.mark.parametrize("lift", ["pmap", "shard_map", "vmap"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "lift", ["pmap", pytest.param("shard_map", marks=slow), pytest.param("vmap", marks=slow)]
+)
 @pytest.mark.parametrize(
     ("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
 )
@@ -174,7 +179,7 @@ def test_a_killed_rank_ends_the_job_at_once(begin, tmp_path):
     assert processes_of(workdir) == []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=slow), 1])
 def test_the_rank_that_raised_is_the_story(run, tmp_path, rank):
     workdir = tmp_path / "run"
     code, _, err = run(workdir, *TWO, "--config.data.kind=raise", f"--config.data.rank={rank}")
@@ -187,6 +192,7 @@ def test_the_rank_that_raised_is_the_story(run, tmp_path, rank):
     assert json.loads((workdir / "failure.json").read_text())["rank"] == rank
 
 
+@pytest.mark.slow
 def test_what_a_rank_has_started_goes_with_it(begin, tmp_path):
     """Also what left its session."""
     notes = tmp_path / "children"
@@ -198,12 +204,14 @@ def test_what_a_rank_has_started_goes_with_it(begin, tmp_path):
         assert not os.path.exists(f"/proc/{pid}")
 
 
+@pytest.mark.slow
 def test_a_rank_that_exits_without_a_word(run, tmp_path):
     code, _, err = run(tmp_path / "run", *TWO, "--config.data.kind=exit")
     assert code == 1
     assert err.startswith("error: rank 1 exited with code 3 without a word, around step 3")
 
 
+@pytest.mark.slow
 def test_a_crash_of_native_code(run, tmp_path):
     code, _, err = run(tmp_path / "run", *TWO, "--config.data.kind=abort")
     assert code == 1
@@ -222,6 +230,7 @@ def test_a_stalled_rank_is_found_with_all_stacks(run, tmp_path):
     assert processes_of(workdir) == []
 
 
+@pytest.mark.slow
 def test_a_suspended_rank_is_found(begin, tmp_path):
     process = begin(tmp_path / "run", *TWO, "--hang_timeout_secs=2")
     os.kill(worker_of(tmp_path / "run", 0), signal.SIGSTOP)
@@ -232,11 +241,20 @@ def test_a_suspended_rank_is_found(begin, tmp_path):
     assert processes_of(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("target", ["launcher", "rank 0", "rank 1"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [
+        ("launcher", signal.SIGTERM),
+        pytest.param("launcher", signal.SIGINT, marks=slow),
+        pytest.param("launcher", signal.SIGUSR1, marks=slow),
+        pytest.param("launcher", signal.SIGHUP, marks=slow),
+        pytest.param("rank 0", signal.SIGTERM, marks=slow),
+        ("rank 1", signal.SIGTERM),
+        pytest.param("rank 1", signal.SIGINT, marks=slow),
+        pytest.param("rank 1", signal.SIGUSR1, marks=slow),
+    ],
+)
 def test_asked_to_stop_all_ranks_save_the_same_step(begin, run, tmp_path, target, number):
-    if number != signal.SIGTERM and target == "rank 0":
-        pytest.skip("as rank 1")
     workdir = tmp_path / "run"
     process = begin(workdir, *TWO)
     pid = process.pid if target == "launcher" else worker_of(workdir, int(target[-1]))
@@ -253,6 +271,7 @@ def test_asked_to_stop_all_ranks_save_the_same_step(begin, run, tmp_path, target
     assert processes_of(workdir) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["before", "evaluation"])
 def test_asked_to_stop_when_no_step_is_taken(begin, tmp_path, phase):
     workdir = tmp_path / "run"
@@ -269,6 +288,7 @@ def test_asked_to_stop_when_no_step_is_taken(begin, tmp_path, phase):
     assert not (workdir / "failure.json").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_does_not_wait(begin, tmp_path):
     process = begin(tmp_path / "run", *TWO)
     process.send_signal(signal.SIGINT)
@@ -282,6 +302,7 @@ def test_ctrl_c_twice_does_not_wait(begin, tmp_path):
     assert processes_of(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_stop_is_killed_after_the_grace(begin, tmp_path):
     stalled = ["--config.data.kind=stall", "--config.data.at_step=15"]
     process = begin(tmp_path / "run", *TWO, *stalled, "--grace_secs=2")
@@ -321,6 +342,7 @@ def test_a_restart_goes_on_as_one_run(run, alone, tmp_path):
     assert not (workdir / "failure.json").exists()
 
 
+@pytest.mark.slow
 def test_what_fails_twice_at_the_same_step_is_not_tried_again(run, tmp_path):
     code, out, err = run(tmp_path / "run", *TWO, "--config.data.kind=raise", "--max_restarts=5")
     assert code == 1
@@ -328,12 +350,14 @@ def test_what_fails_twice_at_the_same_step_is_not_tried_again(run, tmp_path):
     assert "failed twice at step 3" in out
 
 
+@pytest.mark.slow
 def test_retries_end_with_the_code_of_the_last_event(run, tmp_path):
     code, out, err = run(tmp_path / "run", *TWO, "--config.data.kind=kill", "--max_restarts=1")
     assert code == 42, out + err
     assert "no restart left" in out
 
 
+@pytest.mark.slow
 def test_one_supervised_process_is_restarted_too(run, tmp_path):
     fault = ["--config.data.kind=kill", "--config.data.rank=0", "--config.data.at_step=18"]
     once = [f"--config.data.once={tmp_path}/once", "--config.data.delay=0.05"]
@@ -349,6 +373,7 @@ def test_a_refused_command_leaves_nothing(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_all_ranks_on_the_console(run, tmp_path):
     code, out, _ = run(tmp_path / "run", *TWO, "--log_ranks=all", "--config.num_steps=10")
     assert code == 0
@@ -358,6 +383,7 @@ def test_all_ranks_on_the_console(run, tmp_path):
         assert sum(line.startswith(f"[{rank}] step 10/10") for line in out.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_second_job_is_refused_while_the_first_runs(begin, run, tmp_path):
     process = begin(tmp_path / "run", *TWO)
     shutil.copy(tmp_path / "run/config.json", tmp_path)

@@ -81,6 +81,7 @@ def test_a_lost_launcher_ends_the_job_in_a_second(begin, tmp_path, number, rank,
     assert processes_of(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_silent_launcher_is_given_up(begin, tmp_path):
     quick = ["--heartbeat_timeout_secs=3"]
     launchers = [begin(0, *SLOW, *quick), begin(1, *SLOW, *quick)]
@@ -150,6 +151,7 @@ def test_a_rank_that_comes_twice(begin):
         assert "rank 1 is there twice" in err
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_not_shared(begin, tmp_path, launch):
     """One host finds the run of before, the other does not."""
     for code, out, err in ends(begin(0), begin(1)):
@@ -172,6 +174,7 @@ def test_a_workdir_that_is_not_shared(begin, tmp_path, launch):
         assert "--workdir must be a folder that all hosts share" in err
 
 
+@pytest.mark.slow
 def test_what_is_no_launcher_is_sent_away(begin, port):
     """Anyone may connect to the port; nothing they send is more than data."""
     launcher = begin(0)

@@ -1,0 +1,173 @@
+#!/usr/bin/env bash
+# Trains with Open MPI's mpirun; see --help.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+usage() {
+  cat <<'EOF'
+Trains with Open MPI's mpirun, a process for each rank.
+
+  scripts/mpi.sh -n N [-H HOSTS | --hostfile FILE] [--] --config=FILE [flags of python -m launcher]
+
+  -n N              ranks in all
+  -H HOST,...       the machines, HOST or HOST:SLOTS
+  --hostfile FILE   the same, one a line
+  --dry-run         print the command and do nothing
+  --help            this text
+
+On several machines the checkout, its .venv and --workdir have to be in folders that all share.
+Ctrl-C or SIGTERM: all ranks save, and the exit code is 42; the same command goes on. A second
+Ctrl-C does not wait. Nothing restarts it.
+
+  PODLIFT_COORDINATOR_ADDRESS   HOST:PORT where the ranks meet, if several machines are given
+                                (default: this one if it is among them, else the first; a
+                                port by chance)
+  PODLIFT_PYTHON                a Python that has podlift (default: that of .venv)
+  OMPI_MCA_*                    any setting of Open MPI, such as
+                                OMPI_MCA_rmaps_base_oversubscribe=1 (more ranks than cores) or
+                                OMPI_MCA_oob_tcp_if_include=eth0
+
+Variables that begin with JAX_, XLA_, NCCL_ or PODLIFT_ reach all machines. Open MPI refuses to run
+as root; in a container of your own set both of
+OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1.
+EOF
+}
+
+fail() {
+  echo "error: $1" >&2
+  echo "  HINT: $2" >&2
+  exit 2
+}
+
+dry_run=
+count=
+where=()
+names=()
+while (($#)); do
+  case $1 in
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    --dry-run)
+      dry_run=1
+      shift
+      ;;
+    -n | -np | -H | --host | --hostfile)
+      (($# > 1)) || fail "$1 needs a value" "$0 -n 2 -H host1,host2 --config=configs/mlp.py"
+      [[ $1 == -n* || ${#where[@]} == 0 ]] || fail "the hosts are given twice" "-H or --hostfile"
+      case $1 in
+        -n*) count=$2 ;;
+        -H | --host)
+          where=(-H "$2")
+          IFS=, read -r -a names <<<"$2"
+          ;;
+        *)
+          [[ -r $2 ]] || fail "there is no file $2" "--hostfile FILE, a host a line"
+          where=(--hostfile "$2")
+          while read -r name _ || [[ -n $name ]]; do
+            [[ -z $name || $name == \#* ]] || names+=("$name")
+          done <"$2"
+          ;;
+      esac
+      shift 2
+      ;;
+    --)
+      shift
+      break
+      ;;
+    *) break ;;
+  esac
+done
+for argument in "$@"; do
+  case $argument in
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    --dry-run | -n | -H | --hostfile) fail "$argument comes too late" "before --config" ;;
+  esac
+done
+[[ -n $count ]] || fail "the number of ranks is missing" "$0 -n 2 --config=configs/mlp.py"
+[[ $count =~ ^[1-9][0-9]*$ ]] || fail "-n $count is not a number of ranks" "-n 2"
+(($#)) || fail "--config is missing" "$0 -n $count --config=configs/mlp.py"
+
+# Rank 0 runs on this machine if it is in the list, wherever it stands there, else on the first.
+several=
+first=${names[0]:-}
+first=${first%%:*}
+here=$(hostname)
+mine=" localhost $here ${here%%.*} $(hostname -I 2>/dev/null || true) "
+for name in "${names[@]+"${names[@]}"}"; do
+  name=${name%%:*}
+  [[ $name == "${names[0]%%:*}" ]] || several=1
+  [[ $mine != *" $name "* ]] || first=$name
+done
+[[ $first != localhost ]] || first=$here
+if [[ -n $several && -z ${PODLIFT_COORDINATOR_ADDRESS:-} ]]; then
+  # By chance, so that two jobs on the same machines do not meet; below the ports of outgoing ones.
+  export PODLIFT_COORDINATOR_ADDRESS="$first:$((20000 + RANDOM % 10000))"
+fi
+exported=()
+for name in "${!JAX_@}" "${!XLA_@}" "${!NCCL_@}" "${!PODLIFT_@}"; do
+  exported+=(-x "$name")
+done
+# How long mpirun waits after one rank has failed until it asks the others to stop, and again until
+# it kills them. With its default of 1 s a rank that still saves is cut off.
+export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-5}
+export PRTE_MCA_odls_base_sigkill_timeout=${PRTE_MCA_odls_base_sigkill_timeout:-5}
+
+venv=${PODLIFT_VENV:-.venv}
+[[ $venv == /* ]] || venv=$root/$venv
+python=${PODLIFT_PYTHON:-$venv/bin/python}
+command=(mpirun -n "$count" "${where[@]+"${where[@]}"}" "${exported[@]+"${exported[@]}"}"
+  "$python" -m launcher "$@")
+if [[ -n $dry_run ]]; then
+  printf -v line ' %q' "${command[@]}"
+  [[ -z $several ]] || line=" PODLIFT_COORDINATOR_ADDRESS=$PODLIFT_COORDINATOR_ADDRESS$line"
+  echo "${line:1}"
+  exit 0
+fi
+command -v mpirun >/dev/null || fail "there is no mpirun" "install Open MPI, or load its module"
+if ((EUID == 0)) && [[ ${OMPI_ALLOW_RUN_AS_ROOT:-}${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM:-} != 11 ]]; then
+  # Whether this is a container that holds nothing else, only you know.
+  fail "Open MPI does not run as root" \
+    "run as a user, or set OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+fi
+[[ -n ${PODLIFT_PYTHON:-} ]] || "$root/scripts/setup.sh"
+
+# mpirun kills the ranks a second after it was asked to stop. It passes SIGUSR1 on, which asks them
+# to save. In a process group of its own it does not see Ctrl-C.
+set -m
+"${command[@]}" </dev/null &
+mpirun=$!
+set +m
+signalled=
+interrupts=0
+# shellcheck disable=SC2329 # by trap
+request() {
+  signalled=1
+  kill -USR1 "$mpirun" 2>/dev/null || true
+}
+# shellcheck disable=SC2329 # by trap
+interrupt() {
+  interrupts=$((interrupts + 1))
+  if ((interrupts > 1)); then
+    echo "stopping at once" >&2
+    kill -TERM "$mpirun" 2>/dev/null || true
+    signalled=1
+  else
+    request
+  fi
+}
+trap request TERM HUP USR1
+trap interrupt INT
+while true; do
+  signalled=
+  code=0
+  wait "$mpirun" || code=$?
+  [[ -n $signalled ]] || break
+done
+((interrupts < 2)) || exit 130
+((code <= 128)) || code=42 # a rank was killed from outside
+exit "$code"

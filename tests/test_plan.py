@@ -1,0 +1,208 @@
+"""What is decided before anything is started: processes, devices, environments, limits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from launcher import flags, plan
+from launcher.assignment import Outcome
+from launcher.attempt import Ending
+from launcher.bug_report import relevant
+from launcher.failure import CONSEQUENCE, Failure, first, of_exit, of_outcome
+from launcher.supervisor import backoff_secs, why_not_again
+from trainer.errors import UserError
+from trainer.settings import flatten
+from trainer.workdir import config_from_json
+
+MLP = f"--config={ROOT}/configs/mlp.py"
+
+
+def planned(tmp_path, *arguments, **environ):
+    options = flags.parse(["launcher", MLP, f"--workdir={tmp_path}/run", *arguments])
+    return plan.make_plan(options, {"HOME": str(tmp_path), **environ})
+
+
+def test_one_process_runs_in_place_and_more_are_supervised(tmp_path):
+    assert not planned(tmp_path).supervised
+    assert planned(tmp_path, "--max_restarts=1").supervised
+    assert planned(tmp_path, "--hang_timeout_secs=60").supervised
+    two = planned(tmp_path, "--processes=2", "--fake_devices=2")
+    assert two.supervised
+    assert [worker.rank for worker in two.workers] == [0, 1]
+    for worker in two.workers:
+        assert "device_count=2" in worker.environ["XLA_FLAGS"]
+        assert worker.environ["JAX_PLATFORMS"] == "cpu"
+
+
+def test_processes_share_the_gpus(tmp_path):
+    shares = planned(tmp_path, "--processes=2", CUDA_VISIBLE_DEVICES="4,5,6,7")
+    visible = [worker.environ["CUDA_VISIBLE_DEVICES"] for worker in shares.workers]
+    assert visible == ["4,5", "6,7"]
+    with pytest.raises(UserError, match="--processes=4 cannot share 3 GPUs equally"):
+        planned(tmp_path, "--processes=4", CUDA_VISIBLE_DEVICES="0,1,2")
+    on_cpu = planned(tmp_path, "--processes=2", JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="0,1,2")
+    assert "CUDA_VISIBLE_DEVICES" not in on_cpu.workers[0].environ
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+}
+
+REFUSED = [
+    (["--max_restarts=3"], SLURM, "slurm restarts it"),
+    (["--processes=2"], SLURM, "slurm has started 2 processes already"),
+    (["--process_id=1", "--processes=2"], {}, "exclude each other"),
+    (["--process_id=1"], {}, "--coordinator_address and --num_processes is missing"),
+    (["--cluster=slurm"], {}, "--cluster=slurm, but SLURM_JOB_ID"),
+    (["--cluster=slrm"], {}, "there is no such cluster"),
+    (["--processes=3", "--fake_devices=4"], {}, "120 or 132"),
+    (["--processes=2", "--log_ranks=0,2"], {}, "there is no rank 2 of 2"),
+    (["--log_ranks=first"], {}, "neither all nor numbers"),
+    (["--config.devices_per_process=0"], {}, "at least 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "environ", "text"), REFUSED)
+def test_what_cannot_be_is_refused(tmp_path, arguments, environ, text):
+    with pytest.raises(UserError) as error:
+        planned(tmp_path, *arguments, **environ)
+    assert text in str(error.value)
+
+
+def test_a_place_in_a_cluster(tmp_path):
+    made = planned(tmp_path, "--fake_devices=2", **SLURM)
+    assert made.num_processes == 2
+    assert [worker.rank for worker in made.workers] == [1]
+    assert "rank 0 at n1:" in plan.describe(made)
+    alone = planned(tmp_path, "--cluster=none", **SLURM)
+    assert alone.num_processes == 1
+    options = flags.parse(["launcher", MLP])
+    with pytest.raises(UserError, match="--workdir is missing: slurm has 2 processes"):
+        plan.make_plan(options, SLURM)
+
+
+def test_the_config_reaches_the_workers_whole(tmp_path):
+    made = planned(tmp_path, "--processes=2")
+    again = config_from_json(made.config)
+    assert flatten(again.to_dict()) == flatten(made.settings.config.to_dict())
+    assert again.get_type("num_steps") is int
+
+
+def test_dry_run_starts_and_writes_nothing(launch, tmp_path):
+    workdir = tmp_path / "run"
+    code, out, err = launch(
+        MLP, f"--workdir={workdir}", "--dry_run", "--processes=2", "--fake_devices=4"
+    )
+    assert code == 0, err
+    for text in (
+        "2, 2 of them started here",
+        "8 devices (4 a process)",
+        "64 a process, 16 a device",
+    ):
+        assert text in out, out
+    assert out.count("device_count=4") == 2
+    assert not workdir.exists()
+
+
+def test_the_launcher_imports_no_jax():
+    code = (
+        "import sys, launcher.supervisor, launcher.plan, launcher.bug_report; "
+        "sys.exit('jax' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_env_for_a_bug_report(launch):
+    code, out, _ = launch("env", environ={"SLURM_JOB_ID": "1", "PODLIFT_API_TOKEN": "hush"})
+    assert code == 0
+    for text in (
+        "python ",
+        "jax ",
+        "devices      1 cpu cpu",
+        "cluster      none",
+        "SLURM_JOB_ID=1",
+    ):
+        assert text in out, out
+    assert "hush" not in out
+    assert relevant({"NCCL_DEBUG": "INFO", "HOME": "x", "JAX_SECRET": "y"}) == {
+        "NCCL_DEBUG": "INFO"
+    }
+
+
+# The first failure is the story
+
+
+def test_the_cause_comes_before_its_consequences():
+    gloo = Outcome(1, "JaxRuntimeError on rank 0: Gloo", lost_peer=True)
+    seen = [
+        of_outcome(gloo, 0, "log"),
+        of_exit(-6, 2, 7, "log", "jax: distributed service detected fatal errors", False),
+        of_exit(-9, 1, 7, "log", "", False),
+    ]
+    assert first(seen).rank == 1
+    assert first(seen).exit_code == 42
+    assert seen[1].weight == CONSEQUENCE
+    assert first(seen[:2]).rank == 0
+
+
+@pytest.mark.parametrize(
+    ("returncode", "code", "text"),
+    [
+        (-9, 42, "killed by SIGKILL around step 7: the kernel ran out of memory"),
+        (-15, 42, "killed by SIGTERM"),
+        (-11, 1, "killed by SIGSEGV"),
+        (-6, 1, "killed by SIGABRT"),
+        (3, 1, "exited with code 3 without a word"),
+        (0, 1, "exited with code 0 without a word"),
+    ],
+)
+def test_what_an_end_without_a_word_means(returncode, code, text):
+    failure = of_exit(returncode, 1, 7, "log", "", out_of_memory=True)
+    assert failure.exit_code == code
+    assert text in failure.message
+
+
+def failed(code, step=5, **values):
+    return Ending(code, failure=Failure(0, code, "", step=step), **values)
+
+
+RESTARTS = [
+    ("done", Ending(0), None, None),
+    ("usage", failed(2), None, None),
+    ("raised", failed(1), None, "again"),
+    ("raised twice at a step", failed(1), failed(1), None),
+    ("raised at another step", failed(1), failed(1, step=4), "again"),
+    ("killed", failed(42), None, "again"),
+    ("killed twice at a step", failed(42), failed(42), "again"),
+    ("asked to stop, and saved", Ending(42, asked_to_stop=True), None, None),
+    ("one rank was asked to stop", Ending(42), None, None),
+    ("asked to stop, and failed", failed(1, asked_to_stop=True), None, None),
+    ("Ctrl-C twice", Ending(130, asked_to_stop=True), None, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("what", "ending", "before", "then"), RESTARTS, ids=[r[0] for r in RESTARTS]
+)
+def test_what_is_tried_again(what, ending, before, then):
+    previous = before.failure if before else None
+    assert (why_not_again(ending, previous, 0, 3) is None) == (then == "again")
+    if then == "again":
+        assert "no restart left" in why_not_again(ending, previous, 3, 3)
+        assert why_not_again(ending, previous, 0, 0) == ""
+
+
+def test_restarts_wait_longer_each_time():
+    assert [backoff_secs(n) for n in (0, 1, 2, 9)] == [1, 2, 4, 60]
