@@ -19,6 +19,11 @@ from jax.sharding import Mesh
 ROOT = Path(__file__).parent.parent
 
 
+def skip_here(reason: str) -> pytest.MarkDecorator:
+    """Skips where `reason` says why; CI installs what is needed, so there it is a failure."""
+    return pytest.mark.skipif(bool(reason) and "CI" not in os.environ, reason=reason or "-")
+
+
 def mesh_of(count: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:count]), ("batch",))
 

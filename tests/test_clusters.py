@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import skip_here
 
 from launcher.clusters import CLUSTERS, by_hand, detect
 from launcher.clusters.gce_metadata import fetch_attribute, has_tpu, read_gce_metadata
@@ -457,7 +458,7 @@ def test_a_malformed_list_of_hosts_is_refused(hostlist):
         expand(hostlist)
 
 
-@pytest.mark.skipif(shutil.which("scontrol") is None, reason="SLURM's scontrol is not installed")
+@skip_here("" if shutil.which("scontrol") else "SLURM's scontrol is not installed")
 def test_scontrol_expands_the_same(tmp_path):
     config = tmp_path / "slurm.conf"
     config.write_text("ClusterName=test\nSlurmctldHost=localhost\n")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import kubernetes_validate as validate
 import pytest
 import yaml
 from conftest import ROOT
@@ -553,7 +554,6 @@ KINDS = {
 
 @pytest.mark.parametrize("arguments", KINDS.values(), ids=KINDS)
 def test_the_job_is_one_that_kubernetes_takes(run, arguments):
-    validate = pytest.importorskip("kubernetes_validate")
     job = rendered(run, *arguments)["spec"]["replicatedJobs"][0]["template"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **job}
     validate.validate(job, validate.latest_version(), strict=True)

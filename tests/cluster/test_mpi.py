@@ -11,15 +11,13 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, skip_here
 from test_local_processes import log_of, processes_of, wait_for_line
 from test_slurm import DIGITS, losses_of
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        shutil.which("mpirun") is None, reason="mpirun not installed (Debian: openmpi-bin)"
-    ),
+    skip_here("" if shutil.which("mpirun") else "mpirun not installed (Debian: openmpi-bin)"),
 ]
 
 STEPS = ["--config.num_steps=120", "--config.log_every_steps=10"]

@@ -8,13 +8,13 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, skip_here
 from slurm import Slurm, why_not
 from test_local_processes import log_of, wait_for_line
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(why_not()), reason=why_not() or "-"),
+    skip_here(why_not()),
     pytest.mark.xdist_group("slurm"),
 ]
 

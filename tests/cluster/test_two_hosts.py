@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, skip_here
 from test_local_processes import CONFIG, HERE, log_of, processes_of, wait_for_line
 
 
@@ -25,7 +25,7 @@ def _why_not() -> str:
     return ""
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "-")]
+pytestmark = [pytest.mark.slow, skip_here(_why_not())]
 
 
 @pytest.fixture

@@ -1,0 +1,208 @@
+"""What happens when one rank of two fails: podlift and raw JAX, from the event to the last process.
+
+    python benchmarks/faults.py [--limit=330] [--out=FILE.json]
+
+Raw JAX is a loop with one collective a step, started by hand in each process, with
+`jax.distributed.initialize` at its defaults. Its cases mostly wait, so they run side by side, each
+until all of its processes have ended or the limit is over; podlift's run one after another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FAULTS = ROOT / "tests" / "cluster"  # data that fails, and its config
+
+RAW = """
+import os, signal, sys, time
+import jax, jax.numpy as jnp
+port, rank, kind, mark = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+step = jax.pmap(lambda x: jax.lax.psum(x, "batch"), axis_name="batch")
+for number in range(1_000_000):
+    if rank == 1 and number == 50:
+        open(mark, "w").close()
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "raise":
+            raise ValueError("a fault of the user's code")
+        if kind == "stall":
+            time.sleep(10_000)
+        if kind == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+    jax.block_until_ready(step(jnp.ones((2, 8))))
+    time.sleep(0.01)
+"""
+
+KINDS = {
+    "kill": "rank 1 is killed (-9)",
+    "raise": "rank 1 raises",
+    "stall": "rank 1 stalls",
+    "term": "SIGTERM to rank 1",
+    "missing": "rank 1 is not started",
+}
+
+
+def environ() -> dict[str, str]:
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PJRT_NPROC": "4",
+        "PYTHONPATH": f"{ROOT}:{FAULTS}",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(path: Path, limit: float) -> float:
+    """When a file was made, as seconds since the epoch."""
+    deadline = time.time() + limit
+    while not path.exists():
+        if time.time() > deadline:
+            raise SystemExit(f"no event within {limit} s")
+        time.sleep(0.005)
+    return path.stat().st_mtime
+
+
+class Raw:
+    """One case of raw JAX, under way."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind, self.mark = kind, folder / f"raw-{kind}"
+        self.errors = folder / f"raw-{kind}.err"
+        port = free_port()
+        with self.errors.open("w") as errors:
+            self.processes = [
+                subprocess.Popen(
+                    [sys.executable, "-c", RAW, str(port), str(rank), kind, str(self.mark)],
+                    env=environ(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                )
+                for rank in (range(1) if kind == "missing" else range(2))
+            ]
+        if kind == "missing":
+            self.mark.touch()
+
+    def row(self, limit: float) -> dict[str, object]:
+        """Waits for its end."""
+        event = wait_for(self.mark, 60)
+        while any(process.poll() is None for process in self.processes):
+            if time.time() - event > limit:
+                break
+            time.sleep(0.02)
+        seconds = time.time() - event
+        codes = [process.poll() for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        shown = ["runs on" if code is None else code for code in codes]
+        over = None in codes
+        return {
+            "who": "raw JAX",
+            "kind": self.kind,
+            "seconds": seconds,
+            "over": over,
+            "codes": shown,
+        }
+
+
+def podlift(kind: str, folder: Path) -> dict[str, object]:
+    workdir, mark = folder / f"podlift-{kind}", folder / f"mark-{kind}"
+    command = [
+        *(sys.executable, "-m", "launcher", f"--config={FAULTS}/digits_config.py"),
+        *(f"--workdir={workdir}", "--config.num_steps=2000", "--config.data.delay=0.01"),
+        *("--config.data.at_step=50", f"--config.data.once={mark}"),
+    ]
+    if kind == "missing":
+        command += [f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
+        command += ["--process_id=0", "--rendezvous_timeout_secs=10"]
+    else:
+        command += ["--processes=2", f"--config.data.kind={'' if kind == 'term' else kind}"]
+        command += ["--hang_timeout_secs=10"]
+    process = subprocess.Popen(
+        command,
+        env=environ(),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    if kind == "missing":
+        event = time.time()
+    elif kind == "term":
+        log = workdir / "logs/attempt-1/rank-1.log"
+        while not (log.exists() and "step 40/" in log.read_text()):
+            time.sleep(0.01)
+        found = subprocess.run(
+            ["pgrep", "-f", f"rank 1 of 2, {workdir}"], capture_output=True, text=True, check=True
+        )
+        event = time.time()
+        os.kill(int(found.stdout.split()[0]), signal.SIGTERM)
+    else:
+        event = wait_for(mark, 60)
+    error = process.communicate()[1]
+    seconds = time.time() - event
+    story = [line for line in error.splitlines() if line.startswith(("error:", "asked"))]
+    return {
+        "who": "podlift",
+        "kind": kind,
+        "seconds": seconds,
+        "over": False,
+        "codes": [process.returncode],
+        "says": story[0].replace("error: ", "") if story else "",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--limit", type=float, default=330)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows += [podlift(kind, folder) for kind in KINDS]
+        under_way = []
+        for kind in KINDS:
+            under_way.append(Raw(kind, folder))
+            wait_for(under_way[-1].mark, 60)
+        rows += [raw.row(options.limit) for raw in under_way]
+    print(f"{'event':24} {'podlift':>9} {'exit':>5}   {'raw JAX':>9}  exit codes")
+    for kind, text in KINDS.items():
+        ours, raw = (
+            next(r for r in rows if r["who"] == w and r["kind"] == kind)
+            for w in ("podlift", "raw JAX")
+        )
+        bound = ">" if raw["over"] else ""
+        codes = ", ".join(map(str, raw["codes"]))
+        print(
+            f"{text:24} {ours['seconds']:7.2f} s {ours['codes'][0]:5}   "
+            f"{bound + format(raw['seconds'], '.1f'):>7} s  {codes}"
+        )
+    for row in rows:
+        if row["who"] == "podlift":
+            print(f"{KINDS[row['kind']]}: {row['says']}")
+    if options.out:
+        Path(options.out).write_text(
+            json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
