@@ -26,6 +26,7 @@ class Assignment:
         local_device_ids: which of the visible accelerators it takes; None for all.
         heartbeat_timeout_secs: after which silence jax gives a peer up.
         start_timeout_secs: how long jax waits for its peers.
+        shutdown_timeout_secs: how long it waits for them to leave.
         workdir: the run's folder.
         config: the resolved config, as `trainer.workdir.config_to_json` writes it.
         attempt: counted from 1 over the life of the workdir.
@@ -39,6 +40,7 @@ class Assignment:
     local_device_ids: tuple[int, ...] | None
     heartbeat_timeout_secs: int
     start_timeout_secs: int
+    shutdown_timeout_secs: int
     workdir: str
     config: str
     attempt: int

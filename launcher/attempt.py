@@ -32,10 +32,10 @@ from launcher.failure import CONSEQUENCE, Failure, first, of_exit, of_outcome
 from launcher.meeting import Card, Guest, Host, Listener, Start
 from launcher.meeting.address import hold_port, own_address
 from launcher.plan import Plan, host_name
-from launcher.progress import Progress
 from launcher.rank_log import RankFile, next_attempt, remove_logs
 from launcher.reactor import Reactor, Timer
 from launcher.signals import STACKS_SIGNAL
+from launcher.watchdog import Watchdog
 from trainer.console import say
 from trainer.errors import UserError
 from trainer.version import __version__
@@ -93,7 +93,7 @@ class Attempt:
         self._timers: list[Timer] = []
         self._suspects: list[Failure] = []
         self._judged: set[int] = set()
-        self._last_seen: dict[int, tuple[Progress, float]] = {}
+        self._watchdog = Watchdog(plan.limits.hang_timeout_secs)
         self._is_closing = False
         self._asked_to_stop = False
         self._ending: Ending | None = None
@@ -185,6 +185,7 @@ class Attempt:
                     local_device_ids=worker.local_device_ids,
                     heartbeat_timeout_secs=self._limits.heartbeat_timeout_secs,
                     start_timeout_secs=max(30, int(self._limits.rendezvous_timeout_secs)),
+                    shutdown_timeout_secs=self._limits.shutdown_timeout_secs,
                     workdir=plan.workdir,
                     config=plan.config,
                     attempt=start.attempt,
@@ -200,13 +201,12 @@ class Attempt:
                 self._children.append(child)
                 self._files[child.rank] = RankFile(plan.local_dir, start.attempt, child.rank)
         for child in self._children:
-            self._last_seen[child.rank] = (child.page.read(), self._reactor.clock())
             child.listen(
                 self._reactor,
                 functools.partial(self._relay, child),
                 functools.partial(self._heard, child),
             )
-        self._later(self._tick, self._watch)
+        self._later(self._watchdog.period, self._watch)
 
     def _later(self, seconds: float, callback: Callable[[], None]) -> None:
         """Calls back unless the attempt is over by then."""
@@ -322,45 +322,26 @@ class Attempt:
 
         self._later(_STACKS_SECS if failure.wants_stacks else 0.0, close)
 
-    # Hangs
-
-    @property
-    def _tick(self) -> float:
-        return min(5.0, max(0.1, self._limits.hang_timeout_secs / 10))
-
     def _watch(self) -> None:
-        """Looks whether each worker has moved on."""
-        now = self._reactor.clock()
-        stuck = False
-        for child in self._children:
-            progress, since = child.page.read(), now
-            if progress == self._last_seen[child.rank][0]:
-                since = self._last_seen[child.rank][1]
-            self._last_seen[child.rank] = (progress, since)
-            allowed = self._limits.hang_timeout_secs * (1 if progress.phase == "train" else 10)
-            stuck |= child.outcome is None and now - since > allowed
-        if stuck and not self._is_closing:
-            self._failed(self._describe_hang(now))
+        """Looks whether the workers move on."""
+        said = {c.rank: c.page.read() for c in self._children if c.outcome is None}
+        stuck = self._watchdog.look(said, self._reactor.clock())
+        if stuck is None:
+            self._later(self._watchdog.period, self._watch)
             return
-        self._later(self._tick, self._watch)
-
-    def _describe_hang(self, now: float) -> Failure:
-        """The rank that is furthest behind holds up the others."""
-        behind = min(
-            (child for child in self._children if child.outcome is None),
-            key=lambda child: (self._last_seen[child.rank][0].count, child.rank),
-        )
-        progress, since = self._last_seen[behind.rank]
-        suspended = ", and is suspended (SIGSTOP)" if is_suspended(behind.pid) else ""
-        return Failure(
-            behind.rank,
-            exit_codes.RETRY,
-            f"rank {behind.rank} has made no progress for {now - since:.0f} s, at step "
-            f"{progress.step} ({progress.phase}){suspended}\n  HINT: the stacks of all ranks are "
-            "in their logs; if it is only slow, raise --hang_timeout_secs",
-            step=progress.step,
-            log=str(self._files[behind.rank].path),
-            wants_stacks=True,
+        pid = next(child.pid for child in self._children if child.rank == stuck.rank)
+        suspended = ", and is suspended (SIGSTOP)" if is_suspended(pid) else ""
+        self._failed(
+            Failure(
+                stuck.rank,
+                exit_codes.RETRY,
+                f"rank {stuck.rank} has made no progress for {stuck.seconds:.0f} s, at step "
+                f"{stuck.progress.step} ({stuck.progress.phase}){suspended}\n  HINT: the stacks of "
+                "all ranks are in their logs; if it is only slow, raise --hang_timeout_secs",
+                step=stuck.progress.step,
+                log=str(self._files[stuck.rank].path),
+                wants_stacks=True,
+            )
         )
 
     def dump_stacks(self) -> None:

@@ -54,6 +54,8 @@ What happens when something fails:
                          for all processes to come together
   --heartbeat_timeout_secs=10
                          without a sign of life from another host, until it counts as lost
+  --shutdown_timeout_secs=15
+                         for all processes to leave at the end
   --log_ranks=0          whose output is shown: 0, all, or 1,3; all of it is in WORKDIR/logs
   --local_dir=DIR        for logs and locks if the workdir is remote
 
@@ -83,6 +85,7 @@ class Options:
         grace_secs: from a request to stop to a kill.
         rendezvous_timeout_secs: for all processes to come together.
         heartbeat_timeout_secs: of silence, until a host is lost.
+        shutdown_timeout_secs: for all processes to leave together.
         log_ranks: whose output is shown.
         local_dir: for what needs a local folder; None for the system's temporary one.
         dry_run: only show the plan.
@@ -103,6 +106,7 @@ class Options:
     grace_secs: float
     rendezvous_timeout_secs: float
     heartbeat_timeout_secs: int
+    shutdown_timeout_secs: int
     log_ranks: str
     local_dir: str | None
     dry_run: bool
@@ -125,6 +129,7 @@ _FLAGS: dict[str, tuple[Any, Any, float | None]] = {
     "grace_secs": (flags.DEFINE_float, 300.0, 0.0),
     "rendezvous_timeout_secs": (flags.DEFINE_float, 300.0, 0.1),
     "heartbeat_timeout_secs": (flags.DEFINE_integer, 10, 2),
+    "shutdown_timeout_secs": (flags.DEFINE_integer, 15, 1),
     "log_ranks": (flags.DEFINE_string, "0", None),
     "local_dir": (flags.DEFINE_string, None, None),
 }

@@ -29,7 +29,7 @@ def join(assignment: Assignment) -> None:
         coordinator_bind_address=assignment.coordinator,
         # A backstop: launchers notice a lost peer themselves, sooner and without an abort.
         heartbeat_timeout_seconds=2 * assignment.heartbeat_timeout_secs,
-        shutdown_timeout_seconds=15,
+        shutdown_timeout_seconds=assignment.shutdown_timeout_secs,
     )
 
 

@@ -31,6 +31,7 @@ class Limits:
     grace_secs: float
     rendezvous_timeout_secs: float
     heartbeat_timeout_secs: int
+    shutdown_timeout_secs: int
     max_restarts: int
 
 
@@ -119,6 +120,7 @@ def make_plan(options: Options, environ: Mapping[str, str]) -> Plan:
             options.grace_secs,
             options.rendezvous_timeout_secs,
             options.heartbeat_timeout_secs,
+            options.shutdown_timeout_secs,
             options.max_restarts,
         ),
         shown_ranks=_ranks(options.log_ranks, num_processes),

@@ -13,7 +13,9 @@ from launcher.assignment import Outcome
 from launcher.attempt import Ending
 from launcher.bug_report import relevant
 from launcher.failure import CONSEQUENCE, Failure, first, of_exit, of_outcome
+from launcher.progress import Progress
 from launcher.supervisor import backoff_secs, why_not_again
+from launcher.watchdog import Watchdog
 from trainer.errors import UserError
 from trainer.settings import flatten
 from trainer.workdir import config_from_json
@@ -206,3 +208,20 @@ def test_what_is_tried_again(what, ending, before, then):
 
 def test_restarts_wait_longer_each_time():
     assert [backoff_secs(n) for n in (0, 1, 2, 9)] == [1, 2, 4, 60]
+
+
+def test_the_watchdog_is_patient_where_things_take_long():
+    watchdog = Watchdog(timeout=60)
+
+    def look(now, *said):
+        return watchdog.look({rank: Progress(*p) for rank, p in enumerate(said)}, now)
+
+    assert look(0, (1, 0, "compile"), (1, 0, "compile")) is None
+    assert look(590, (1, 0, "compile"), (1, 0, "compile")) is None
+    assert look(591, (2, 1, "train"), (2, 1, "train")) is None
+    assert look(650, (9, 8, "train"), (7, 6, "train")) is None
+    assert look(700, (9, 8, "train"), (7, 6, "train")) is None
+    stuck = look(711, (9, 8, "train"), (7, 6, "train"))
+    assert (stuck.rank, stuck.progress.step, stuck.seconds) == (1, 6, 61)
+    # A rank that has ended is not waited for.
+    assert watchdog.look({0: Progress(10, 8, "save")}, 800) is None

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_cli import wait_for
 
 import trainer
 from trainer.state import name_leaves
@@ -19,6 +20,8 @@ HERE = ROOT / "tests/cluster"
 CONFIG = f"--config={HERE}/digits_config.py"
 ENVIRON = {"PYTHONPATH": f"{ROOT}:{HERE}"}
 TWO = ["--processes=2", "--fake_devices=2"]
+# Seconds: under one on a quiet machine (benchmarks/faults.py), and jax alone takes a hundred.
+AT_ONCE = 5.0
 
 
 def rows_of(workdir):
@@ -168,7 +171,7 @@ def test_a_killed_rank_ends_the_job_at_once(begin, tmp_path):
     killed = time.monotonic()
     _, err = process.communicate(timeout=20)
     assert process.returncode == 42, err
-    assert time.monotonic() - killed < 1.0
+    assert time.monotonic() - killed < AT_ONCE
     assert err.startswith("error: rank 1 was killed by SIGKILL around step "), err
     assert "out of memory?" in err
     assert f"full log: {log_of(workdir, 1)}" in err
@@ -262,7 +265,7 @@ def test_asked_to_stop_all_ranks_save_the_same_step(begin, run, tmp_path, target
     asked = time.monotonic()
     out, err = process.communicate(timeout=30)
     assert process.returncode == 42, out + err
-    assert time.monotonic() - asked < 3.0
+    assert time.monotonic() - asked < 3 * AT_ONCE
     stopped = [line for line in err.splitlines() if line.startswith("asked to stop: saved at")]
     assert len(stopped) == 1
     step = int(stopped[0].rsplit(maxsplit=1)[1])
@@ -297,16 +300,16 @@ def test_ctrl_c_twice_does_not_wait(begin, tmp_path):
     pressed = time.monotonic()
     out, _ = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert time.monotonic() - pressed < 1.0
+    assert time.monotonic() - pressed < AT_ONCE
     assert "Ctrl-C again to stop at once" in out
     assert processes_of(tmp_path / "run") == []
 
 
 @pytest.mark.slow
 def test_a_rank_that_does_not_stop_is_killed_after_the_grace(begin, tmp_path):
-    stalled = ["--config.data.kind=stall", "--config.data.at_step=15"]
-    process = begin(tmp_path / "run", *TWO, *stalled, "--grace_secs=2")
-    time.sleep(0.5)
+    stalled = ["--config.data.kind=stall", f"--config.data.once={tmp_path}/stalled"]
+    process = begin(tmp_path / "run", *TWO, *stalled, "--grace_secs=2", until=None)
+    wait_for(tmp_path / "stalled")
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 42

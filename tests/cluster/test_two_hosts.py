@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, skip_here
-from test_local_processes import CONFIG, HERE, log_of, processes_of, wait_for_line
+from test_local_processes import AT_ONCE, CONFIG, HERE, log_of, processes_of, wait_for_line
 
 
 def _why_not() -> str:
@@ -103,6 +103,6 @@ def test_a_cut_link_ends_the_job_with_a_clear_report(begin, hosts, tmp_path, sid
         _, err = process.communicate(timeout=30)
         assert process.returncode == 42, err
         assert f"error: {lost}" in err
-        assert "no sign of life for 3 s" in err or "no sign of life for 4 s" in err, err
-    assert time.monotonic() - cut < 6
+        assert "no sign of life for" in err
+    assert time.monotonic() - cut < 3 + AT_ONCE
     assert processes_of(tmp_path / "run") == []
