@@ -15,6 +15,7 @@ NEEDED = ("slurmctld", "slurmd", "srun", "sbatch", "munged", "unshare", "runuser
 
 CONFIG = """\
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
@@ -79,6 +80,8 @@ class Slurm:
         text = CONFIG.format(
             host=socket.gethostname(),
             port=first,
+            # Jobs of two clusters on this machine do not share a number, and so a port.
+            first_job=os.getpid() % 30000 + 1,
             first=first + 1,
             last=first + 4,
             folder=folder,
