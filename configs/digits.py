@@ -19,7 +19,11 @@ def get_config(model: str = "mlp") -> ConfigDict:
             "loss": {"target": "trainer.losses:softmax_cross_entropy"},
             "metrics": {"accuracy": {"target": "trainer.metrics:accuracy"}},
             "data": {"target": "trainer.data.digits:load"},
-            "checkpoint": {"best_metric": "eval/accuracy", "best_mode": "max"},
+            "checkpoint": {
+                "every_steps": 100,
+                "best_metric": "eval/accuracy",
+                "best_mode": "max",
+            },
         }
     )
     if model == "mlp":

@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import os
 import platform
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -35,6 +33,7 @@ from launcher.plan import Plan, host_name
 from launcher.rank_log import RankFile, next_attempt, remove_logs
 from launcher.reactor import Reactor, Timer
 from launcher.signals import STACKS_SIGNAL
+from launcher.telling import show
 from launcher.watchdog import Watchdog
 from trainer.console import say
 from trainer.errors import UserError
@@ -136,7 +135,7 @@ class Attempt:
             size=placement.num_processes,
             host=host_name(),
             job=placement.job,
-            config=hashlib.sha256(self._plan.config.encode()).hexdigest()[:12],
+            config=self._plan.config,
             versions=", ".join(
                 [f"podlift {__version__}", f"Python {platform.python_version()}", *versions]
             ),
@@ -165,10 +164,12 @@ class Attempt:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
+                by_hand = placement.cluster == "by hand"
+                knob = "--coordinator_address" if by_hand else "PODLIFT_COORDINATOR_ADDRESS"
                 raise UserError(
                     f"port {placement.port} of {card.host}, where the ranks are to meet, is taken",
-                    "is another job using it? PODLIFT_COORDINATOR_ADDRESS=HOST:PORT, the same on "
-                    "all hosts, names another",
+                    f"by another job, or by another rank 0 of this one? {knob}=HOST:PORT, the same "
+                    "for all ranks, names another port",
                 ) from error
         self._meeting.open()
 
@@ -222,8 +223,7 @@ class Attempt:
         if any(noise in line for noise in _NOISE):
             return
         prefix = f"[{child.rank}] " if shown is None or len(shown) > 1 else ""
-        with contextlib.suppress(OSError):  # nobody reads any more: no reason to stop training
-            print(prefix + line, file=sys.stderr if is_error else sys.stdout, flush=True)
+        show(line, is_error=is_error, prefix=prefix)
 
     def _heard(self, child: Child, outcome: Outcome) -> None:
         """A worker has said how it ended."""
@@ -263,23 +263,19 @@ class Attempt:
         message = next((o.message for o in outcomes if o.exit_code == code), "")
         ending = Ending(code, message, None, self._asked_to_stop, self._number)
 
-        def end() -> None:
-            self._ending = self._ending or ending
+        # All launchers leave together: a scheduler that sees one go ends the others soon after.
+        deadline = self._reactor.clock() + _EXIT_SECS
+        if self._meeting is not None:
+            self._meeting.done()
 
-        if isinstance(self._meeting, Host) and not self._meeting.all_left:
-            # The others find rank 0's launcher there until they are done.
-            deadline = self._reactor.clock() + _EXIT_SECS
+        def wait() -> None:
+            is_over = self._meeting is None or self._meeting.all_done
+            if is_over or self._reactor.clock() > deadline:
+                self._ending = self._ending or ending
+            else:
+                self._later(0.05, wait)
 
-            def wait() -> None:
-                assert isinstance(self._meeting, Host)
-                if self._meeting.all_left or self._reactor.clock() > deadline:
-                    end()
-                else:
-                    self._later(0.05, wait)
-
-            wait()
-        else:
-            end()
+        wait()
 
     # Failure: one is the story
 

@@ -44,11 +44,11 @@ class Failure:
         """For another launcher."""
         return asdict(self)
 
-    def tell(self) -> str:
-        """The failure as a person reads it, with its traceback before it."""
+    def tell(self, *, brief: bool = False) -> str:
+        """The failure as a person reads it, with its traceback before it unless `brief`."""
         where = f" (host {self.host})" if self.host else ""
         log = f"\n  full log: {self.log}{where}" if self.log else ""
-        return f"{self.trace}error: {self.message}{log}"
+        return f"{'' if brief else self.trace}error: {self.message}{log}"
 
 
 CAUSE, ABORT, CONSEQUENCE = 0, 1, 2

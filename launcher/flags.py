@@ -212,6 +212,8 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
         for argument in rest[1:]:
             if argument.startswith("-") and not argument.lstrip("-").startswith(known):
                 raise _unknown_flag(argument.lstrip("-").split("=")[0])
+        if difflib.get_close_matches(rest[1] if len(rest) > 1 else "", ["env"]):
+            raise UserError(f"there is no command {rest[1]!r}", "did you mean env?")
         if len(rest) > 1 and not rest[1].startswith("-"):
             raise UserError("--config is missing", f"did you mean --config={rest[1]}?")
         files = ", ".join(str(path) for path in sorted(Path("configs").glob("*.py"))[:8])

@@ -101,9 +101,9 @@ def make_plan(options: Options, environ: Mapping[str, str]) -> Plan:
         workers = (Worker(placement.process_id, prepared, placement.local_device_ids),)
     if placement is not None and options.max_restarts:
         raise UserError(
-            f"--max_restarts={options.max_restarts}: this job runs on several hosts, and "
-            f"{placement.cluster} restarts it",
-            "exit code 42 asks for it; see docs/clusters.md",
+            f"--max_restarts={options.max_restarts} is for a job on this machine alone",
+            "with exit code 42, whatever has started the ranks may start them all again; see "
+            "docs/clusters.md",
         )
     _check_rows(settings, num_processes, options.fake_devices)
     return Plan(

@@ -101,7 +101,7 @@ class RankLog(logging.Handler):
 
     def __init__(self, workdir: str, folder: Path) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self._workdir = workdir
         self._folder = folder
         self._held: list[str] = []

@@ -1,7 +1,7 @@
 """Being asked to stop, and how all processes of a job come to stop at the same step.
 
-SIGTERM, SIGUSR1 (what schedulers and mpirun pass on) and SIGINT all ask for the same: save and
-stop.
+SIGTERM, SIGUSR1 (what schedulers and mpirun pass on), SIGINT and SIGHUP (a closed terminal) all ask
+for the same: save and stop.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 # The stacks of all threads go to stderr, and so to the rank's log, even while the process is inside
 # a collective.
@@ -38,18 +38,21 @@ class StopRequest:
     def install(self) -> None:
         """Takes over the signals for the rest of the process."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._interactive:
             if self._requested:
+                _write("stopped at once; not saved")
                 os._exit(128 + signal.SIGINT)
-            # os.write: the handler may have interrupted a print.
-            os.write(
-                sys.__stderr__.fileno() if sys.__stderr__ else 2,
-                b"\nstopping after this step and saving; Ctrl-C again to stop at once\n",
-            )
+            _write("SIGINT: saving, then stopping; Ctrl-C again to stop at once")
         self._requested = True
+
+
+def _write(line: str) -> None:
+    """Not with `print`: the handler may have interrupted one."""
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{line}\n".encode())
 
 
 class SyncPoint:
@@ -77,7 +80,7 @@ class SyncPoint:
 def hand_to_jax(request: StopRequest) -> None:
     """After jax has taken over SIGTERM: passes on what arrived before, and the other signals."""
     for number in STOP_SIGNALS:
-        if number != signal.SIGTERM:
+        if number != signal.SIGTERM and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     if request(0, "start"):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import sys
 from collections.abc import Mapping
 
 from launcher import exit_codes
@@ -17,7 +16,8 @@ from launcher.children import adopt_orphans
 from launcher.failure import Failure, forget_failure, write_failure
 from launcher.plan import Plan, detected
 from launcher.reactor import Reactor
-from launcher.signals import STACKS_SIGNAL
+from launcher.signals import STACKS_SIGNAL, STOP_SIGNALS
+from launcher.telling import how_to_go_on, show
 from trainer.console import say, warn
 
 
@@ -27,7 +27,7 @@ def supervise(plan: Plan, environ: Mapping[str, str] = os.environ) -> int:
     Raises:
         UserError: the place where the ranks are to meet is not to be had.
     """
-    if plan.placement is not None:
+    if plan.placement is not None and plan.placement.process_id == 0:
         say(detected(plan.placement))
     adopt_orphans()
     with Reactor() as reactor:
@@ -41,7 +41,7 @@ class _Supervisor:
         self._environ = environ
         self._attempt: Attempt | None = None
         self._asked_to_stop = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 reactor.on_signal(number, functools.partial(self._asked, number))
         reactor.on_signal(signal.SIGCHLD, self._reap)
@@ -63,10 +63,7 @@ class _Supervisor:
             previous = ending.failure
             delay = backoff_secs(restarts)
             restarts += 1
-            say(
-                f"restart {restarts} of {self._plan.limits.max_restarts} in {delay:.0f} s, from "
-                "the newest checkpoint"
-            )
+            say(f"restart {restarts} of {self._plan.limits.max_restarts} in {delay:.0f} s")
             if self._wait(delay):
                 return exit_codes.RETRY
 
@@ -92,18 +89,21 @@ class _Supervisor:
             return
         if not self._asked_to_stop:
             again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-            say(f"{signal.Signals(number).name}: stopping after this step and saving{again}")
+            say(f"{signal.Signals(number).name}: saving, then stopping{again}")
         self._asked_to_stop = True
         if self._attempt is not None:
             self._attempt.stop(signal.Signals(number).name)
 
     def _tell(self, ending: Ending) -> None:
         """Says how an attempt ended, and leaves it in `failure.json`."""
-        sys.stdout.flush()
         failure, plan = ending.failure, self._plan
         has_rank_0 = any(worker.rank == 0 for worker in plan.workers)
         if failure is not None:
-            print(failure.tell(), file=sys.stderr, flush=True)
+            # One traceback for a job whose launchers all write to one place.
+            text = failure.tell(brief=not has_rank_0)
+            if failure.exit_code != exit_codes.USAGE and has_rank_0:
+                text += "\n  " + how_to_go_on(plan.workdir)
+            show(text)
             if failure.exit_code != exit_codes.USAGE and ending.number and has_rank_0:
                 try:
                     write_failure(
@@ -116,11 +116,10 @@ class _Supervisor:
                 except OSError as error:
                     warn(f"failure.json cannot be written: {error.strerror or error}")
             return
-        if ending.exit_code == exit_codes.DONE and has_rank_0:
+        if has_rank_0:
             forget_failure(plan.local_dir)
-        if ending.message:
-            hint = f"\n  HINT: the same command with --workdir={plan.workdir} goes on"
-            print(ending.message + hint, file=sys.stderr, flush=True)
+            if ending.message:
+                show(f"{ending.message}\n  {how_to_go_on(plan.workdir)}")
 
 
 def why_not_again(

@@ -30,6 +30,7 @@ from launcher.signals import (
     asked_in_turn,
     hand_to_jax,
 )
+from launcher.telling import how_to_go_on
 from trainer import workdir as workdir_lib
 from trainer.console import open_terminal
 from trainer.errors import (
@@ -63,6 +64,7 @@ def run_here(config: ConfigDict, workdir: str, fake_devices: int | None, local_d
     """
     stop_requested = StopRequest(interactive=True)
     stop_requested.install()
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
     open_terminal()
     rank_log = RankLog(workdir, local_dir)
     for name in ("podlift", "py.warnings"):
@@ -77,14 +79,18 @@ def run_here(config: ConfigDict, workdir: str, fake_devices: int | None, local_d
     outcome = _outcome_of(train, rank=0)
     if outcome.is_failure and outcome.exit_code != exit_codes.USAGE:
         path = rank_log.open()
-        _report(f"{outcome.trace}error: {outcome.message}\n  full log: {path}")
+        _report(
+            f"{outcome.trace}error: {outcome.message}\n  full log: {path}\n  "
+            f"{how_to_go_on(workdir)}"
+        )
         write_failure(local_dir, outcome, rank=0, log=path)
         return outcome.exit_code
+    if outcome.exit_code == exit_codes.USAGE:
+        _report(f"error: {outcome.message}")
+        return outcome.exit_code
     if outcome.message:
-        prefix = "error: " if outcome.exit_code == exit_codes.USAGE else ""
-        _report(f"{prefix}{outcome.message}")
-    if outcome.exit_code != exit_codes.USAGE:
-        forget_failure(local_dir)
+        _report(f"{outcome.message}\n  {how_to_go_on(workdir)}")
+    forget_failure(local_dir)
     return outcome.exit_code
 
 
@@ -96,6 +102,7 @@ def main() -> None:
     """
     stop_requested = StopRequest()
     stop_requested.install()
+    faulthandler.enable()  # a crash in native code leaves its stack in the log
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     # The launcher holds these back until here, so that none of them finds its default.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, STACKS_SIGNAL})

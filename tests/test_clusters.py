@@ -391,9 +391,9 @@ def test_the_port_is_not_one_of_libtpu():
 
 def test_a_placement_by_hand():
     found = by_hand(" [fd00::1]:8476 ", 4, 3, {"PODLIFT_RESTART_ATTEMPT": "2"})
-    assert (found.cluster, found.host, found.port) == ("by_hand", "fd00::1", 8476)
+    assert (found.cluster, found.host, found.port) == ("by hand", "fd00::1", 8476)
     assert (found.num_processes, found.process_id, found.attempt) == (4, 3, 2)
-    assert found.job == "by_hand [fd00::1]:8476"
+    assert found.job == "by hand [fd00::1]:8476"
     assert (found.local_device_ids, found.variables) == (None, ())
 
 

@@ -63,10 +63,10 @@ SLURM = {
 }
 
 REFUSED = [
-    (["--max_restarts=3"], SLURM, "slurm restarts it"),
+    (["--max_restarts=3"], SLURM, "is for a job on this machine alone"),
     (["--processes=2"], SLURM, "slurm has started 2 processes already"),
     (["--process_id=1", "--processes=2"], {}, "exclude each other"),
-    (["--process_id=1"], {}, "--coordinator_address and --num_processes is missing"),
+    (["--process_id=1"], {}, "--coordinator_address and --num_processes are missing"),
     (["--cluster=slurm"], {}, "--cluster=slurm, but SLURM_JOB_ID"),
     (["--cluster=slrm"], {}, "there is no such cluster"),
     (["--processes=3", "--fake_devices=4"], {}, "120 or 132"),

@@ -5,7 +5,9 @@ Everything goes through the logger "podlift", so that a launcher can add a file 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 from typing import Any
 
@@ -23,7 +25,13 @@ class _Terminal(logging.Handler):
             self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
-            print(text, file=stream, flush=True)
+            try:
+                print(text, file=stream, flush=True)
+            except BrokenPipeError:
+                # Nobody reads any more (`| head`): no reason to stop training, nor to complain at
+                # the exit of what could not be written.
+                with contextlib.suppress(OSError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 _terminal = _Terminal()

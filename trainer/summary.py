@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from trainer.console import duration, say, warn
@@ -56,7 +57,7 @@ def say_start(about: About, state: TrainState, seconds: float) -> None:
     held_out = f", {len(job.held_out):,} held out" if job.held_out is not None else ""
     say(
         f"{count_params(state.params):,} parameters, {len(job.stream.source):,} examples"
-        f"{held_out}, {job.stream.steps_per_epoch} steps an epoch; state ready in "
+        f"{held_out}, {_steps(job.stream.steps_per_epoch)} an epoch; state ready in "
         f"{seconds:.2f} s"
     )
     say(f"workdir {about.folder.path}")
@@ -64,7 +65,7 @@ def say_start(about: About, state: TrainState, seconds: float) -> None:
 
 def say_finished_before(about: About, step: int) -> None:
     """The run had nothing left to do."""
-    say(f"nothing to do: this run has taken {step} steps, and is to stop at {about.job.stop}")
+    say(f"nothing to do: this run has taken {_steps(step)}, and is to stop at {about.job.stop}")
     say(f"to go on: {_how_to_go_on(about, step)}")
 
 
@@ -73,7 +74,7 @@ def say_end(about: About, saver: Saver, step: int, seconds: float) -> None:
     if step < about.job.num_steps:
         say(f"stopped at step {step} of {about.job.num_steps} (config.stop_at_step)")
     else:
-        say(f"finished: {step} steps in {duration(seconds)}")
+        say(f"finished: {_steps(step)} in {duration(seconds)}")
     if saver.best_value is not None:
         say(
             f"best {about.settings.best_metric} {saver.best_value:.4g} at step "
@@ -81,7 +82,11 @@ def say_end(about: About, saver: Saver, step: int, seconds: float) -> None:
         )
     say(f"last checkpoint: {about.folder.checkpoints / str(step)}")
     say(f"to go on: {_how_to_go_on(about, step)}")
-    say(f"curves: tensorboard --logdir {about.folder.path}")
+    say(f"curves: tensorboard --logdir {shlex.quote(str(about.folder.path))}")
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count != 1)}"
 
 
 def _how_to_go_on(about: About, step: int) -> str:
@@ -93,4 +98,5 @@ def _how_to_go_on(about: About, step: int) -> str:
     else:
         epochs = 2 * -(-step // about.job.stream.steps_per_epoch)
         change = f"and --config.num_epochs={epochs}"
-    return f"the same command with --workdir={about.folder.path} {change}"
+    workdir = shlex.quote(f"--workdir={about.folder.path}")
+    return f"the same command with {workdir} {change}"

@@ -28,7 +28,7 @@ class Placement:
     """A process among those of its job.
 
     Attributes:
-        cluster: the scheduler's name in `CLUSTERS`, or "by_hand".
+        cluster: the scheduler's name in `CLUSTERS`, or "by hand".
         host: of rank 0, where the ranks meet; an IPv6 address is without brackets.
         port: where the launcher of rank 0 listens for the others. jax's coordinator has another,
             chosen afresh at each attempt.
@@ -155,18 +155,19 @@ def by_hand(
     }
     lack = [name for name, value in flags.items() if value is None]
     if coordinator_address is None or num_processes is None or process_id is None:
-        raise UserError(f"{' and '.join(lack)} is missing", f"{', '.join(flags)} go together")
+        verb = "are" if len(lack) > 1 else "is"
+        raise UserError(f"{' and '.join(lack)} {verb} missing", f"{', '.join(flags)} go together")
     host, port = read.parse_address(coordinator_address, "--coordinator_address")
     _check(num_processes, process_id, "--num_processes and --process_id")
     return Placement(
-        cluster="by_hand",
+        cluster="by hand",
         host=host,
         port=port,
         num_processes=num_processes,
         process_id=process_id,
         local_device_ids=None,
         attempt=read.integer(env, "PODLIFT_RESTART_ATTEMPT", default=0, minimum=0),
-        job=f"by_hand {coordinator_address.strip()}",
+        job=f"by hand {coordinator_address.strip()}",
         variables=(),
     )
 

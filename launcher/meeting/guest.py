@@ -86,11 +86,21 @@ class Guest:
         if self._link is not None:
             self._link.send("stopping", line=line)
 
-    def leave(self) -> None:
-        """Says goodbye and closes; call it last."""
-        self._is_over = True
+    def done(self) -> None:
+        """This launcher's worker has ended as it should."""
         if self._link is not None:
             self._link.send("bye")
+
+    @property
+    def all_done(self) -> bool:
+        """Whether rank 0's launcher has said goodbye, which it does last."""
+        return self._is_over
+
+    def leave(self) -> None:
+        """Closes; call it last."""
+        self.done()
+        self._is_over = True
+        if self._link is not None:
             self._link.close()
 
     def _end(self, failure: Failure) -> None:

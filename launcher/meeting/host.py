@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 from typing import Any
 
@@ -12,6 +13,7 @@ from launcher.meeting.address import hold_port, join_address
 from launcher.meeting.link import Link
 from launcher.meeting.terms import BEAT_SECS, PROTOCOL, Card, Listener, Start
 from launcher.reactor import Reactor
+from trainer.settings import flatten
 
 
 class _Caller:
@@ -107,8 +109,11 @@ class Host:
         """Tells everyone that this launcher was asked to stop."""
         self._tell_stopping(line, None)
 
+    def done(self) -> None:
+        """This launcher's worker has ended as it should."""
+
     @property
-    def all_left(self) -> bool:
+    def all_done(self) -> bool:
         """Whether every other launcher has said goodbye, or is lost."""
         return all(caller.has_left for caller in self._callers.values())
 
@@ -164,16 +169,13 @@ class Host:
             )
         if not 0 <= card.rank < mine.size:
             return f"{who}: there are only the ranks 0 to {mine.size - 1}"
-        for what, theirs, ours in (
-            ("--workdir", card.workdir, mine.workdir),
-            ("config", card.config, mine.config),
-            ("versions", card.versions, mine.versions),
-        ):
-            if theirs != ours:
-                return (
-                    f"{who} has another {what} than rank 0 on {mine.host}: {theirs} there, {ours} "
-                    "here\n  HINT: start the same command, from the same code, on every host"
-                )
+        differing = _first_difference(card, mine)
+        if differing is not None:
+            what, theirs, ours = differing
+            return (
+                f"{who} has {what} {theirs}, rank 0 on {mine.host} {ours}"
+                "\n  HINT: start the same command, from the same code, for every rank"
+            )
         if card.sees_run != mine.sees_run:
             sees, other = (who, f"rank 0 on {mine.host}")
             sees, other = (sees, other) if card.sees_run else (other, sees)
@@ -265,3 +267,19 @@ class Host:
         for rank, caller in self._callers.items():
             if rank != source:
                 caller.link.send("stopping", line=line)
+
+
+def _first_difference(theirs: Card, ours: Card) -> tuple[str, Any, Any] | None:
+    """What two launchers were told differently, with both values."""
+    if theirs.workdir != ours.workdir:
+        return "--workdir", theirs.workdir, ours.workdir
+    if theirs.versions != ours.versions:
+        return "the versions", theirs.versions, ours.versions
+    if theirs.config == ours.config:
+        return None
+    try:
+        a, b = flatten(json.loads(theirs.config)), flatten(json.loads(ours.config))
+    except (ValueError, TypeError, AttributeError):
+        return "a config that cannot be read,", theirs.config[:80], ours.config[:80]
+    key = next(key for key in [*a, *b] if a.get(key) != b.get(key))
+    return f"config.{key}", a.get(key), b.get(key)

@@ -21,7 +21,7 @@ class Card:
         size: how many ranks it was told there are.
         host: where it runs.
         job: which job it belongs to.
-        config: digest of the config.
+        config: as JSON.
         versions: of what computes, as one line.
         workdir: the run's folder.
         sees_run: whether it finds a run there.

@@ -55,7 +55,7 @@ def test_stopped_and_gone_on_with_the_same_curve(mpi, launch, tmp_path):
     first.send_signal(signal.SIGTERM)
     out, _ = first.communicate(timeout=60)
     assert first.returncode == 42, out
-    assert "open_mpi: process 1 of 2" in out
+    assert "open_mpi: process 0 of 2" in out
     assert "asked to stop: saved at step" in out
     second = mpi(f"--workdir={workdir}", *STEPS)
     out, _ = second.communicate(timeout=120)

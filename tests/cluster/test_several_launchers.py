@@ -58,8 +58,8 @@ def test_all_launchers_tell_the_same_story(begin, tmp_path):
     first, second = ends(begin(0, "--config.data.kind=raise"), begin(1, "--config.data.kind=raise"))
     for code, _, err in (first, second):
         assert code == 1
-        assert err.count("Traceback") == 1
         assert "error: ValueError on rank 1: a fault of the user's code" in err
+    assert [err.count("Traceback") for _, _, err in (first, second)] == [1, 0]
     assert json.loads((tmp_path / "run/failure.json").read_text())["rank"] == 1
 
 
@@ -124,7 +124,7 @@ def test_asked_to_stop_while_waiting_for_the_others(begin):
 CONTRADICTIONS = [
     ((0, [], {"size": 2}), (1, [], {"size": 3}), "was told of 3 processes"),
     ((0, [], {"size": 3}), (0, [], {"size": 3}), "where the ranks are to meet, is taken"),
-    ((0, [], {}), (1, ["--config.seed=1"], {}), "has another config than rank 0"),
+    ((0, [], {}), (1, ["--config.seed=1"], {}), "has config.seed 1, rank 0 on"),
 ]
 
 

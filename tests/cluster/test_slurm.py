@@ -68,7 +68,7 @@ def test_preempted_requeued_and_finished_with_the_same_curve(slurm, submit, laun
     slurm.wait_for(lambda: slurm.state(job)["JobState"] == "COMPLETED", 120)
     assert slurm.state(job)["Restarts"] == "1"
     output = (slurm.folder / f"slurm-{job}.out").read_text()
-    assert "slurm: process 3 of 4, rank 0 at n1:" in output
+    assert "slurm: process 0 of 4, rank 0 at n1:" in output
     assert "SLURM_PROCID" in output
     assert "asked to stop: saved at step" in output
     assert "restored step" in output
