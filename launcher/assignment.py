@@ -85,10 +85,17 @@ class Outcome:
         return self.exit_code not in (exit_codes.DONE, exit_codes.RETRY)
 
     def to_line(self) -> bytes:
-        """As one line of JSON."""
-        return json.dumps(asdict(self)).encode() + b"\n"
+        """As one line of JSON, of bounded length; the whole story is in the log."""
+        values = {**asdict(self), "message": _shorten(self.message), "trace": _shorten(self.trace)}
+        return json.dumps(values).encode() + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> Outcome:
         """The inverse."""
         return cls(**json.loads(line))
+
+
+def _shorten(text: str, limit: int = 20_000) -> str:
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}\n... {len(text) - limit} characters ...\n{text[-limit // 2 :]}"

@@ -44,7 +44,8 @@ class Child:
             assigned = stack.enter_context(tempfile.TemporaryFile())
             assignment.write(assigned)
             page = stack.enter_context(tempfile.TemporaryFile())
-            page.truncate(os.sysconf("SC_PAGE_SIZE"))
+            page.write(bytes(os.sysconf("SC_PAGE_SIZE")))  # not a hole: that could fail later
+            page.flush()
             self.page = ProgressPage(page.fileno())
             report, report_end = os.pipe()
             stack.callback(os.close, report_end)
@@ -52,7 +53,7 @@ class Child:
             passed = (assigned.fileno(), page.fileno(), report_end)
             self.process = subprocess.Popen(
                 [*command, ",".join(map(str, passed)), *([label] if label else [])],
-                env={**environ, "PYTHONUNBUFFERED": "1"},
+                env={**environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -146,11 +147,11 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
 
 
-def kill_orphans(workers: Iterable[int]) -> None:
+def kill_orphans(spared: Iterable[int]) -> None:
     """Ends the children of this process that are none of the given ones; Linux only."""
-    known = set(workers)
+    known = set(spared)
     for _ in range(10):  # each round may bring to light what those it ended had started
-        found = [pid for pid in _children_of(os.getpid()) if pid not in known]
+        found = children() - known
         if not found:
             return
         for pid in found:
@@ -161,13 +162,14 @@ def kill_orphans(workers: Iterable[int]) -> None:
         time.sleep(0.01)
 
 
-def _children_of(parent: int) -> list[int]:
-    found = []
+def children() -> set[int]:
+    """The children of this process; Linux only."""
+    found = set()
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             # The command, in parentheses, may hold anything.
-            if int(entry.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(entry.parent.name))
+            if int(entry.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(entry.parent.name))
     return found
 
 

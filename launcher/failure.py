@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ class Failure:
         log: path of the rank's log.
         weight: how likely it is the cause rather than a consequence: 0 the likeliest.
         wants_stacks: whether all ranks' stacks belong into their logs.
+        count: of a rank that hangs, how often it has told of progress; else None.
     """
 
     rank: int
@@ -39,10 +39,18 @@ class Failure:
     log: str = ""
     weight: int = 0
     wants_stacks: bool = False
+    count: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For another launcher."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Failure:
+        """The inverse; what another version may have added is left out."""
+        return cls(
+            **{field.name: values[field.name] for field in fields(cls) if field.name in values}
+        )
 
     def tell(self, *, brief: bool = False) -> str:
         """The failure as a person reads it, with its traceback before it unless `brief`."""
@@ -107,11 +115,6 @@ def of_exit(
                 code, weight = exit_codes.RETRY, CONSEQUENCE
                 message = f"rank {rank} gave up around step {step}: jax lost contact to its peers"
     return Failure(rank, code, message, step=step, log=log, weight=weight)
-
-
-def first(failures: Iterable[Failure]) -> Failure:
-    """The story: the likeliest cause, and among equals what was seen first."""
-    return min(failures, key=lambda failure: failure.weight)
 
 
 def write_failure(

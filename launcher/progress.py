@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 
 # In the order of a run; the number of a phase is its place here.
-PHASES = ("spawn", "start", "compile", "train", "evaluate", "save")
+PHASES = ("spawn", "start", "compile", "train", "wait", "evaluate", "save")
 _RECORD = struct.Struct("<qqq")
 
 

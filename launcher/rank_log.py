@@ -10,8 +10,12 @@ import re
 import tempfile
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 
+from trainer.console import warn
+from trainer.errors import UserError
 from trainer.workdir import is_claimed
 
 
@@ -30,8 +34,14 @@ def local_folder(workdir: str, local_dir: str | None = None) -> Path:
 
 
 def next_attempt(folder: Path) -> int:
-    """The number of the next attempt in a run's local folder, from 1."""
+    """The number of the next attempt in a run's local folder, from 1.
+
+    Raises:
+        UserError: there can be no logs.
+    """
     logs = folder / "logs"
+    if logs.exists() and not logs.is_dir():
+        raise UserError(f"{logs} is a file", "logs go into a folder of that name: move it away")
     numbers = [
         int(match[1])
         for path in (logs.iterdir() if logs.exists() else ())
@@ -40,8 +50,26 @@ def next_attempt(folder: Path) -> int:
     return max(numbers, default=0) + 1
 
 
+def claim_attempt(folder: Path) -> int:
+    """Makes the folder of the next attempt's logs, which nobody else makes; returns its number.
+
+    A disk that takes no logs is no reason not to train: then the number may not be the only one.
+    """
+    while True:
+        number = next_attempt(folder)
+        try:
+            (folder / "logs" / f"attempt-{number}").mkdir(parents=True)
+        except FileExistsError:
+            continue  # another run has come first; one of them will be refused
+        except OSError:
+            return number
+        return number
+
+
 class RankFile:
     """The log of one worker, kept by its launcher, line by line with the time of each.
+
+    A log that cannot be written is left out; training goes on.
 
     Args:
         folder: the run's local folder.
@@ -51,19 +79,22 @@ class RankFile:
 
     def __init__(self, folder: Path, attempt: int, rank: int) -> None:
         self.path = folder / "logs" / f"attempt-{attempt}" / f"rank-{rank}.log"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8", errors="replace", buffering=1)
         self._tail: deque[str] = deque(maxlen=100)
+        self._file: TextIO | None = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8", errors="replace", buffering=1)
+        except OSError as error:
+            warn(f"{self.path} cannot be written: {error.strerror or error}")
 
     def write(self, text: str) -> None:
         """Adds lines."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         for line in text.splitlines():
-            self._tail.append(line)
-            try:
-                self._file.write(f"{stamp} {line}\n")
-            except OSError:  # a full disk is no reason to stop training
-                continue
+            self._tail.append(line[:1000])
+            with contextlib.suppress(OSError):
+                if self._file is not None:
+                    self._file.write(f"{stamp} {line}\n")
 
     @property
     def tail(self) -> str:
@@ -73,20 +104,20 @@ class RankFile:
     def close(self) -> None:
         """Closes the file; also one that could not be written."""
         with contextlib.suppress(OSError):
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
 
 
-def remove_logs(folder: Path, attempt: int) -> None:
-    """Takes back the logs of an attempt that was refused, and the folder if nothing else is there.
+def remove_logs(files: Iterable[RankFile]) -> None:
+    """Takes back logs, and their folders as far as nothing else is in them.
 
     A refused command leaves nothing behind.
     """
-    logs = folder / "logs" / f"attempt-{attempt}"
-    for path in logs.glob("rank-*.log"):
-        path.unlink()
-    with contextlib.suppress(OSError):
-        for place in (logs, logs.parent, folder):
-            place.rmdir()
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.path.unlink()
+            for place in list(file.path.parents)[:3]:  # attempt-K, logs, the run's folder
+                place.rmdir()
 
 
 class RankLog(logging.Handler):

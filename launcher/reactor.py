@@ -92,7 +92,8 @@ class Reactor:
             if self._timers:
                 timeout = max(0.0, self._timers[0][0] - self.clock())
             for key, _ in self._selector.select(timeout):
-                if key.fileobj in self._selector.get_map():  # not forgotten a moment ago
+                # Unless a callback of this round has forgotten it, and perhaps closed it.
+                if self._selector.get_map().get(key.fd) is key:
                     key.data()
             while self._timers and self._timers[0][0] <= self.clock():
                 heapq.heappop(self._timers)[2].fire()

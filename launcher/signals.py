@@ -77,6 +77,12 @@ class SyncPoint:
         return self._reached
 
 
+def forget_signals() -> None:
+    """For a forked child of user code: what ends it must not ask a run to save."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def hand_to_jax(request: StopRequest) -> None:
     """After jax has taken over SIGTERM: passes on what arrived before, and the other signals."""
     for number in STOP_SIGNALS:

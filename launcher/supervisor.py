@@ -5,6 +5,7 @@ This process never imports jax: it starts at once, and stays when a worker's run
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -12,13 +13,12 @@ from collections.abc import Mapping
 
 from launcher import exit_codes
 from launcher.attempt import Attempt, Ending
-from launcher.children import adopt_orphans
+from launcher.children import adopt_orphans, children
 from launcher.failure import Failure, forget_failure, write_failure
 from launcher.plan import Plan, detected
 from launcher.reactor import Reactor
 from launcher.signals import STACKS_SIGNAL, STOP_SIGNALS
-from launcher.telling import how_to_go_on, show
-from trainer.console import say, warn
+from launcher.telling import finish_showing, how_to_go_on, show, show_line
 
 
 def supervise(plan: Plan, environ: Mapping[str, str] = os.environ) -> int:
@@ -28,10 +28,13 @@ def supervise(plan: Plan, environ: Mapping[str, str] = os.environ) -> int:
         UserError: the place where the ranks are to meet is not to be had.
     """
     if plan.placement is not None and plan.placement.process_id == 0:
-        say(detected(plan.placement))
+        show_line(detected(plan.placement))
     adopt_orphans()
-    with Reactor() as reactor:
-        return _Supervisor(plan, reactor, environ).run()
+    try:
+        with Reactor() as reactor:
+            return _Supervisor(plan, reactor, environ).run()
+    finally:
+        finish_showing()
 
 
 class _Supervisor:
@@ -39,6 +42,7 @@ class _Supervisor:
         self._plan = plan
         self._reactor = reactor
         self._environ = environ
+        self._strangers = children()
         self._attempt: Attempt | None = None
         self._asked_to_stop = False
         for number in STOP_SIGNALS:
@@ -51,19 +55,19 @@ class _Supervisor:
         previous: Failure | None = None
         restarts = 0
         while True:
-            self._attempt = Attempt(self._plan, self._reactor, self._environ)
+            self._attempt = Attempt(self._plan, self._reactor, self._environ, self._strangers)
             ending = self._attempt.run()
             self._attempt = None
             self._tell(ending)
             why_not = why_not_again(ending, previous, restarts, self._plan.limits.max_restarts)
             if why_not is not None:
                 if why_not:
-                    say(why_not)
+                    show_line(why_not)
                 return ending.exit_code
             previous = ending.failure
             delay = backoff_secs(restarts)
             restarts += 1
-            say(f"restart {restarts} of {self._plan.limits.max_restarts} in {delay:.0f} s")
+            show_line(f"restart {restarts} of {self._plan.limits.max_restarts} in {delay:.0f} s")
             if self._wait(delay):
                 return exit_codes.RETRY
 
@@ -84,15 +88,16 @@ class _Supervisor:
             self._attempt.dump_stacks()
 
     def _asked(self, number: int) -> None:
-        if self._asked_to_stop and number == signal.SIGINT and self._attempt is not None:
-            self._attempt.kill()
-            return
-        if not self._asked_to_stop:
-            again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-            say(f"{signal.Signals(number).name}: saving, then stopping{again}")
+        """A signal asks to stop; a second Ctrl-C does not want to wait."""
+        again = self._asked_to_stop
         self._asked_to_stop = True
-        if self._attempt is not None:
-            self._attempt.stop(signal.Signals(number).name)
+        if self._attempt is not None and again and number == signal.SIGINT:
+            self._attempt.kill()
+        elif not again:
+            if self._attempt is not None:
+                self._attempt.stop(signal.Signals(number).name)
+            more = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+            show_line(f"{signal.Signals(number).name}: saving, then stopping{more}")
 
     def _tell(self, ending: Ending) -> None:
         """Says how an attempt ended, and leaves it in `failure.json`."""
@@ -114,10 +119,11 @@ class _Supervisor:
                         attempt=ending.number,
                     )
                 except OSError as error:
-                    warn(f"failure.json cannot be written: {error.strerror or error}")
+                    show(f"warning: failure.json cannot be written: {error.strerror or error}")
             return
         if has_rank_0:
-            forget_failure(plan.local_dir)
+            with contextlib.suppress(OSError):
+                forget_failure(plan.local_dir)
             if ending.message:
                 show(f"{ending.message}\n  {how_to_go_on(plan.workdir)}")
 

@@ -55,7 +55,8 @@ class Watchdog:
             if progress != before:
                 since = now
             self._seen[rank] = (progress, since)
-            allowed = self._timeout * (1 if progress.phase == "train" else _GENEROSITY)
+            is_training = progress.phase in ("train", "wait")
+            allowed = self._timeout * (1 if is_training else _GENEROSITY)
             is_stuck |= now - since > allowed
         if not is_stuck:
             return None

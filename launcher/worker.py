@@ -28,6 +28,7 @@ from launcher.signals import (
     StopRequest,
     SyncPoint,
     asked_in_turn,
+    forget_signals,
     hand_to_jax,
 )
 from launcher.telling import how_to_go_on
@@ -44,14 +45,15 @@ from trainer.settings import check
 
 # Messages of jax, gloo and NCCL when another process went away or does not answer.
 _LOST_PEER = (
-    "gloo",
+    "gloo all",
+    "gloo context",
+    "gloo collective",
     "nccl",
     "connection closed by peer",
     "connection reset by peer",
     "coordination service",
     "coordinationservice",
-    "heartbeat",
-    "barrier",
+    "waiting for async_write_complete barrier",
     "deadline_exceeded",
     "unavailable:",
 )
@@ -64,6 +66,7 @@ def run_here(config: ConfigDict, workdir: str, fake_devices: int | None, local_d
     """
     stop_requested = StopRequest(interactive=True)
     stop_requested.install()
+    os.register_at_fork(after_in_child=forget_signals)
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     open_terminal()
     rank_log = RankLog(workdir, local_dir)
@@ -83,14 +86,16 @@ def run_here(config: ConfigDict, workdir: str, fake_devices: int | None, local_d
             f"{outcome.trace}error: {outcome.message}\n  full log: {path}\n  "
             f"{how_to_go_on(workdir)}"
         )
-        write_failure(local_dir, outcome, rank=0, log=path)
+        with contextlib.suppress(OSError):
+            write_failure(local_dir, outcome, rank=0, log=path)
         return outcome.exit_code
     if outcome.exit_code == exit_codes.USAGE:
         _report(f"error: {outcome.message}")
         return outcome.exit_code
     if outcome.message:
         _report(f"{outcome.message}\n  {how_to_go_on(workdir)}")
-    forget_failure(local_dir)
+    with contextlib.suppress(OSError):
+        forget_failure(local_dir)
     return outcome.exit_code
 
 
@@ -100,8 +105,10 @@ def main() -> None:
     What went wrong is told to the launcher, which decides whose failure is the story; nothing of
     it is printed here.
     """
+    me = os.getpid()
     stop_requested = StopRequest()
     stop_requested.install()
+    os.register_at_fork(after_in_child=forget_signals)
     faulthandler.enable()  # a crash in native code leaves its stack in the log
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     # The launcher holds these back until here, so that none of them finds its default.
@@ -127,6 +134,8 @@ def main() -> None:
         _train(config, assignment.workdir, asked_in_turn(asked, page.write))
 
     outcome = _outcome_of(train, assignment.rank, lambda: page.read().step)
+    if os.getpid() != me:  # a fork of user code that was not kept from coming back here
+        os._exit(1)
     with os.fdopen(report_file, "wb", closefd=True) as report:
         report.write(outcome.to_line())
     sys.stdout.flush()
@@ -169,17 +178,19 @@ def _outcome_of(
     except (CheckpointsUnreadable, ReplicasDiffer) as error:
         return Outcome(exit_codes.FAILED, str(error), step=step())
     except BaseException as error:
-        message = f"{type(error).__name__} on rank {rank}: {error}"
-        return Outcome(
-            exit_codes.FAILED, message, traceback.format_exc(), step(), _lost_peer(error)
-        )
+        trace = traceback.format_exc()
+        try:
+            text = str(error)
+        except Exception:
+            text = trace.splitlines()[-1]
+        message = f"{type(error).__name__} on rank {rank}: {text}"
+        return Outcome(exit_codes.FAILED, message, trace, step(), _is_of_a_lost_peer(text))
     return Outcome(exit_codes.DONE)
 
 
-def _lost_peer(error: BaseException) -> bool:
-    kinds = ("JaxRuntimeError", "XlaRuntimeError", "TimeoutError")
-    text = str(error).lower()
-    return type(error).__name__ in kinds and any(sign in text for sign in _LOST_PEER)
+def _is_of_a_lost_peer(message: str) -> bool:
+    """By the words: jax raises several types for it, ValueError among them."""
+    return any(sign in message.lower() for sign in _LOST_PEER)
 
 
 def _die_with(parent: int) -> None:

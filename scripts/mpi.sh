@@ -16,7 +16,8 @@ Trains with Open MPI's mpirun, a process for each rank.
   --help            this text
 
 On several machines the checkout, its .venv and --workdir have to be in folders that all share.
-Ctrl-C or SIGTERM: all ranks save, and the exit code is 42; the same command goes on. A second
+On one machine --workdir is runs/mpi-DATE-TIME unless it is given, and more ranks than cores are
+allowed. Ctrl-C or SIGTERM: all ranks save, and the exit code is 42; the same command goes on. A second
 Ctrl-C does not wait. Nothing restarts it.
 
   PODLIFT_COORDINATOR_ADDRESS   HOST:PORT where the ranks meet, if several machines are given
@@ -24,7 +25,6 @@ Ctrl-C does not wait. Nothing restarts it.
                                 port by chance)
   PODLIFT_PYTHON                a Python that has podlift (default: that of .venv)
   OMPI_MCA_*                    any setting of Open MPI, such as
-                                OMPI_MCA_rmaps_base_oversubscribe=1 (more ranks than cores) or
                                 OMPI_MCA_oob_tcp_if_include=eth0
 
 Variables that begin with JAX_, XLA_, NCCL_ or PODLIFT_ reach all machines. Open MPI refuses to run
@@ -79,12 +79,14 @@ while (($#)); do
     *) break ;;
   esac
 done
+workdir=
 for argument in "$@"; do
   case $argument in
     -h | --help)
       usage
       exit 0
       ;;
+    --workdir | --workdir=* | -workdir | -workdir=*) workdir=1 ;;
     --dry-run | -n | -H | --hostfile) fail "$argument comes too late" "before --config" ;;
   esac
 done
@@ -108,14 +110,18 @@ if [[ -n $several && -z ${PODLIFT_COORDINATOR_ADDRESS:-} ]]; then
   # By chance, so that two jobs on the same machines do not meet; below the ports of outgoing ones.
   export PODLIFT_COORDINATOR_ADDRESS="$first:$((20000 + RANDOM % 10000))"
 fi
+if [[ -z $several ]]; then
+  [[ -n $workdir ]] || set -- "$@" "--workdir=runs/mpi-$(date +%Y%m%d-%H%M%S)"
+  export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-1}
+fi
 exported=()
 for name in "${!JAX_@}" "${!XLA_@}" "${!NCCL_@}" "${!PODLIFT_@}"; do
   exported+=(-x "$name")
 done
-# How long mpirun waits after one rank has failed until it asks the others to stop, and again until
-# it kills them. With its default of 1 s a rank that still saves is cut off.
-export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-5}
-export PRTE_MCA_odls_base_sigkill_timeout=${PRTE_MCA_odls_base_sigkill_timeout:-5}
+# How long mpirun waits after one rank has ended with a code until it asks the others to stop, and
+# again until it kills them; it always waits that long. Launchers end together, so little will do.
+export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-2}
+export PRTE_MCA_odls_base_sigkill_timeout=${PRTE_MCA_odls_base_sigkill_timeout:-2}
 
 venv=${PODLIFT_VENV:-.venv}
 [[ $venv == /* ]] || venv=$root/$venv

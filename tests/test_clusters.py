@@ -401,7 +401,7 @@ def test_a_placement_by_hand():
     ("arguments", "expected"),
     [
         ((None, 2, 0), "--coordinator_address is missing"),
-        (("a:1", None, None), "--num_processes and --process_id is missing"),
+        (("a:1", None, None), "--num_processes and --process_id are missing"),
         (
             ("a", 2, 0),
             "--coordinator_address=a: not an address\n  HINT: --coordinator_address=HOST",

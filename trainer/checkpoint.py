@@ -104,12 +104,8 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         failures: list[tuple[int, str]] = []
         for step in steps:
-            restored, reason = None, "another process cannot read it"
-            try:
-                restored = self._restore(step, abstract)
-            except Exception as error:  # Orbax raises many types for damaged files
-                reason = _first_line(error)
-            if not all(self._lift.gather(int(restored is not None))):
+            restored, reason = self._restore_if_whole(step, abstract)
+            if restored is None:
                 warn(f"checkpoint {step} cannot be restored: {reason}")
                 failures.append((step, reason))
                 continue
@@ -126,6 +122,24 @@ class Checkpoints:
             )
         return None
 
+    def _restore_if_whole(self, step: int, abstract: TrainState) -> tuple[Restored | None, str]:
+        """A checkpoint, or why not; the same answer in all processes.
+
+        They agree before each thing that they do together: one that could not read its part would
+        be missing at the next collective.
+        """
+        restored, reason = None, "another process cannot read it"
+        try:
+            restored = self._restore(step, abstract)
+        except Exception as error:  # Orbax raises many types for damaged files
+            reason = _first_line(error)
+        if not all(self._lift.gather(int(restored is not None))) or restored is None:
+            return None, reason
+        for name, checksum in self._lift.checksums(restored.state).items():
+            if restored.meta["checksums"].get(name) != checksum:
+                return None, f"{name} is not what was saved: its checksum differs"
+        return restored, ""
+
     def _restore(self, step: int, abstract: TrainState) -> Restored:
         def with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._lift.state_sharding)
@@ -137,12 +151,7 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()
             ),
         )
-        state = self._lift.from_global(from_dict(abstract, read["state"]))
-        meta = read["meta"]
-        for name, checksum in self._lift.checksums(state).items():
-            if meta["checksums"].get(name) != checksum:
-                raise ValueError(f"{name} is not what was saved: its checksum differs")
-        return Restored(state, meta)
+        return Restored(self._lift.from_global(from_dict(abstract, read["state"])), read["meta"])
 
     def move_aside(self, step: int) -> None:
         """Takes a checkpoint out of the folder without deleting it."""

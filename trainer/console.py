@@ -32,6 +32,8 @@ class _Terminal(logging.Handler):
                 # the exit of what could not be written.
                 with contextlib.suppress(OSError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            except (OSError, ValueError, AttributeError):  # a closed terminal, or none at all
+                pass
 
 
 _terminal = _Terminal()
@@ -43,6 +45,9 @@ def open_terminal() -> None:
         _log.addHandler(_terminal)
         _log.setLevel(logging.INFO)
         _log.propagate = False
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:

@@ -41,7 +41,14 @@ class Evaluator:
         Sums and counts are added up in float64 on the host. Returns None if asked to stop.
         """
         totals: dict[str, list[float]] = {}
-        in_flight = InFlight(self._lift.read)
+        asked_to_stop = False
+
+        def read(sums: Any) -> Any:
+            nonlocal asked_to_stop
+            asked_to_stop |= stop_requested()
+            return self._lift.read(sums)
+
+        in_flight = InFlight(read)
 
         def add(finished: list[Any]) -> None:
             for _, sums in finished:
@@ -54,7 +61,7 @@ class Evaluator:
         batches = eval_batches(self._source, self._batch_size, rows)
         with closing(prefetch(self._lift.put_batch, batches, self._depth)) as on_devices:
             for batch in on_devices:
-                if stop_requested():
+                if asked_to_stop or stop_requested():
                     return None
                 add(in_flight.push(None, self._step(state, batch)))
         add(in_flight.drain())

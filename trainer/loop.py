@@ -67,7 +67,7 @@ def train(
         workdir: the run's folder; made if absent. Nothing is written before the first step is done.
         mesh: the devices, with the one axis "batch"; all devices where None.
         stop_requested: asked with the step and what comes next ("start", "compile", "train",
-            "evaluate" or "save"), at the same points in all processes. Once it says yes it must
+            "wait" for the devices, "evaluate" or "save"), at the same points in all processes. Once it says yes it must
             go on to do so; the state is saved and Preempted raised.
 
     Raises:
@@ -115,6 +115,7 @@ class _Run:
         self.report: Report | NoReport | None = None
         self.bar: Bar | None = None
         self.metrics: dict[str, float] = {}
+        self.step = 0
         # An evaluation that was due when the run was asked to stop; a resume makes up for it.
         self.evaluation_pending = False
         self.scan = settings.steps_per_call > 1
@@ -174,7 +175,7 @@ class _Run:
             for steps, batch in batches:
                 if self.stop_requested(step, "compile" if step == first_step else "train"):
                     self._stop(step, state)
-                before = step
+                before = self.step = step
                 state, values = update(state, batch)
                 step += steps
                 self._add(self.in_flight.push(before, values))
@@ -308,6 +309,8 @@ class _Run:
     # In the loop
 
     def _read_rows(self, values: Any) -> np.ndarray:
+        # Up to 16 calls are waited for at once, each of which is progress.
+        self.stop_requested(self.step, "wait")
         return np.atleast_2d(self.lift.read(values))
 
     def _add(self, finished: list[tuple[int, np.ndarray]]) -> None:

@@ -47,8 +47,12 @@ class Saver:
     def _restore_best(self, restored_step: int) -> None:
         """Takes up the best so far; one past the restored step, or by another metric, is over."""
         meta = self._open_best().newest_meta() if _has_any(self._workdir.best) else None
-        if meta is None:
+        if not any(self._lift.gather(int(meta is not None))):
             return
+        is_read = meta is not None and "best_value" in meta
+        if not all(self._lift.gather(int(is_read))):  # by one process: then by none
+            meta = {"step": meta["step"] if meta else 0}
+        assert meta is not None
         if meta["step"] > restored_step or meta.get("best_metric") != self._settings.best_metric:
             self._open_best().move_aside(meta["step"])
         else:

@@ -9,8 +9,9 @@ Messages are lines of JSON. What arrives is data: an unknown message is ignored,
 ends its connection.
 """
 
+from launcher.meeting.alone import Alone
 from launcher.meeting.guest import Guest
 from launcher.meeting.host import Host
-from launcher.meeting.terms import Card, Listener, Start
+from launcher.meeting.terms import Card, Listener, Meeting, Start
 
-__all__ = ["Card", "Guest", "Host", "Listener", "Start"]
+__all__ = ["Alone", "Card", "Guest", "Host", "Listener", "Meeting", "Start"]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.exit_codes import RETRY
-from launcher.failure import CONSEQUENCE, Failure
+from launcher.failure import Failure
 from launcher.meeting.address import join_address
 from launcher.meeting.link import Link
 from launcher.meeting.terms import BEAT_SECS, PROTOCOL, Card, Listener, Start
@@ -25,6 +25,7 @@ class Guest:
         listener: whom to tell.
         rendezvous_timeout: seconds until rank 0 must have answered.
         heartbeat_timeout: seconds of silence after which it is lost.
+        patience_secs: for its answer to a report, after which this launcher decides alone.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Guest:
         listener: Listener,
         rendezvous_timeout: float,
         heartbeat_timeout: float,
+        patience_secs: float,
     ) -> None:
         self._reactor = reactor
         self._card = card
@@ -43,43 +45,49 @@ class Guest:
         self._listener = listener
         self._rendezvous_timeout = rendezvous_timeout
         self._heartbeat_timeout = heartbeat_timeout
+        self._patience_secs = patience_secs
         self._began = reactor.clock()
         self._link: Link | None = None
-        self._has_started = self._is_over = False
+        self._has_started = self._is_over = self._is_done = False
         self._reason = ""
+        reactor.call_in(BEAT_SECS, self._beat)
         reactor.call_in(10, self._remind)
 
     def open(self) -> None:
         """Calls rank 0, again and again until it answers."""
         if self._is_over:
             return
+        waited = self._reactor.clock() - self._began
+        if waited > self._rendezvous_timeout:
+            message = (
+                f"rank 0 does not answer at {join_address(*self._target)} for {waited:.0f} s "
+                f"({self._reason})\n  HINT: was it started, and can this host reach it there?"
+            )
+            return self._end(Failure(self._card.rank, RETRY, message))
         try:
             connection = socket.create_connection(self._target, timeout=2.0)
         except OSError as error:
             self._reason = error.strerror or str(error)
-            waited = self._reactor.clock() - self._began
-            if waited > self._rendezvous_timeout:
-                return self._end(
-                    Failure(
-                        self._card.rank,
-                        RETRY,
-                        f"rank 0 does not answer at {join_address(*self._target)} for "
-                        f"{waited:.0f} s ({self._reason})\n  HINT: was it started, and can this "
-                        "host reach it there?",
-                    )
-                )
             self._reactor.call_in(min(2.0, 0.1 + waited / 10), self.open)
             return None
         self._address = connection.getsockname()[0]
         self._link = Link(self._reactor, connection, self._take, self._lost)
         self._link.send("join", protocol=PROTOCOL, card=asdict(self._card))
-        self._reactor.call_in(BEAT_SECS, self._beat)
         return None
 
-    def failed(self, failure: Failure) -> None:
-        """Tells rank 0's launcher of a failure here; it decides whose is the story."""
+    def report(self, failure: Failure) -> None:
+        """Tells rank 0's launcher, which decides whose failure is the story; unless it cannot."""
+        if self._link is None:
+            self._end(failure)
+            return
+        self._link.send("failed", failure=failure.to_json())
+        self._reactor.call_in(self._patience_secs, lambda: self._end(failure))
+
+    def abandon(self, failure: Failure) -> None:
+        """This launcher ends now; the others end for this reason."""
+        self._is_over = True
         if self._link is not None:
-            self._link.send("failed", failure=failure.to_json())
+            self._link.send("abandoned", failure=failure.to_json())
 
     def stopping(self, line: str) -> None:
         """Tells everyone that this launcher was asked to stop."""
@@ -87,7 +95,8 @@ class Guest:
             self._link.send("stopping", line=line)
 
     def done(self) -> None:
-        """This launcher's worker has ended as it should."""
+        """This launcher's workers have ended as they should."""
+        self._is_done = True
         if self._link is not None:
             self._link.send("bye")
 
@@ -97,8 +106,7 @@ class Guest:
         return self._is_over
 
     def leave(self) -> None:
-        """Closes; call it last."""
-        self.done()
+        """Closes the connection, without a goodbye unless all went as it should."""
         self._is_over = True
         if self._link is not None:
             self._link.close()
@@ -116,21 +124,21 @@ class Guest:
                 Start(str(message["coordinator"]), int(message["attempt"]), self._address)
             )
         elif kind == "end":
-            self._end(Failure(**message["failure"]))
+            self._end(Failure.from_json(message["failure"]))
         elif kind == "stopping":
             self._listener.on_stopping(str(message["line"]))
-        elif kind == "bye":
+        elif kind == "bye" and self._is_done:
             self._is_over = True
 
     def _lost(self, reason: str) -> None:
-        host = join_address(*self._target)
-        if not self._has_started and not self._is_over:
-            message = (
-                f"rank 0's launcher at {host} has hung up: {reason}\n  HINT: does something else "
-                "listen there?"
-            )
-            return self._end(Failure(0, RETRY, message, weight=CONSEQUENCE))
-        return self._end(Failure(0, RETRY, f"lost rank 0 at {host}: {reason}", host=host))
+        if self._has_started or self._is_over:
+            host = join_address(*self._target)
+            self._end(Failure(0, RETRY, f"lost rank 0 at {host}: {reason}", host=host))
+            return
+        # A proxy in front of a pod that is not up yet, or something else that listens there.
+        self._link = None
+        self._reason = reason
+        self._reactor.call_in(1.0, self.open)
 
     def _remind(self) -> None:
         if not self._has_started and not self._is_over:
@@ -142,7 +150,9 @@ class Guest:
             self._reactor.call_in(10, self._remind)
 
     def _beat(self) -> None:
-        if self._link is not None and not self._is_over:
+        if self._is_over:
+            return
+        if self._link is not None:
             self._link.send("beat")
             self._link.check(self._heartbeat_timeout)
-            self._reactor.call_in(BEAT_SECS, self._beat)
+        self._reactor.call_in(BEAT_SECS, self._beat)

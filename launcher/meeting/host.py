@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from launcher.exit_codes import RETRY, USAGE
@@ -13,7 +15,26 @@ from launcher.meeting.address import hold_port, join_address
 from launcher.meeting.link import Link
 from launcher.meeting.terms import BEAT_SECS, PROTOCOL, Card, Listener, Start
 from launcher.reactor import Reactor
+from launcher.verdict import MakeVerdict
 from trainer.settings import flatten
+
+# For a caller to say who it is.
+_INTRODUCTION_SECS = 10.0
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a launcher cannot take part.
+
+    Attributes:
+        reason: for a person.
+        exit_code: which it is to end with.
+        ends_the_job: whether the others end too, since the ranks contradict each other.
+    """
+
+    reason: str
+    exit_code: int
+    ends_the_job: bool
 
 
 class _Caller:
@@ -26,19 +47,22 @@ class _Caller:
         self._meeting = meeting
         self._reactor = reactor
         self.link = Link(reactor, connection, self._take, self._lost)
+        reactor.call_in(_INTRODUCTION_SECS, self._expect_card)
+
+    def _expect_card(self) -> None:
+        if self.card is None:
+            self.link.close()
 
     def _take(self, message: dict[str, Any]) -> None:
         if self.card is not None:
             return self._meeting.take(self, self.card, message)
-        try:
-            card = Card(**message["card"])
-            problem, is_stranger = self._meeting.problem_with(card, message["protocol"])
-        except (KeyError, TypeError):
-            return self.link.close()
-        if problem:
-            self.link.send("end", failure=Failure(0, USAGE, problem).to_json())
+        card = Card(**message["card"])
+        refusal = self._meeting.refusal_of(card, message["protocol"])
+        if refusal is not None:
+            failure = Failure(card.rank, refusal.exit_code, refusal.reason)
+            self.link.send("end", failure=failure.to_json())
             self._reactor.call_in(1.0, self.link.close)
-            return None if is_stranger else self._meeting.refuse_all(problem)
+            return self._meeting.end_everywhere(failure) if refusal.ends_the_job else None
         self.card = card
         return self._meeting.admit(self, card)
 
@@ -55,8 +79,9 @@ class Host:
         card: its own.
         port: where to listen.
         address: on which of this machine's addresses; all of them where empty.
-        attempt: the number of this attempt.
+        claim_attempt: gives the number of this attempt, once all are there.
         listener: whom to tell.
+        make_verdict: of what decides which failure is the story.
         rendezvous_timeout: seconds until all must have come.
         heartbeat_timeout: seconds of silence after which one is lost.
 
@@ -70,18 +95,20 @@ class Host:
         card: Card,
         port: int,
         address: str,
-        attempt: int,
+        claim_attempt: Callable[[], int],
         listener: Listener,
+        make_verdict: MakeVerdict,
         rendezvous_timeout: float,
         heartbeat_timeout: float,
     ) -> None:
         self._reactor = reactor
         self._card = card
-        self._attempt = attempt
+        self._claim_attempt = claim_attempt
         self._listener = listener
+        self._verdict = make_verdict(self.end_everywhere)
         self._heartbeat_timeout = heartbeat_timeout
         self._callers: dict[int, _Caller] = {}
-        self._has_started = self._is_over = False
+        self._has_started = self._is_over = self._is_done = False
         self._held_port: socket.socket | None = None
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._address = address
@@ -100,17 +127,28 @@ class Host:
         """Begins at once if nobody else is expected."""
         self._start_if_complete()
 
-    def end(self, failure: Failure) -> None:
-        """Ends the job everywhere."""
+    def report(self, failure: Failure) -> None:
+        """A failure was seen here."""
+        self._verdict.add(failure)
+
+    def abandon(self, failure: Failure) -> None:
+        """This launcher ends now; the others end for this reason."""
         self._is_over = True
         self._send("end", failure=failure.to_json())
+
+    def end_everywhere(self, failure: Failure) -> None:
+        """Ends the job for all, with this story."""
+        if not self._is_over:
+            self.abandon(failure)
+            self._listener.on_end(failure)
 
     def stopping(self, line: str) -> None:
         """Tells everyone that this launcher was asked to stop."""
         self._tell_stopping(line, None)
 
     def done(self) -> None:
-        """This launcher's worker has ended as it should."""
+        """This launcher's workers have ended as they should."""
+        self._is_done = True
 
     @property
     def all_done(self) -> bool:
@@ -118,10 +156,11 @@ class Host:
         return all(caller.has_left for caller in self._callers.values())
 
     def leave(self) -> None:
-        """Says goodbye and closes; call it last."""
+        """Closes everything; says goodbye only if all went as it should."""
+        if self._is_done:
+            self._send("bye")
         self._is_over = True
         self._deadline.cancel()
-        self._send("bye")
         for caller in self._callers.values():
             caller.link.close()
         self._reactor.forget(self._server)
@@ -135,21 +174,28 @@ class Host:
             _Caller(self, self._reactor, connection)
 
     def admit(self, caller: _Caller, card: Card) -> None:
-        """Takes up a launcher that `problem_with` has no objection to."""
+        """Takes up a launcher that `refusal_of` has no objection to."""
         self._callers[card.rank] = caller
         self._start_if_complete()
 
-    def problem_with(self, card: Card, protocol: Any) -> tuple[str, bool]:
-        """Why a launcher cannot be taken up (empty if it can), and whether it is none of ours."""
+    def refusal_of(self, card: Card, protocol: Any) -> _Refusal | None:
+        """Why a launcher cannot be taken up, if it cannot."""
         if protocol != PROTOCOL:
-            return "another version of podlift holds this port", True
+            return _Refusal("another version of podlift holds this port", USAGE, False)
         if card.job != self._card.job:
-            return (
+            return _Refusal(
                 f"rank {card.rank} on {card.host} belongs to another job ({card.job}) than rank 0 "
                 f"on {self._card.host} ({self._card.job})\n  HINT: two jobs use the same port; "
-                "give them different ones"
-            ), True
-        return self._contradiction(card), False
+                "give them different ones",
+                USAGE,
+                False,
+            )
+        if self._has_started:
+            # Perhaps in place of one that is lost, which is about to be noticed.
+            late = f"rank {card.rank} on {card.host} came after the job had started"
+            return _Refusal(late, RETRY, False)
+        contradiction = self._contradiction(card)
+        return _Refusal(contradiction, USAGE, True) if contradiction else None
 
     def _contradiction(self, card: Card) -> str:
         mine = self._card
@@ -183,16 +229,7 @@ class Host:
                 f"{sees} finds a run in {mine.workdir} and {other} does not"
                 "\n  HINT: --workdir must be a folder that all hosts share"
             )
-        if self._has_started:
-            return f"{who} came after the job had started"
         return ""
-
-    def refuse_all(self, problem: str) -> None:
-        """A contradiction among the ranks: ends the job for everyone."""
-        if not self._has_started and not self._is_over:
-            failure = Failure(self._card.rank, USAGE, problem)
-            self.end(failure)
-            self._listener.on_end(failure)
 
     def _missing(self) -> str:
         missing = [r for r in range(1, self._card.size) if r not in self._callers]
@@ -209,8 +246,9 @@ class Host:
         # Listening everywhere: the address that the others have found this machine at.
         address = self._address or next(c.local_address for c in self._callers.values())
         coordinator = join_address(address, port)
-        self._send("start", coordinator=coordinator, attempt=self._attempt)
-        self._listener.on_start(Start(coordinator, self._attempt, address))
+        attempt = self._claim_attempt()
+        self._send("start", coordinator=coordinator, attempt=attempt)
+        self._listener.on_start(Start(coordinator, attempt, address))
 
     def _send(self, kind: str, **values: Any) -> None:
         for caller in list(self._callers.values()):
@@ -226,8 +264,7 @@ class Host:
             f"{self._missing()} did not come within {waited:.0f} s\n  HINT: were all started, and "
             "can they reach this host? --rendezvous_timeout_secs waits longer",
         )
-        self.end(failure)
-        self._listener.on_end(failure)
+        self.end_everywhere(failure)
 
     def _remind(self) -> None:
         if not self._has_started and not self._is_over:
@@ -247,20 +284,20 @@ class Host:
         if message["kind"] == "bye":
             caller.has_left = True
         elif message["kind"] == "failed":
-            self._listener.on_failure(Failure(**{**message["failure"], "host": card.host}))
+            self._verdict.add(Failure.from_json({**message["failure"], "host": card.host}))
+        elif message["kind"] == "abandoned":
+            self.end_everywhere(Failure.from_json({**message["failure"], "host": card.host}))
         elif message["kind"] == "stopping":
             self._tell_stopping(str(message["line"]), card.rank)
             self._listener.on_stopping(str(message["line"]))
-            if not self._has_started:
-                failure = Failure(card.rank, RETRY, str(message["line"]))
-                self.end(failure)
-                self._listener.on_end(failure)
 
     def lost(self, caller: _Caller, card: Card, reason: str) -> None:
         """The connection to a launcher is gone."""
-        if not caller.has_left and not self._is_over:
+        if not self._has_started:
+            self._callers.pop(card.rank, None)  # it may come again
+        elif not caller.has_left and not self._is_over:
             message = f"lost rank {card.rank} on {card.host}: {reason}"
-            self._listener.on_failure(Failure(card.rank, RETRY, message, host=card.host))
+            self._verdict.add(Failure(card.rank, RETRY, message, host=card.host))
         caller.has_left = True
 
     def _tell_stopping(self, line: str, source: int | None) -> None:

@@ -88,9 +88,8 @@ class Link:
         for line in lines:
             try:
                 message = json.loads(line)
-                kind = message["kind"]
-            except (ValueError, TypeError, KeyError):
+                if message["kind"] != "beat" and self._is_open:
+                    self._on_message(message)
+            except Exception:  # whatever a stranger may send
                 return self._lose("it does not speak as a launcher does")
-            if kind != "beat" and self._is_open:
-                self._on_message(message)
         return None

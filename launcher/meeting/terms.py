@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from launcher.failure import Failure
 
@@ -61,11 +62,35 @@ class Listener:
         on_end: the job is over, for this reason.
         on_stopping: another launcher was asked to stop; called with a line that says which.
         on_wait: called now and then while ranks are missing, with a line that names them.
-        on_failure: for rank 0's launcher: another rank has failed.
     """
 
     on_start: Callable[[Start], None]
     on_end: Callable[[Failure], None]
     on_stopping: Callable[[str], None]
     on_wait: Callable[[str], None]
-    on_failure: Callable[[Failure], None]
+
+
+class Meeting(Protocol):
+    """What a launcher can say to the others."""
+
+    @property
+    def all_done(self) -> bool:
+        """Whether every launcher may leave."""
+
+    def open(self) -> None:
+        """Begins; `Listener.on_start` follows when all are there."""
+
+    def report(self, failure: Failure) -> None:
+        """A failure was seen here; `Listener.on_end` follows, with this one or with its cause."""
+
+    def abandon(self, failure: Failure) -> None:
+        """This launcher ends now and waits for nothing; the others end for this reason."""
+
+    def stopping(self, line: str) -> None:
+        """This launcher was asked to stop."""
+
+    def done(self) -> None:
+        """This launcher's workers have ended as they should."""
+
+    def leave(self) -> None:
+        """Closes everything; to be called last."""
