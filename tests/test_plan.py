@@ -12,9 +12,11 @@ from launcher import flags, plan
 from launcher.assignment import Outcome
 from launcher.attempt import Ending
 from launcher.bug_report import relevant
-from launcher.failure import CONSEQUENCE, Failure, first, of_exit, of_outcome
+from launcher.failure import CONSEQUENCE, Failure, of_exit, of_outcome
 from launcher.progress import Progress
+from launcher.reactor import Reactor
 from launcher.supervisor import backoff_secs, why_not_again
+from launcher.verdict import Verdict
 from launcher.watchdog import Watchdog
 from trainer.errors import UserError
 from trainer.settings import flatten
@@ -153,10 +155,29 @@ def test_the_cause_comes_before_its_consequences():
         of_exit(-6, 2, 7, "log", "jax: distributed service detected fatal errors", False),
         of_exit(-9, 1, 7, "log", "", False),
     ]
-    assert first(seen).rank == 1
-    assert first(seen).exit_code == 42
     assert seen[1].weight == CONSEQUENCE
-    assert first(seen[:2]).rank == 0
+    assert story_of(*seen).rank == 1
+    assert story_of(*seen).exit_code == 42
+    lost = story_of(*seen[:2])
+    assert (lost.rank, lost.exit_code) == (0, 42)
+    assert lost.message.startswith("rank 0 lost contact to its peers (JaxRuntimeError on rank 0")
+
+
+def test_of_ranks_that_hang_the_one_furthest_behind_is_the_story():
+    hangs = [Failure(rank, 42, "", count=count) for rank, count in ((0, 29), (1, 22), (2, 29))]
+    assert story_of(*hangs).rank == 1
+    assert story_of(*hangs, Failure(2, 1, "raised")).rank == 2
+
+
+def story_of(*failures):
+    """The verdict on failures that are all seen within a moment."""
+    stories = []
+    with Reactor() as reactor:
+        verdict = Verdict(reactor, stories.append, consequence_secs=0.2, hang_secs=0.2)
+        for failure in failures:
+            verdict.add(failure)
+        reactor.run(lambda: bool(stories))
+    return stories[0]
 
 
 @pytest.mark.parametrize(

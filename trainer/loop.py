@@ -67,8 +67,8 @@ def train(
         workdir: the run's folder; made if absent. Nothing is written before the first step is done.
         mesh: the devices, with the one axis "batch"; all devices where None.
         stop_requested: asked with the step and what comes next ("start", "compile", "train",
-            "wait" for the devices, "evaluate" or "save"), at the same points in all processes. Once it says yes it must
-            go on to do so; the state is saved and Preempted raised.
+            "wait" for the devices, "evaluate" or "save"), at the same points in all processes.
+            Once it says yes it must go on to do so; the state is saved and Preempted raised.
 
     Raises:
         UserError: the config, its targets or the workdir are not as they should be.
