@@ -138,7 +138,6 @@ def main() -> None:
         os._exit(1)
     with os.fdopen(report_file, "wb", closefd=True) as report:
         report.write(outcome.to_line())
-    sys.stdout.flush()
     if outcome.is_failure:
         # Peers fail as soon as this process lets go of its connections, and what they say must not
         # come before what it has said. The launcher ends them all.
@@ -212,7 +211,6 @@ def _die_with(parent: int) -> None:
 
 def _report(text: str) -> None:
     logging.getLogger("podlift").error("%s", text)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

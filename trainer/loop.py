@@ -67,7 +67,7 @@ def train(
         workdir: the run's folder; made if absent. Nothing is written before the first step is done.
         mesh: the devices, with the one axis "batch"; all devices where None.
         stop_requested: asked with the step and what comes next ("start", "compile", "train",
-            "wait" for the devices, "evaluate" or "save"), at the same points in all processes.
+            "wait" for data or devices, "evaluate" or "save"), at the same points in all processes.
             Once it says yes it must go on to do so; the state is saved and Preempted raised.
 
     Raises:
@@ -191,6 +191,7 @@ class _Run:
                     self._evaluate(state, step)
                 if self._due(self.settings.checkpoint_every_steps, before, step):
                     self._save(state, step)
+                self.stop_requested(step, "wait")
         if self.evaluation_pending:
             self._stop(step, state)
         self._save(state, step)

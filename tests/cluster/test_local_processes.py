@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -384,6 +388,38 @@ def test_all_ranks_on_the_console(run, tmp_path):
         assert line.startswith(("[0] ", "[1] ")), line
     for rank in (0, 1):
         assert sum(line.startswith(f"[{rank}] step 10/10") for line in out.splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["gone", "asleep"])
+def test_a_terminal_that_does_not_read_changes_nothing(begin, tmp_path, reader):
+    """`| head`, a closed terminal; Ctrl-S, `less`."""
+    process = begin(tmp_path / "run", *TWO, "--config.log_every_steps=1", until="step 10/")
+    if reader == "gone":
+        process.stdout.close()
+        process.stdout = None
+    else:
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        wait_for_line(log_of(tmp_path / "run", 0), "step 150/")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 42
+    assert any((tmp_path / "run/checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_children_of_others_are_left_alone(launch, tmp_path):
+    """`tensorboard & exec python -m launcher`: what was there before is not the run's."""
+    command = [sys.executable, "-m", "launcher", CONFIG, f"--workdir={tmp_path}/run"]
+    script = "sleep 1000 & echo $! >$0; exec " + shlex.join([*command, "--max_restarts=1"])
+    note = tmp_path / "pid"
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "PJRT_"))}
+    subprocess.run(
+        ["bash", "-c", script, note],
+        env={**environ, **ENVIRON},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    os.kill(int(note.read_text()), signal.SIGKILL)  # still there
 
 
 @pytest.mark.slow

@@ -93,6 +93,37 @@ def test_a_silent_launcher_is_given_up(begin, tmp_path):
     assert "no sign of life" in err
 
 
+@pytest.mark.slow
+def test_the_rank_that_holds_up_the_others_is_named_across_launchers(begin):
+    """Also right after an evaluation (of step 14), which may take long; a batch may not."""
+    stall = ["--config.data.kind=stall", "--config.data.at_step=15", "--hang_timeout_secs=3"]
+    for code, _, err in ends(begin(0, *stall), begin(1, *stall)):
+        assert code == 42
+        assert "error: rank 1 has made no progress" in err
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_all_with_one_story(begin, tmp_path):
+    launchers = [begin(0, *SLOW), begin(1, *SLOW)]
+    wait_for_line(log_of(tmp_path / "run", 0), "step 10/")
+    launchers[1].send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    launchers[1].send_signal(signal.SIGINT)
+    first, second = ends(*launchers)
+    assert (first[0], second[0]) == (42, 130)
+    assert "to the launcher of rank 1" in first[2] or "launcher of rank 1" in first[2]
+    assert "SIGKILL" not in first[2]
+
+
+def test_all_hear_that_rank_0_was_stopped_before_all_were_there(begin):
+    launchers = [begin(0, size=3), begin(1, size=3)]
+    time.sleep(1.5)
+    launchers[0].terminate()
+    for code, _, err in ends(*launchers, timeout=20):
+        assert code == 42
+        assert "before all ranks were there" in err
+
+
 def test_a_request_to_one_launcher_stops_all(begin, tmp_path):
     launchers = [begin(0, *SLOW), begin(1, *SLOW)]
     wait_for_line(log_of(tmp_path / "run", 0), "step 10/")
