@@ -15,9 +15,9 @@ Trains with Open MPI's mpirun, a process for each rank.
   --dry-run         print the command and do nothing
   --help            this text
 
-On several machines the checkout, its .venv and --workdir have to be in folders that all share.
-On one machine --workdir is runs/mpi-DATE-TIME unless it is given, and more ranks than cores are
-allowed. Ctrl-C or SIGTERM: all ranks save, and the exit code is 42; the same command goes on. A second
+On several machines the checkout, its .venv and --workdir have to be in folders that all share. On
+one machine --workdir is runs/mpi-DATE-TIME unless it is given, and more ranks than cores are fine.
+Ctrl-C or SIGTERM: all ranks save, and the exit code is 42; the same command goes on. A second
 Ctrl-C does not wait. Nothing restarts it.
 
   PODLIFT_COORDINATOR_ADDRESS   HOST:PORT where the ranks meet, if several machines are given

@@ -304,10 +304,18 @@ def test_mpi_on_one_machine(run, rank, expected):
     run.stand_in("mpirun", f'record "$@"; exit {rank}')
     done = run(MPI, "-n", 3, "--", MLP, HOSTILE, **mpi_environ(run, XLA_FLAGS="--xla_a"))
     assert done.returncode == expected, done
-    assert only(run.calls("mpirun")) == [
+    *given, workdir = only(run.calls("mpirun"))
+    assert given == [
         *["-n", "3", "-x", "XLA_FLAGS", "-x", "PODLIFT_PYTHON"],
         *["/my python", "-m", "launcher", MLP, HOSTILE],
     ]
+    assert workdir.startswith("--workdir=runs/mpi-2")  # one for all ranks, with the time
+
+
+def test_mpi_keeps_the_workdir_that_is_given(run):
+    run.stand_in("mpirun", 'record "$@"')
+    run(MPI, "-n", 3, MLP, "--workdir=x", **mpi_environ(run))
+    assert only(run.calls("mpirun"))[-2:] == [MLP, "--workdir=x"]
 
 
 @pytest.mark.parametrize(

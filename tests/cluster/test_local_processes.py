@@ -215,14 +215,14 @@ def test_what_a_rank_has_started_goes_with_it(begin, tmp_path):
 def test_a_rank_that_exits_without_a_word(run, tmp_path):
     code, _, err = run(tmp_path / "run", *TWO, "--config.data.kind=exit")
     assert code == 1
-    assert err.startswith("error: rank 1 exited with code 3 without a word, around step 3")
+    assert err.startswith("error: rank 1 exited with code 3 without a word, around step 4")
 
 
 @pytest.mark.slow
 def test_a_crash_of_native_code(run, tmp_path):
     code, _, err = run(tmp_path / "run", *TWO, "--config.data.kind=abort")
     assert code == 1
-    assert err.startswith("error: rank 1 was killed by SIGSEGV around step 3")
+    assert err.startswith("error: rank 1 was killed by SIGSEGV around step 4")
 
 
 def test_a_stalled_rank_is_found_with_all_stacks(run, tmp_path):
@@ -231,7 +231,7 @@ def test_a_stalled_rank_is_found_with_all_stacks(run, tmp_path):
         workdir, *TWO, "--config.data.kind=stall", "--hang_timeout_secs=3", "--max_restarts=0"
     )
     assert code == 42
-    assert "error: rank 1 has made no progress for 3 s, at step 3 (train)" in err
+    assert "error: rank 1 has made no progress for 3 s, at step 4 (wait)" in err
     assert "in _fail" in log_of(workdir, 1).read_text()
     assert "most recent call first" in log_of(workdir, 0).read_text()
     assert processes_of(workdir) == []
@@ -354,7 +354,7 @@ def test_what_fails_twice_at_the_same_step_is_not_tried_again(run, tmp_path):
     code, out, err = run(tmp_path / "run", *TWO, "--config.data.kind=raise", "--max_restarts=5")
     assert code == 1
     assert err.count("Traceback") == 2
-    assert "failed twice at step 3" in out
+    assert "failed twice at step 4" in out
 
 
 @pytest.mark.slow
