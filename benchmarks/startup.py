@@ -94,6 +94,17 @@ def run(command: list[str], cache: str) -> dict[str, float]:
     return parts
 
 
+def plan_seconds(runs: int) -> float:
+    """The part of a launcher before it starts its workers, from the command on."""
+    command = [sys.executable, "-m", "launcher", "--config=configs/mlp.py", "--dry_run"]
+    seconds = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        subprocess.run([*command, "--processes=2"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=5)
@@ -126,6 +137,8 @@ def main() -> None:
                 )
                 ratio = statistics.median(a["total"] / b["total"] for a, b in pairs)
                 rows.append({"case": name, "run": f"podlift / bare, {temperature}", "total": ratio})
+    seconds = plan_seconds(options.runs)
+    rows.append({"case": "launcher", "run": "plan of 2 processes", "total": seconds})
     for row in rows:
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
     if options.out:

@@ -37,7 +37,7 @@ def run(options: Options) -> int:
     try:
         planned = plan.make_plan(options, os.environ)
         if options.dry_run:
-            print(plan.describe(planned), end="")
+            print(plan.describe(planned, os.environ), end="")
             return exit_codes.DONE
         if planned.supervised:
             from launcher.supervisor import supervise
@@ -48,7 +48,7 @@ def run(options: Options) -> int:
         return exit_codes.USAGE
     from launcher.worker import run_here
 
-    return run_here(options.config, planned.workdir, options.fake_devices, planned.local_dir)
+    return run_here(planned)
 
 
 if __name__ == "__main__":

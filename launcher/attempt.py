@@ -7,10 +7,8 @@ back with the story that ends the attempt (`_close_with`); everything else ends 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
-import platform
 import signal
 import subprocess
 import traceback
@@ -26,20 +24,16 @@ from launcher.children import (
     out_of_memory_kills,
     signals_held_back,
 )
-from launcher.clusters import Placement
 from launcher.failure import Failure, of_exit, of_outcome
-from launcher.meeting import Alone, Card, Guest, Host, Listener, Meeting, Start
-from launcher.meeting.address import own_address
+from launcher.meeting import Listener, Meeting, Start, convene
 from launcher.meeting.terms import BEAT_SECS
 from launcher.plan import Plan, host_name
-from launcher.rank_log import RankFile, claim_attempt, remove_logs
+from launcher.rank_log import RankFile, remove_logs
 from launcher.reactor import Reactor, Timer
 from launcher.signals import STACKS_SIGNAL
 from launcher.telling import show
 from launcher.verdict import MakeVerdict, Verdict
 from launcher.watchdog import Watchdog
-from trainer.errors import UserError
-from trainer.version import __version__
 
 # After all is said, until a worker must be gone, and the other launchers must be done.
 _EXIT_SECS = 30.0
@@ -137,37 +131,7 @@ class Attempt:
             consequence_secs=0.5 if placement is None else 2 * BEAT_SECS,
             hang_secs=0.0 if placement is None else self._watchdog.period + BEAT_SECS,
         )
-        if placement is None:
-            number = claim_attempt(plan.local_dir)
-            return Alone(number, plan.num_processes, listener, make_verdict)
-        card = _card_of(plan, placement)
-        times = (self._limits.rendezvous_timeout_secs, float(self._limits.heartbeat_timeout_secs))
-        if card.rank != 0:
-            patience = self._watchdog.period + 5 * BEAT_SECS
-            where = (placement.host, placement.port)
-            return Guest(self._reactor, card, *where, listener, *times, patience)
-        address = own_address(placement.host)
-        try:
-            return Host(
-                self._reactor,
-                card,
-                placement.port,
-                address,
-                functools.partial(claim_attempt, plan.local_dir),
-                listener,
-                make_verdict,
-                *times,
-            )
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            by_hand = placement.cluster == "by hand"
-            knob = "--coordinator_address" if by_hand else "PODLIFT_COORDINATOR_ADDRESS"
-            raise UserError(
-                f"port {placement.port} of {card.host}, where the ranks are to meet, is taken",
-                f"by another job, or by another rank 0 of this one? {knob}=HOST:PORT, the same "
-                "for all ranks, names another port",
-            ) from error
+        return convene(plan, self._reactor, listener, make_verdict, self._watchdog.period)
 
     def _start(self, start: Start) -> None:
         plan = self._plan
@@ -406,21 +370,3 @@ class Attempt:
             file.close()
         if self._ending is not None and self._ending.exit_code == exit_codes.USAGE:
             remove_logs(self._files.values())
-
-
-def _card_of(plan: Plan, placement: Placement) -> Card:
-    import importlib.metadata  # 30 ms, which a launcher alone has no use for
-
-    packages = ("jax", "jaxlib", "flax", "optax")
-    versions = [f"podlift {__version__}", f"Python {platform.python_version()}"]
-    versions += [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    return Card(
-        rank=placement.process_id,
-        size=placement.num_processes,
-        host=host_name(),
-        job=placement.job,
-        config=plan.config,
-        versions=", ".join(versions),
-        workdir=plan.workdir,
-        sees_run=plan.sees_run,
-    )

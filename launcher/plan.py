@@ -259,8 +259,13 @@ def detected(placement: Placement) -> str:
     )
 
 
-def describe(plan: Plan) -> str:
-    """The plan for `--dry_run`: processes, what is set for each, where they meet, the mesh."""
+def describe(plan: Plan, environ: Mapping[str, str]) -> str:
+    """The plan for `--dry_run`: processes, what is set for each, where they meet, the mesh.
+
+    Args:
+        plan: what is run.
+        environ: the environment it was made in.
+    """
     settings, placement = plan.settings, plan.placement
     if placement is None:
         rows = [("cluster", "none: this machine")]
@@ -274,7 +279,7 @@ def describe(plan: Plan) -> str:
     count = plan.num_processes
     batch = settings.global_batch_size
     rows.append(("processes", f"{count}, {len(plan.workers)} of them started here"))
-    per_process = _devices_per_process(plan)
+    per_process = _devices_per_process(plan, environ)
     if per_process is None:
         devices = "all devices that jax finds"
         share = f"{batch // count} a process" if count > 1 else "divided by the devices"
@@ -297,17 +302,18 @@ def describe(plan: Plan) -> str:
     return "".join(f"{name:{width}}  {text}\n" for name, text in rows)
 
 
-def _devices_per_process(plan: Plan) -> int | None:
+def _devices_per_process(plan: Plan, environ: Mapping[str, str]) -> int | None:
     """How many devices each process uses, where that is known before jax is asked."""
     if plan.settings.devices_per_process is not None:
         return plan.settings.devices_per_process
     worker = plan.workers[0]
-    fake = environment.fake_device_count({**os.environ, **worker.environ})
+    environ = {**environ, **worker.environ}
+    fake = environment.fake_device_count(environ)
     if fake:
         return fake
     if worker.local_device_ids is not None:
         return len(worker.local_device_ids)
-    return count_gpus({**os.environ, **worker.environ}) or None
+    return count_gpus(environ) or None
 
 
 def host_name() -> str:

@@ -12,14 +12,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from launcher import environment, exit_codes
+from launcher import exit_codes
 from launcher.assignment import Assignment, Outcome
 from launcher.failure import forget_failure, write_failure
+from launcher.plan import Plan
 from launcher.progress import ProgressPage
 from launcher.rank_log import RankLog
 from launcher.signals import (
@@ -32,7 +32,6 @@ from launcher.signals import (
     hand_to_jax,
 )
 from launcher.telling import how_to_go_on
-from trainer import workdir as workdir_lib
 from trainer.console import open_terminal
 from trainer.errors import (
     CheckpointsUnreadable,
@@ -41,7 +40,7 @@ from trainer.errors import (
     ReplicasDiffer,
     UserError,
 )
-from trainer.settings import check
+from trainer.workdir import config_from_json
 
 # Messages of jax, gloo and NCCL when another process went away or does not answer.
 _LOST_PEER = (
@@ -59,11 +58,9 @@ _LOST_PEER = (
 )
 
 
-def run_here(config: ConfigDict, workdir: str, fake_devices: int | None, local_dir: Path) -> int:
-    """Trains in this process, alone; returns the exit code.
-
-    Everything that can be refused without jax is refused before it is imported.
-    """
+def run_here(plan: Plan) -> int:
+    """Trains in this process, alone; returns the exit code."""
+    workdir, local_dir = plan.workdir, plan.local_dir
     stop_requested = StopRequest(interactive=True)
     stop_requested.install()
     os.register_at_fork(after_in_child=forget_signals)
@@ -74,10 +71,8 @@ def run_here(config: ConfigDict, workdir: str, fake_devices: int | None, local_d
         logging.getLogger(name).addHandler(rank_log)
 
     def train() -> None:
-        settings = check(config)
-        workdir_lib.Workdir.check(workdir, settings.config)
-        environment.prepare(os.environ, fake_devices)
-        _train(config, workdir, stop_requested)
+        os.environ.update(plan.workers[0].environ)
+        _train(plan.settings.config, workdir, stop_requested)
 
     outcome = _outcome_of(train, rank=0)
     if outcome.is_failure and outcome.exit_code != exit_codes.USAGE:
@@ -129,7 +124,7 @@ def main() -> None:
         several = assignment.coordinator is not None
         if several:
             hand_to_jax(stop_requested)
-        config = workdir_lib.config_from_json(assignment.config)
+        config = config_from_json(assignment.config)
         asked = SyncPoint() if several else stop_requested
         _train(config, assignment.workdir, asked_in_turn(asked, page.write))
 

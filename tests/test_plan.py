@@ -89,7 +89,7 @@ def test_a_place_in_a_cluster(tmp_path):
     made = planned(tmp_path, "--fake_devices=2", **SLURM)
     assert made.num_processes == 2
     assert [worker.rank for worker in made.workers] == [1]
-    assert "rank 0 at n1:" in plan.describe(made)
+    assert "rank 0 at n1:" in plan.describe(made, SLURM)
     alone = planned(tmp_path, "--cluster=none", **SLURM)
     assert alone.num_processes == 1
     options = flags.parse(["launcher", MLP])

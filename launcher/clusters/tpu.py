@@ -17,6 +17,7 @@ coordinator.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from launcher.clusters import read
@@ -26,7 +27,7 @@ _MEGASCALE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCAL
 _SHARED = (*_MEGASCALE, "PODLIFT_JOB_NAME", "PODLIFT_RESTART_ATTEMPT")
 
 
-class _Tpu:
+class _Tpu(ABC):
     """What GKE and Compute Engine have in common."""
 
     name = ""
@@ -34,9 +35,9 @@ class _Tpu:
     required: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
+    @abstractmethod
     def hosts(cls, env: Mapping[str, str]) -> list[str]:
         """The hosts of this slice, by worker id."""
-        raise NotImplementedError
 
     @classmethod
     def detect(cls, env: Mapping[str, str]) -> bool:
@@ -82,6 +83,7 @@ class _Tpu:
     @classmethod
     def local_device_ids(cls, env: Mapping[str, str]) -> None:
         """None: libtpu gives a process its chips."""
+        return None
 
     @classmethod
     def attempt(cls, env: Mapping[str, str]) -> int:

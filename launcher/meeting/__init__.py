@@ -9,9 +9,7 @@ Messages are lines of JSON. What arrives is data: an unknown message is ignored,
 ends its connection.
 """
 
-from launcher.meeting.alone import Alone
-from launcher.meeting.guest import Guest
-from launcher.meeting.host import Host
-from launcher.meeting.terms import Card, Listener, Meeting, Start
+from launcher.meeting.convene import convene
+from launcher.meeting.terms import Listener, Meeting, Start
 
-__all__ = ["Alone", "Card", "Guest", "Host", "Listener", "Meeting", "Start"]
+__all__ = ["Listener", "Meeting", "Start", "convene"]

@@ -18,6 +18,7 @@ from conftest import ROOT
 from test_cli import wait_for
 
 import trainer
+from launcher.meeting.address import hold_port
 from trainer.state import name_leaves
 
 HERE = ROOT / "tests/cluster"
@@ -154,6 +155,22 @@ def test_the_numbers_of_one_process(run, alone, tmp_path, lift, processes, devic
     expected_losses = [row["eval/loss"] for row in rows_of(expected) if "eval/loss" in row]
     np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-6)
     assert err == ""
+
+
+@pytest.mark.slow
+def test_a_mesh_in_which_processes_take_turns(run, alone, tmp_path):
+    """As on a v5e:4x4; and `trainer.train` in processes that no launcher has started."""
+    expected = reference(alone, run, "--fake_devices=4", "--config.num_steps=5")
+    environ = {**os.environ, **ENVIRON, "PJRT_NPROC": "4"}
+    environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    with hold_port("127.0.0.1") as held:
+        command = [sys.executable, HERE / "interleaved.py", str(held.getsockname()[1])]
+        processes = [
+            subprocess.Popen([*command, str(rank), tmp_path / "run"], env=environ)
+            for rank in range(2)
+        ]
+        assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    assert_same_state(tmp_path / "run", expected, atol=1e-6)
 
 
 @pytest.mark.slow

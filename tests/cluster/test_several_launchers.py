@@ -9,6 +9,7 @@ import time
 
 import pytest
 from test_local_processes import AT_ONCE, CONFIG, ENVIRON, log_of, processes_of, wait_for_line
+from test_plan import SLURM
 
 
 @pytest.fixture
@@ -171,6 +172,28 @@ def test_contradictions_are_named_and_not_run(begin, tmp_path, one, other, text)
     first.terminate()
     ends(first)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_jobs_on_one_port(begin, start, port, tmp_path):
+    """The stranger is sent away, and the job whose port it is goes on waiting."""
+    first = begin_in_slurm(start, port, tmp_path, job=7, rank=0)
+    time.sleep(1.0)
+    ((code, _, err),) = ends(begin_in_slurm(start, port, tmp_path, job=8, rank=1))
+    assert code == 2
+    assert "belongs to another job (slurm 8.0)" in err
+    assert "HINT: two jobs use the same port" in err
+    assert first.poll() is None
+    for code, out, err in ends(first, begin_in_slurm(start, port, tmp_path, job=7, rank=1)):
+        assert code == 0, out + err
+
+
+def begin_in_slurm(start, port, tmp_path, *, job, rank):
+    """A task of a job of two, as its variables tell it."""
+    environ = {**SLURM, "SLURM_JOB_ID": str(job), "SLURM_PROCID": str(rank)}
+    environ |= {"SLURM_NODEID": str(rank), "PODLIFT_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
+    return start(
+        *(CONFIG, f"--workdir={tmp_path}/run", "--fake_devices=1"), environ={**ENVIRON, **environ}
+    )
 
 
 def test_a_rank_that_comes_twice(begin):
