@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launcher.flags import Options
+    from launcher.plan import Plan
 
 
 def main() -> None:
@@ -30,15 +31,19 @@ def main() -> None:
 def run(options: Options) -> int:
     """Plans a run and runs it, in place or in processes of its own; returns the exit code."""
     from launcher import exit_codes, plan
+    from trainer import lock
     from trainer.console import open_terminal
     from trainer.errors import UserError
 
     open_terminal()
     try:
         planned = plan.make_plan(options, os.environ)
+        if planned.folder.refused:
+            _refuse_changes(planned)
         if options.dry_run:
             print(plan.describe(planned, os.environ), end="")
             return exit_codes.DONE
+        lock.check_free(planned.folder.path, planned.local_base)
         if planned.supervised:
             from launcher.supervisor import supervise
 
@@ -49,6 +54,29 @@ def run(options: Options) -> int:
     from launcher.worker import run_here
 
     return run_here(planned)
+
+
+def _refuse_changes(planned: Plan) -> None:
+    """Raises the refusal of a config that is not that of the run in the workdir.
+
+    Nothing will be started, so this process may import jax to find out what the state would be; of
+    several launchers one does, on its CPU.
+    """
+    from trainer.errors import UserError
+
+    if planned.placement is None or planned.placement.process_id == 0:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        try:
+            from trainer.job import build_job
+            from trainer.loop import refuse_changes
+
+            refuse_changes(planned.settings, planned.folder, build_job(planned.settings))
+        except UserError as error:
+            if "another config" in error.message:
+                raise
+        except Exception:  # noqa: S110 (of the user's code; the config is told all the same)
+            pass
+    planned.folder.refuse_changes()
 
 
 if __name__ == "__main__":

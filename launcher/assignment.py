@@ -28,6 +28,7 @@ class Assignment:
         start_timeout_secs: how long jax waits for its peers.
         shutdown_timeout_secs: how long it waits for them to leave.
         workdir: the run's folder.
+        local_dir: where what needs a local folder goes if that is remote; None for the default.
         config: the resolved config, as `trainer.workdir.config_to_json` writes it.
         attempt: counted from 1 over the life of the workdir.
         parent: the launcher's process id; the worker dies with it.
@@ -42,6 +43,7 @@ class Assignment:
     start_timeout_secs: int
     shutdown_timeout_secs: int
     workdir: str
+    local_dir: str | None
     config: str
     attempt: int
     parent: int

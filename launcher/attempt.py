@@ -148,6 +148,7 @@ class Attempt:
                     start_timeout_secs=max(30, int(self._limits.rendezvous_timeout_secs)),
                     shutdown_timeout_secs=self._limits.shutdown_timeout_secs,
                     workdir=plan.workdir,
+                    local_dir=plan.local_base,
                     config=plan.config,
                     attempt=start.attempt,
                     parent=os.getpid(),

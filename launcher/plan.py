@@ -13,8 +13,8 @@ from launcher.clusters import Placement
 from launcher.clusters.gce_metadata import read_gce_metadata
 from launcher.clusters.read import visible_devices
 from launcher.flags import Options
-from launcher.rank_log import local_folder
 from trainer.errors import UserError
+from trainer.paths import local_folder
 from trainer.settings import Settings, check
 from trainer.workdir import Workdir, config_to_json
 
@@ -59,7 +59,8 @@ class Plan:
         config: the config as JSON, for the workers.
         workdir: the run's folder, absolute if it is local.
         local_dir: its folder on this machine.
-        sees_run: whether the workdir holds a run already.
+        local_base: where such folders are; None for the system's temporary folder.
+        folder: the workdir, as it was found.
         num_processes: in the job.
         workers: those of them that start here.
         placement: where the scheduler has put this launcher; None if this machine is all there is.
@@ -72,7 +73,8 @@ class Plan:
     config: str
     workdir: str
     local_dir: Path
-    sees_run: bool
+    local_base: str | None
+    folder: Workdir
     num_processes: int
     workers: tuple[Worker, ...]
     placement: Placement | None
@@ -111,7 +113,8 @@ def make_plan(options: Options, environ: Mapping[str, str]) -> Plan:
         config=config_to_json(settings.config),
         workdir=os.fspath(folder.path),
         local_dir=local_folder(workdir, options.local_dir),
-        sees_run=folder.exists,
+        local_base=options.local_dir,
+        folder=folder,
         num_processes=num_processes,
         workers=workers,
         placement=placement,
@@ -290,7 +293,7 @@ def describe(plan: Plan, environ: Mapping[str, str]) -> str:
     rows += [
         ("mesh", f'{devices} on one axis, "batch"; lift {settings.lift}'),
         ("global batch", f"{batch}: {share}"),
-        ("workdir", plan.workdir + (" (goes on from its newest checkpoint)" * plan.sees_run)),
+        ("workdir", plan.workdir + (" (goes on from its newest checkpoint)" * plan.folder.exists)),
         ("supervised", "yes" if plan.supervised else "no: runs in place"),
     ]
     for worker in plan.workers:

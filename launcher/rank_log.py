@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import os
 import re
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -16,21 +13,7 @@ from typing import TextIO
 
 from trainer.console import warn
 from trainer.errors import UserError
-from trainer.workdir import is_claimed
-
-
-def local_folder(workdir: str, local_dir: str | None = None) -> Path:
-    """Where a run's local files go: its workdir, or a folder of this machine if that is remote.
-
-    Args:
-        workdir: the run's folder.
-        local_dir: where folders of remote runs go; the system's temporary folder where None.
-    """
-    if "://" not in workdir:
-        return Path(os.path.abspath(os.path.expanduser(workdir)))
-    digest = hashlib.sha256(workdir.encode()).hexdigest()[:16]
-    base = Path(local_dir or tempfile.gettempdir())
-    return base.expanduser().absolute() / f"podlift-{os.getuid()}" / digest
+from trainer.lock import is_taken_here
 
 
 def next_attempt(folder: Path) -> int:
@@ -141,7 +124,7 @@ class RankLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Takes one record, as logging.Handler says."""
         self._held.append(self.format(record) + "\n")
-        if self._path is not None or is_claimed(self._workdir):
+        if self._path is not None or is_taken_here(self._workdir):
             try:
                 self.open()
             except OSError:  # a full disk is no reason to stop training

@@ -34,10 +34,12 @@ from launcher.signals import (
 from launcher.telling import how_to_go_on
 from trainer.console import open_terminal
 from trainer.errors import (
-    CheckpointsUnreadable,
     NonFiniteLoss,
+    NonFiniteState,
+    PeerFailed,
     Preempted,
     ReplicasDiffer,
+    SavesFailed,
     UserError,
 )
 from trainer.workdir import config_from_json
@@ -72,7 +74,7 @@ def run_here(plan: Plan) -> int:
 
     def train() -> None:
         os.environ.update(plan.workers[0].environ)
-        _train(plan.settings.config, workdir, stop_requested)
+        _train(plan.settings.config, workdir, plan.local_base, stop_requested)
 
     outcome = _outcome_of(train, rank=0)
     if outcome.is_failure and outcome.exit_code != exit_codes.USAGE:
@@ -126,7 +128,8 @@ def main() -> None:
             hand_to_jax(stop_requested)
         config = config_from_json(assignment.config)
         asked = SyncPoint() if several else stop_requested
-        _train(config, assignment.workdir, asked_in_turn(asked, page.write))
+        stop = asked_in_turn(asked, page.write)
+        _train(config, assignment.workdir, assignment.local_dir, stop)
 
     outcome = _outcome_of(train, assignment.rank, lambda: page.read().step)
     if os.getpid() != me:  # a fork of user code that was not kept from coming back here
@@ -145,12 +148,17 @@ def main() -> None:
     sys.exit(outcome.exit_code)
 
 
-def _train(config: ConfigDict, workdir: str, stop_requested: Callable[[int, str], bool]) -> None:
+def _train(
+    config: ConfigDict,
+    workdir: str,
+    local_dir: str | None,
+    stop_requested: Callable[[int, str], bool],
+) -> None:
     from launcher.mesh import build_mesh
     from trainer.loop import train
 
     mesh = build_mesh(config.get("lift", "pmap"), config.get("devices_per_process"))
-    train(config, workdir, mesh, stop_requested=stop_requested)
+    train(config, workdir, mesh, stop_requested=stop_requested, local_dir=local_dir)
 
 
 def _outcome_of(
@@ -165,12 +173,15 @@ def _outcome_of(
         return Outcome(exit_codes.RETRY, str(error), step=error.step)
     except NonFiniteLoss as error:
         hint = (
-            "lower config.optimizer.learning_rate, in a new --workdir, or look at the data of "
-            "that step; no state that is not finite was saved"
+            "look at the data of that step, lower config.optimizer.learning_rate (on the same run "
+            "with --config.checkpoint.allow=optimizer), or leave such updates out with "
+            "--config.nan=skip"
         )
         return Outcome(exit_codes.FAILED, f"{error}\n  HINT: {hint}", step=error.step)
-    except (CheckpointsUnreadable, ReplicasDiffer) as error:
+    except (NonFiniteState, ReplicasDiffer, SavesFailed) as error:
         return Outcome(exit_codes.FAILED, str(error), step=step())
+    except PeerFailed as error:
+        return Outcome(exit_codes.FAILED, str(error), step=step(), lost_peer=True)
     except BaseException as error:
         trace = traceback.format_exc()
         try:

@@ -251,7 +251,7 @@ def test_replicas_that_differ_are_found_and_named(kind):
     task = Task(CountsPositives(), squared_error, optax.sgd(0.02))
     lift = make_lift(kind, mesh_of(8))
     state = lift.put_state(jax.jit(lambda x: init_state(task, 0, x))(batch["x"][0]))
-    assert set(lift.checksums(state)) == {
+    assert set(lift.examine(state).checksums) == {
         "step",
         "rng",
         "params/Dense_0/kernel",
@@ -260,7 +260,7 @@ def test_replicas_that_differ_are_found_and_named(kind):
     }
     state, _ = lift(make_update_step(task))(state, lift.put_batch(batch))
     with pytest.raises(ReplicasDiffer, match="counters/positives differs between devices"):
-        lift.checksums(state)
+        lift.examine(state)
 
 
 def test_a_mesh_with_another_axis_is_refused():

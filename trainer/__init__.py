@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.checkpoint import load
+    from trainer.checkpoints.load import load
     from trainer.errors import NonFiniteLoss, Preempted, UserError
     from trainer.loop import Result, train
 
@@ -21,7 +21,7 @@ __all__ = ["NonFiniteLoss", "Preempted", "Result", "UserError", "load", "train"]
 
 _HOME = {
     "train": "trainer.loop",
-    "load": "trainer.checkpoint",
+    "load": "trainer.checkpoints.load",
     "Result": "trainer.loop",
     "Preempted": "trainer.errors",
     "NonFiniteLoss": "trainer.errors",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
 from trainer.data.stream import Source, TrainStream, as_source
 from trainer.errors import UserError
 from trainer.settings import Settings
-from trainer.step import Task
+from trainer.state import TrainState
+from trainer.step import Task, init_state
 from trainer.targets import bind, build
 
 
@@ -32,6 +36,12 @@ class Job:
     held_out: Source | None
     num_steps: int
     stop: int
+
+
+def make_init(job: Job, seed: int) -> Callable[[], TrainState]:
+    """Gives the function that initialises a job's state, compiled: eager init is slow."""
+    first = job.stream.source[np.zeros(1, np.int64)]["x"][0]
+    return functools.partial(jax.jit(functools.partial(init_state, job.task, seed)), first)
 
 
 def build_job(settings: Settings) -> Job:

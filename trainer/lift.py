@@ -23,8 +23,24 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainer.errors import ReplicasDiffer, UserError
-from trainer.state import TrainState, checksums, name_leaves
+from trainer.state import TrainState, are_finite, checksums, name_leaves
 from trainer.step import AXIS, Task
+
+# Of a state that one process gives to the others, at a time: the devices hold no more of it twice.
+_BROADCAST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found in a state.
+
+    Attributes:
+        checksums: of every leaf, by name.
+        not_finite: the leaves with a NaN or an infinity in them.
+    """
+
+    checksums: dict[str, int]
+    not_finite: list[str]
 
 
 @dataclass(frozen=True)
@@ -81,14 +97,69 @@ class Lift:
             return slice(int(rows[0]), int(rows[-1]) + 1)
         return rows
 
-    def gather(self, number: int) -> list[int]:
-        """A number of each process, in order of rank, to agree on what only files can tell.
+    @property
+    def process(self) -> int:
+        """This process's rank."""
+        return jax.process_index()
+
+    def gather(self, numbers: Any) -> list[Any]:
+        """What each process gives, in order of rank, to agree on what only files can tell.
 
         All processes must call it at the same point.
+
+        Args:
+            numbers: an int, or an array of the same shape in all processes; of 32 bits.
         """
         if self.num_processes == 1:
-            return [number]
-        return multihost_utils.process_allgather(np.array(number)).tolist()
+            return np.array(numbers)[None].tolist()
+        return multihost_utils.process_allgather(np.array(numbers)).tolist()
+
+    def tell(self, text: str, source: int = 0) -> str:
+        """The text of one process, in all of them; called by all at the same point."""
+        if self.num_processes == 1:
+            return text
+        data = np.frombuffer(text.encode(), np.uint8)
+        size = self.gather(data.size)[source]
+        padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)  # compiles seldom
+        if self.process == source:
+            padded[:size] = data
+        return _broadcast(padded, self.process == source)[:size].tobytes().decode()
+
+    def spread(
+        self, leaves: Mapping[str, np.ndarray] | None, like: Mapping[str, Any], source: int
+    ) -> dict[str, np.ndarray]:
+        """Named arrays of one process, bit for bit in all of them; called by all at the same point.
+
+        Args:
+            leaves: the arrays, where this is the process that has them.
+            like: their shapes and dtypes, the same in all processes.
+            source: the process that has them.
+        """
+        here = self.process == source
+        if self.num_processes == 1:
+            assert leaves is not None
+            return dict(leaves)
+        sizes = {
+            name: int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+            for name, leaf in like.items()
+        }
+        total = sum(sizes.values())
+        data = np.zeros(-(-total // 4) * 4, np.uint8)
+        places, start = {}, 0
+        for name, size in sizes.items():
+            places[name] = slice(start, start + size)
+            if here:
+                assert leaves is not None
+                flat = np.ascontiguousarray(leaves[name]).reshape(-1)
+                data[places[name]] = flat.view(np.uint8)
+            start += size
+        for start in range(0, data.size, _BROADCAST_BYTES):
+            part = slice(start, start + _BROADCAST_BYTES)
+            data[part] = _broadcast(data[part], here)
+        return {
+            name: data[places[name]].copy().view(jnp.dtype(leaf.dtype)).reshape(leaf.shape)
+            for name, leaf in like.items()
+        }
 
     def __call__(
         self,
@@ -193,10 +264,16 @@ class Lift:
         """
         return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), tree)
 
+    def host_copy(self, state: Any) -> dict[str, np.ndarray]:
+        """The leaves of a state by name, in memory of their own; waits for the devices."""
+        return {
+            name: np.array(leaf.addressable_data(0)) for name, leaf in name_leaves(state).items()
+        }
+
     @functools.cached_property
-    def _checksums(self) -> Callable[[Any], Any]:
+    def _examine(self) -> Callable[[Any], Any]:
         mapped = jax.shard_map(
-            lambda tree: jax.lax.all_gather(checksums(tree), AXIS),
+            lambda tree: (jax.lax.all_gather(checksums(tree), AXIS), are_finite(tree)),
             mesh=self.mesh,
             in_specs=P(),
             out_specs=P(),
@@ -204,16 +281,16 @@ class Lift:
         )
         return jax.jit(mapped)
 
-    def checksums(self, state: Any) -> dict[str, int]:
-        """The checksum of every leaf, after checking that all devices hold the same bits.
+    def examine(self, state: Any) -> Examined:
+        """Looks at every leaf, after checking that all devices hold the same bits.
 
         `jax` cannot tell: an output declared replicated whose shards differ raises nothing and
         says `is_fully_replicated`.
 
         Raises:
-            ReplicasDiffer: naming the first leaf whose copies differ.
+            ReplicasDiffer: naming the first leaf whose copies differ, and the devices.
         """
-        copies = self.read(self._checksums(self.to_global(state)))
+        copies, finite = self.read(self._examine(self.to_global(state)))
         names = list(name_leaves(state))
         differing = np.flatnonzero((copies != copies[0]).any(axis=0))
         if differing.size:
@@ -228,7 +305,10 @@ class Lift:
                 f"{self.mesh.devices.flat[0]}\n  HINT: a value of the model's state depends on "
                 'the shard; reduce it in the model with lax.pmean(value, "batch")'
             )
-        return dict(zip(names, copies[0].tolist(), strict=True))
+        return Examined(
+            dict(zip(names, copies[0].tolist(), strict=True)),
+            [name for name, good in zip(names, finite, strict=True) if not good],
+        )
 
     def _batch_spec(self, batch_dim: int) -> P:
         return P(*([None] * batch_dim), AXIS)
@@ -324,6 +404,15 @@ def unsynced_state(task: Task, state: TrainState, batch: Any, num_shards: int) -
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, dict(batch)))
     jax.eval_shape(mapped, *shapes)
     return found
+
+
+def _broadcast(data: np.ndarray, is_source: bool) -> np.ndarray:
+    """Bytes of one process, in all of them; a multiple of four.
+
+    It is a sum over the processes, so of integers: a sum of floats would lose a -0.0.
+    """
+    words = multihost_utils.broadcast_one_to_all(data.view(np.uint32), is_source)
+    return np.array(words, np.uint32).view(np.uint8)
 
 
 def _rewrap(

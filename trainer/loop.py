@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
+import zlib
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
@@ -14,18 +14,21 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from trainer import lock
+from trainer.checkpoints.differences import how_leaves_differ
+from trainer.checkpoints.folder import CheckpointFolder
+from trainer.checkpoints.saver import Restored, Saver
 from trainer.console import Bar, duration, open_terminal, say, warn
 from trainer.data.prefetch import prefetch
 from trainer.errors import NonFiniteLoss, Preempted, UserError
 from trainer.evaluate import Evaluator
-from trainer.job import Job, build_job
+from trainer.job import Job, build_job, make_init
 from trainer.lift import Lift, has_convolution, make_lift
 from trainer.progress import InFlight, LogRow, TrainLog
 from trainer.report import NoReport, Report, has_row, last_values
-from trainer.saving import Saver
 from trainer.settings import Settings, check
-from trainer.state import TrainState
-from trainer.step import init_state, make_update_step, stack_metrics
+from trainer.state import TrainState, name_leaves
+from trainer.step import make_update_step, stack_metrics
 from trainer.summary import (
     About,
     say_end,
@@ -33,7 +36,8 @@ from trainer.summary import (
     say_start,
     warn_of_unsynced_state,
 )
-from trainer.workdir import Workdir, release
+from trainer.version import __version__
+from trainer.workdir import Workdir, config_to_json
 
 StopRequested = Callable[[int, str], bool]
 
@@ -56,6 +60,7 @@ def train(
     mesh: Mesh | None = None,
     *,
     stop_requested: StopRequested = lambda step, phase: False,
+    local_dir: str | None = None,
 ) -> Result:
     """Trains what `config` describes, going on from the newest checkpoint in `workdir`.
 
@@ -67,15 +72,18 @@ def train(
         workdir: the run's folder; made if absent. Nothing is written before the first step is done.
         mesh: the devices, with the one axis "batch"; all devices where None.
         stop_requested: asked with the step and what comes next ("start", "compile", "train",
-            "wait" for data or devices, "evaluate" or "save"), at the same points in all processes.
-            Once it says yes it must go on to do so; the state is saved and Preempted raised.
+            "evaluate" or "save"), at the same points in all processes. Once it says yes it must go
+            on to do so; the state is saved and Preempted raised. Also told, at any time, that this
+            process is about to "wait" for data or devices: then the answer does not count.
+        local_dir: where what needs a local folder goes if `workdir` is remote.
 
     Raises:
         UserError: the config, its targets or the workdir are not as they should be.
         NonFiniteLoss: the loss is no longer a number.
         Preempted: asked to stop, and saved.
-        CheckpointsUnreadable: the workdir holds checkpoints and none can be restored.
+        CheckpointsUnreadable: the workdir has held checkpoints and none is whole.
         ReplicasDiffer: devices disagree about the state.
+        SavesFailed: too many saves in a row have failed.
     """
     open_terminal()
     settings = check(config)
@@ -83,11 +91,27 @@ def train(
     lift = make_lift(settings.lift, mesh)
     lift.check_divides(settings.global_batch_size)
     job = build_job(settings)
-    run = _Run(settings, folder, lift, job, stop_requested)
+    if folder.refused:
+        refuse_changes(settings, folder, job)
+    run = _Run(settings, folder, lift, job, stop_requested, local_dir)
     try:
         return run.train()
     finally:
         run.close()
+
+
+def refuse_changes(settings: Settings, folder: Workdir, job: Job) -> None:
+    """Refuses a config that is not that of the run in the folder, and says what would differ.
+
+    Raises:
+        UserError: listing keys of the config and leaves of the state.
+    """
+    folder.refuse_changes(
+        how_leaves_differ(
+            CheckpointFolder(folder.checkpoints, settings.checkpoint_keep),
+            lambda: name_leaves(jax.eval_shape(make_init(job, settings.seed))),
+        )
+    )
 
 
 class _Run:
@@ -104,7 +128,9 @@ class _Run:
         lift: Lift,
         job: Job,
         stop_requested: StopRequested,
+        local_dir: str | None,
     ) -> None:
+        self.local_dir = local_dir
         self.settings = settings
         self.folder = folder
         self.lift = lift
@@ -134,6 +160,7 @@ class _Run:
             clock=time.monotonic,
             on_epoch=lambda epoch, loss: say(f"Loss for epoch {epoch}: {loss:.6g}"),
             on_row=self._on_row,
+            skip_limit=settings.nan_limit if settings.nan == "skip" else 0,
         )
         self.evaluator = (
             None
@@ -150,7 +177,7 @@ class _Run:
     def train(self) -> Result:
         began = time.monotonic()
         self.stop_requested(0, "start")
-        self._agree_on_the_folder()
+        self._agree()
         if self.folder.exists:
             self._claim()
         state = self._initial_state()
@@ -191,12 +218,17 @@ class _Run:
                     self._evaluate(state, step)
                 if self._due(self.settings.checkpoint_every_steps, before, step):
                     self._save(state, step)
+                elif self._due(self.settings.replica_check_every_steps, before, step):
+                    self.lift.examine(state)
+                self.saver.check()
+                if self.saver.copy_is_due:
+                    self._copy(state, step)
                 self.stop_requested(step, "wait")
         if self.evaluation_pending:
             self._stop(step, state)
         self._save(state, step)
         self.stop_requested(step, "save")
-        self.saver.close()
+        self.saver.finish()
         assert self.report is not None
         self.report.hparams(self.metrics)
         say_end(self.about, self.saver, step, time.monotonic() - began)
@@ -210,12 +242,30 @@ class _Run:
             self.saver.close()
         if self.report is not None:
             self.report.close()
-        release(self.folder.path)
+        lock.release(self.folder.path)
 
     # The folder: one process writes what all share
 
-    def _agree_on_the_folder(self) -> None:
-        """Raises a UserError where processes would disagree about whether there is a run."""
+    def _agree(self) -> None:
+        """Raises a UserError where processes would go on as if they were of one run, and are not.
+
+        Launchers have compared more before jax started; this holds without one, too.
+        """
+        config = config_to_json(self.settings.config)
+        versions = f"{__version__} {jax.__version__} {np.__version__}"
+        what = {
+            "another config": config,
+            "another version of podlift, jax or numpy": versions,
+        }
+        for name, text in what.items():
+            sums = self.lift.gather(zlib.crc32(text.encode()) >> 1)
+            if len(set(sums)) > 1:
+                odd = [rank for rank, number in enumerate(sums) if number != sums[0]]
+                raise UserError(
+                    f"process{'es' * (len(odd) > 1)} {', '.join(map(str, odd))} had {name} than "
+                    "process 0",
+                    "start the same command, from the same code, for every process",
+                )
         seen = self.lift.gather(int(self.folder.exists))
         if len(set(seen)) > 1:
             raise UserError(
@@ -226,12 +276,13 @@ class _Run:
 
     def _claim(self) -> None:
         if self.lift.writes:
-            self.folder.claim()
+            self.folder.claim(self.local_dir)
+        self.saver.run = self.lift.tell(self.folder.run_id() if self.lift.writes else "")
 
     def _record(self) -> None:
         """Writes what the run is, and checks that all processes see it."""
         if self.lift.writes:
-            self.folder.record()
+            self.folder.record(self.saver.run)
         self.lift.gather(0)
         seen = self.lift.gather(int(self.folder.is_recorded(patience=10.0)))
         if not all(seen):
@@ -246,31 +297,41 @@ class _Run:
     # Before the first step
 
     def _initial_state(self) -> TrainState:
-        first = self.job.stream.source[np.zeros(1, np.int64)]["x"][0]
-        init = jax.jit(functools.partial(init_state, self.job.task, self.settings.seed))
+        init = make_init(self.job, self.settings.seed)
         if self.folder.exists:
-            restored = self.saver.restore(jax.eval_shape(init, first))
+            restored = self.saver.restore(
+                jax.eval_shape(init),
+                init,
+                has_changed=bool(self.folder.changes),
+            )
             if restored is not None:
-                self.log.from_json(restored.meta["log"])
-                done = has_row(self.folder, restored.meta["step"], "eval/loss")
-                pending = restored.meta["evaluation_pending"] and not done
-                self.evaluation_pending = bool(self.lift.gather(int(pending))[0])
-                before = restored.meta["num_steps"]
-                if before != self.job.num_steps and callable(self.job.task.learning_rate):
-                    warn(
-                        f"the run is now {self.job.num_steps} steps long and was {before}: a "
-                        "schedule that spans the run is stretched, so the learning rate may jump"
-                    )
-                say(f"restored step {restored.meta['step']} from {self.folder.checkpoints}")
+                self._go_on_from(restored)
                 return restored.state
             say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
-        return self.lift.put_state(init(first))
+        return self.lift.put_state(init())
+
+    def _go_on_from(self, restored: Restored) -> None:
+        meta = restored.meta
+        self.log.from_json(meta["log"])
+        done = has_row(self.folder, restored.step, "eval/loss")
+        pending = meta["evaluation_pending"] and not done
+        self.evaluation_pending = bool(self.lift.gather(int(pending))[0])
+        before = meta["num_steps"]
+        if before != self.job.num_steps and callable(self.job.task.learning_rate):
+            warn(
+                f"the run is now {self.job.num_steps} steps long and was {before}: a schedule "
+                "that spans the run is stretched, so the learning rate may jump"
+            )
+        for change in self.folder.changes:
+            warn(f"goes on with another config, as allowed: {change}")
 
     def _compile_update(self, state: TrainState) -> Callable[[Any, Any], Any]:
         """The lifted step, `(state, batch) -> (state, rows)`; it compiles at its first call."""
         task, reduce = self.job.task, self.settings.reduce
         flat = reduce == "flat" or (reduce == "auto" and self.lift.platform == "cpu")
-        update_step = stack_metrics(make_update_step(task, flat=flat))
+        update_step = stack_metrics(
+            make_update_step(task, flat=flat, skip_nonfinite=self.settings.nan == "skip")
+        )
         unroll = False
         if self.scan and self.lift.platform == "cpu":
             batch = self.job.stream.shapes(1)
@@ -297,7 +358,7 @@ class _Run:
 
     def _after_first_call(self, state: TrainState, before: int, step: int, seconds: float) -> None:
         jax.block_until_ready(state)
-        self.lift.checksums(state)
+        self.lift.examine(state)
         say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
         if not self.folder.exists:
             self._claim()
@@ -322,6 +383,7 @@ class _Run:
             if self.report is not None:
                 tags = {f"train/{name}": value for name, value in error.values.items()}
                 self.report.scalars(error.step, tags)
+            error.last_good = self.saver.last_good
             raise
 
     def _drain(self) -> None:
@@ -340,6 +402,9 @@ class _Run:
             eta = (self.job.stop - row.step) * row.step_seconds
             shown += [f"{rate:,.0f} examples/s", f"{1000 * row.step_seconds:.3g} ms/step"]
             shown += [f"eta {duration(eta)}"]
+        if self.log.skipped:
+            tags["train/skipped"] = self.log.skipped
+            shown += [f"skipped {self.log.skipped}"]
         say("  ".join(shown))
         self._write(row.step, tags)
 
@@ -372,15 +437,26 @@ class _Run:
         self._drain()  # a loss that is not finite is found before it is saved
         self.stop_requested(step, "save")
         began = time.monotonic()
-        meta = {
+        self.saver.save(step, state, self._meta())
+        if self.report is not None:
+            self.report.flush()
+        self.log.exclude(time.monotonic() - began)
+
+    def _copy(self, state: TrainState, step: int) -> None:
+        began = time.monotonic()
+        self._drain()  # as for a save
+        if self.report is not None and not self.folder.is_local:
+            self.report.flush()  # rows up to here are written by now, or lost with this process
+        self.saver.copy(step, state, self._meta(), began)
+        self.log.exclude(time.monotonic() - began)
+
+    def _meta(self) -> dict[str, Any]:
+        """What a resume needs beside the state."""
+        return {
             "log": self.log.to_json(),
             "num_steps": self.job.num_steps,
             "evaluation_pending": self.evaluation_pending,
         }
-        self.saver.save(step, state, meta)
-        if self.report is not None:
-            self.report.flush()
-        self.log.exclude(time.monotonic() - began)
 
     def _stop(self, step: int, state: TrainState) -> None:
         say(f"asked to stop: saving at step {step}")
@@ -388,5 +464,5 @@ class _Run:
             self._claim()
             self._record()
         self._save(state, step)
-        self.saver.close()
+        self.saver.finish()
         raise Preempted(step)

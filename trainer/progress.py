@@ -69,6 +69,11 @@ class TrainLog:
         clock: seconds, monotonic.
         on_epoch: called with (epoch, counted from 1; mean loss over its steps).
         on_row: called with each row.
+        skip_limit: steps that are not finite, and so were skipped, until there are too many of
+            them; 0 where the first is one too many.
+
+    Attributes:
+        skipped: how many such steps there were.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class TrainLog:
         clock: Callable[[], float],
         on_epoch: Callable[[int, float], None],
         on_row: Callable[[LogRow], None],
+        skip_limit: int = 0,
     ) -> None:
         self._names = list(names)
         self._loss = self._names.index("loss")
@@ -86,6 +92,9 @@ class TrainLog:
         self._steps_per_epoch = steps_per_epoch
         self._clock = clock
         self._epoch_sum = 0.0
+        self._epoch_skipped = 0
+        self._skip_limit = skip_limit
+        self.skipped = 0
         self._on_epoch = on_epoch
         self._on_row = on_row
         self._total = np.zeros(len(self._names))
@@ -96,12 +105,20 @@ class TrainLog:
 
     def to_json(self) -> dict[str, Any]:
         """The sums of the unfinished epoch and row, for a checkpoint."""
-        return {"epoch": self._epoch_sum, "row": self._total.tolist(), "steps": self._steps}
+        return {
+            "epoch": self._epoch_sum,
+            "epoch_skipped": self._epoch_skipped,
+            "row": self._total.tolist(),
+            "steps": self._steps,
+            "skipped": self.skipped,
+        }
 
     def from_json(self, saved: dict[str, Any]) -> None:
         """Goes on from what `to_json` gave."""
         self._epoch_sum, self._steps = saved["epoch"], saved["steps"]
-        self._total = np.array(saved["row"])
+        self._epoch_skipped, self.skipped = saved["epoch_skipped"], saved["skipped"]
+        if len(saved["row"]) == len(self._names):  # else the metrics are others now, as allowed
+            self._total = np.array(saved["row"])
 
     def add(self, first_step: int, rows: np.ndarray) -> None:
         """Takes the metrics of one finished call.
@@ -111,35 +128,40 @@ class TrainLog:
             rows: shape (steps, metrics).
 
         Raises:
-            NonFiniteLoss: at the first step whose loss or gradient norm is not finite.
+            NonFiniteLoss: at the first step whose loss or gradient norm is not finite, beyond those
+                that may be skipped.
         """
-        steps = len(rows)
         finite = np.isfinite(rows[:, self._guarded]).all(axis=1)
-        if not finite.all():
-            bad = int(np.argmin(finite))
-            raise NonFiniteLoss(
-                first_step + bad + 1, dict(zip(self._names, rows[bad].tolist(), strict=True))
-            )
-        self._add_to_epochs(first_step, rows[:, self._loss])
-        self._total = self._total + rows.sum(axis=0, dtype=np.float64)
-        self._last = rows[-1]
-        self._steps += steps
+        for bad in np.flatnonzero(~finite):
+            self.skipped += 1
+            if self.skipped > self._skip_limit:
+                values = dict(zip(self._names, rows[bad].tolist(), strict=True))
+                raise NonFiniteLoss(first_step + int(bad) + 1, values, self.skipped - 1)
+        self._add_to_epochs(first_step, rows[:, self._loss], finite)
+        good = rows[finite]
+        self._total = self._total + good.sum(axis=0, dtype=np.float64)
+        if len(good):
+            self._last = good[-1]
+        self._steps += len(good)
         if self._since is None:  # the first call compiles, so timing starts at its end
             self._since = self._clock()
         else:
-            self._timed_steps += steps
+            self._timed_steps += len(rows)
 
-    def _add_to_epochs(self, first_step: int, losses: np.ndarray) -> None:
+    def _add_to_epochs(self, first_step: int, losses: np.ndarray, finite: np.ndarray) -> None:
         start = 0
         while start < len(losses):
             in_epoch = (first_step + start) % self._steps_per_epoch
             end = min(len(losses), start + self._steps_per_epoch - in_epoch)
-            self._epoch_sum += float(losses[start:end].sum(dtype=np.float64))
+            good = losses[start:end][finite[start:end]]
+            self._epoch_sum += float(good.sum(dtype=np.float64))
+            self._epoch_skipped += end - start - len(good)
             start = end
             if (first_step + end) % self._steps_per_epoch == 0:
                 epoch = (first_step + end) // self._steps_per_epoch
-                self._on_epoch(epoch, self._epoch_sum / self._steps_per_epoch)
-                self._epoch_sum = 0.0
+                taken = self._steps_per_epoch - self._epoch_skipped
+                self._on_epoch(epoch, self._epoch_sum / taken if taken else float("nan"))
+                self._epoch_sum, self._epoch_skipped = 0.0, 0
 
     def emit(self, step: int) -> None:
         """Hands over the row of the steps added since the last one, if there are any.

@@ -9,8 +9,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.paths import write_whole
 from trainer.settings import flatten
-from trainer.workdir import Workdir, write_whole
+from trainer.workdir import Workdir
 
 
 class Report:

@@ -15,6 +15,9 @@ from trainer.errors import UserError
 
 LIFTS = ("pmap", "shard_map", "vmap")
 REDUCES = ("auto", "flat", "leaves")
+NANS = ("stop", "skip")
+# How a leaf of the state may differ from what was saved.
+LEAF_CHANGES = ("shape", "dtype", "missing", "extra")
 
 # Keys of `data` that belong to the order of examples, not to the target that loads them.
 STREAM_KEYS = ("augment", "prefetch", "shuffle")
@@ -27,7 +30,8 @@ RESERVED_METRICS = (
     "step_seconds",
 )
 
-# On a resume these may differ from the first run: they set only how long, how often or on what.
+# On a resume these may differ from the first run: they set how long, how often, on what or what
+# is done about failures. A prefix of a key stands for all keys that begin with it.
 RESUMABLE = (
     "num_steps",
     "num_epochs",
@@ -35,6 +39,14 @@ RESUMABLE = (
     "log_every_steps",
     "devices_per_process",
     "checkpoint.",
+    "eval.",
+    "nan",
+    "replica_check_every_steps",
+    # These give the same numbers: docs/numbers.md.
+    "lift",
+    "reduce",
+    "steps_per_call",
+    "data.prefetch",
 )
 
 
@@ -55,11 +67,32 @@ KEYS: dict[str, tuple[Any, str]] = {
         '"auto" is flat on CPU',
     ),
     "log_every_steps": (100, "steps from one log row to the next"),
+    "nan": ("stop", 'a loss or gradient that is not finite: "stop", or "skip" its update'),
+    "nan_limit": (10, "updates that may be skipped in a run"),
+    "replica_check_every_steps": (
+        1000,
+        "steps from one check that all devices hold the same state to the next; also at each save",
+    ),
     "eval.every_steps": (int, "steps from one evaluation to the next; None: once an epoch"),
     "eval.batch_size": (int, "None: `global_batch_size`; rounded up to fill the devices"),
     "checkpoint.every_steps": (
         1000,
         "steps from one checkpoint to the next; one is saved at the end",
+    ),
+    "checkpoint.allow": (
+        "",
+        "what may differ from what was saved, with commas between: config keys, and shape, dtype, "
+        "missing or extra for leaves of the state",
+    ),
+    "checkpoint.max_failures": (5, "saves that may fail in a row before the run stops"),
+    "checkpoint.fast_every_secs": (
+        5.0,
+        "seconds from one copy of the state in the host's memory to the next; 0: no copies",
+    ),
+    "checkpoint.fast_max_gb": (16.0, "no copies where two of them would take more than this"),
+    "checkpoint.fast_dir": (
+        "/dev/shm",  # noqa: S108 (what is in it is the user's own, and checked)
+        "where the copies are; a file system in memory",
     ),
     "checkpoint.keep": (3, "how many of the newest to keep"),
     "checkpoint.best_metric": ("eval/loss", "the tag that decides which state is kept in `best/`"),
@@ -115,6 +148,8 @@ def _add_missing(config: ConfigDict, template: ConfigDict, where: str) -> None:
                 config[key] = placeholder(expected) if template[key] is None else template[key]
             elif isinstance(template[key], ConfigDict) and isinstance(config[key], ConfigDict):
                 _add_missing(config[key], template[key], f"{where}.{key}")
+            elif expected is float and type(config[key]) is int:
+                config[key] = float(config[key])
             elif config[key] is not None and not isinstance(config[key], expected):
                 raise UserError(
                     f"{where}.{key}={config[key]!r} should be of type {expected.__name__}"
@@ -147,8 +182,16 @@ class Settings:
     eval_batch_size: int | None
     checkpoint_every_steps: int | None
     checkpoint_keep: int
+    allow: tuple[str, ...]
+    max_failures: int
+    fast_every_secs: float
+    fast_max_gb: float
+    fast_dir: str
     best_metric: str
     best_mode: str
+    nan: str
+    nan_limit: int
+    replica_check_every_steps: int
     log_every_steps: int
 
 
@@ -186,6 +229,14 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         if not isinstance(value, int) or value < 1:
             raise UserError(f"config.{where}={value} should be a whole number of at least 1")
         return value
+
+    def not_negative(where: str) -> float:
+        value: Any = config
+        for part in where.split("."):
+            value = value[part]
+        if not value >= 0:
+            raise UserError(f"config.{where}={value} should be 0 or more")
+        return float(value)
 
     def positive_or_none(where: str) -> int | None:
         block, _, name = where.rpartition(".")
@@ -233,10 +284,37 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         eval_batch_size=positive_or_none("eval.batch_size"),
         checkpoint_every_steps=positive_or_none("checkpoint.every_steps"),
         checkpoint_keep=positive("checkpoint.keep"),
+        allow=_allowed(config),
+        max_failures=positive("checkpoint.max_failures"),
+        fast_every_secs=not_negative("checkpoint.fast_every_secs"),
+        fast_max_gb=not_negative("checkpoint.fast_max_gb"),
+        fast_dir=config.checkpoint.fast_dir,
         best_metric=config.checkpoint.best_metric,
         best_mode=one_of("checkpoint.best_mode", config.checkpoint.best_mode, ("min", "max")),
+        nan=one_of("nan", config.nan, NANS),
+        nan_limit=positive("nan_limit"),
+        replica_check_every_steps=positive("replica_check_every_steps"),
         log_every_steps=positive("log_every_steps"),
     )
+
+
+def _allowed(config: ConfigDict) -> tuple[str, ...]:
+    """The parts of `checkpoint.allow`."""
+    names = tuple(name.strip() for name in config.checkpoint.allow.split(",") if name.strip())
+    known = [*LEAF_CHANGES]
+    for key in flatten(config):
+        parts = key.split(".")
+        known += [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(
+                f"config.checkpoint.allow names {name!r}, which is no key of the config",
+                f"did you mean {near[0]}?"
+                if near
+                else f"keys, or parts of them, and {', '.join(LEAF_CHANGES)}",
+            )
+    return names
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,16 +38,16 @@ def name_leaves(tree: Any) -> dict[str, Any]:
     }
 
 
-def to_dict(tree: Any) -> dict[str, Any]:
-    """A pytree as nested dicts of its leaves, whatever its nodes were (for a file)."""
-    return traverse_util.unflatten_dict(name_leaves(tree), sep="/")
+def from_flat(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Named leaves as nested dicts, whatever nodes they come from (for a file)."""
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
-def from_dict(template: Any, nested: Mapping[str, Any]) -> Any:
-    """The inverse of `to_dict`, in the structure of `template`."""
-    flat = traverse_util.flatten_dict(nested, sep="/")
-    leaves = [flat[name] for name in name_leaves(template)]
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+def with_leaves(template: Any, leaves: Mapping[str, Any]) -> Any:
+    """The inverse of `name_leaves`: named leaves in the structure of `template`."""
+    return jax.tree.unflatten(
+        jax.tree.structure(template), [leaves[name] for name in name_leaves(template)]
+    )
 
 
 def checksums(tree: Any) -> jax.Array:
@@ -58,6 +58,17 @@ def checksums(tree: Any) -> jax.Array:
     layouts and backends agree exactly.
     """
     return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def are_finite(tree: Any) -> jax.Array:
+    """Whether each leaf is free of NaN and infinity, shape (leaves,)."""
+
+    def is_finite(leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jnp.array(True)
+        return jnp.all(jnp.isfinite(leaf))
+
+    return jnp.stack([is_finite(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)])
 
 
 def _checksum(leaf: jax.Array) -> jax.Array:
@@ -71,6 +82,26 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     words = words.ravel()
     weights = 2 * jax.lax.iota(jnp.uint32, words.size) + 1
     return jnp.sum(words * weights, dtype=jnp.uint32)
+
+
+def checksum_of(array: np.ndarray) -> int:
+    """The checksum of one leaf in the memory of the host; equal to that of `checksums`."""
+    if array.dtype == np.bool_ or array.dtype.itemsize < 2:
+        words = array.astype(np.int32).view(np.uint32).ravel()
+    elif array.dtype.itemsize == 2:
+        words = np.ascontiguousarray(array).reshape(-1).view(np.uint16)
+    else:
+        words = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
+    total = 0
+    for start in range(0, words.size, _CHUNK):
+        part = words[start : start + _CHUNK].astype(np.uint32)
+        weights = 2 * np.arange(start, start + part.size, dtype=np.uint32) + np.uint32(1)
+        total += int(np.sum(part * weights, dtype=np.uint32))
+    return total % 2**32
+
+
+# Words that are weighed at a time, so that no second copy of a leaf is made.
+_CHUNK = 1 << 20
 
 
 def count_params(params: Any) -> int:

@@ -93,7 +93,7 @@ def init_state(task: Task, seed: int, example: jax.Array) -> TrainState:
 
 
 def make_update_step(
-    task: Task, *, axis: str | None = AXIS, flat: bool = False
+    task: Task, *, axis: str | None = AXIS, flat: bool = False, skip_nonfinite: bool = False
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds `update_step(state, batch) -> (state, metrics)` for one shard of the batch.
 
@@ -101,6 +101,8 @@ def make_update_step(
         task: what to train.
         axis: the name of the axis over the shards; None where there is only one and no axis.
         flat: see `trainer.reduce.mean_over_axis`.
+        skip_nonfinite: leave everything but the step's number as it is where the loss or the
+            gradient is not finite. All shards decide alike: both are means over the axis.
     """
 
     def update_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -126,14 +128,16 @@ def make_update_step(
         metrics["learning_rate"] = jnp.asarray(
             rate(state.step) if callable(rate) else rate, jnp.float32
         )
-        state = dataclasses.replace(
+        updated = dataclasses.replace(
             state,
-            step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             model_state=model_state,
             opt_state=opt_state,
         )
-        return state, metrics
+        if skip_nonfinite:
+            good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            updated = jax.tree.map(functools.partial(jnp.where, good), updated, state)
+        return dataclasses.replace(updated, step=state.step + 1), metrics
 
     return update_step
 

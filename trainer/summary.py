@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
+from trainer.checkpoints.saver import Saver
 from trainer.console import duration, say, warn
 from trainer.job import Job
 from trainer.lift import Lift, unsynced_state
-from trainer.saving import Saver
 from trainer.settings import Settings
 from trainer.state import TrainState, count_params
 from trainer.workdir import Workdir

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,13 @@ from etils import epath
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from trainer import lock
 from trainer.errors import UserError
-from trainer.settings import RESUMABLE, flatten
+from trainer.paths import is_local, write_whole
+from trainer.settings import RESUMABLE, flatten, with_defaults
 
-# Raised when a newer podlift could no longer read the workdirs of an older one.
-LAYOUT_VERSION = 1
+# Raised when a podlift can no longer read the workdirs of another. 2: checkpoints have a manifest.
+LAYOUT_VERSION = 2
 
 NONE_TYPES = "__none_types__"
 _PACKAGES = ("podlift", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -89,16 +93,21 @@ class Workdir:
         path: the folder, local or remote (`gs://...`).
         config: the resolved config of the run that is about to start.
         exists: whether the folder already holds this run.
+        changes: how `config` differs from that of the run it holds, in more than how long or how
+            often, each as "key: before -> after".
+        refused: the keys of those changes that `config.checkpoint.allow` does not name.
     """
 
     path: epath.Path
     config: ConfigDict
     exists: bool
+    changes: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     @property
     def is_local(self) -> bool:
         """Whether it is an ordinary folder, where files can be appended to and locked."""
-        return "://" not in os.fspath(self.path)
+        return is_local(self.path)
 
     @property
     def checkpoints(self) -> epath.Path:
@@ -124,8 +133,8 @@ class Workdir:
             config: the config of the run that wants it.
 
         Raises:
-            UserError: the folder cannot be written, holds something else, or holds a run whose
-                config differs in more than how long or how often.
+            UserError: the folder cannot be written or holds something else. A run with another
+                config is refused by `refuse_changes`.
         """
         if not os.fspath(path).strip():
             raise UserError("--workdir is empty", "name a folder, or leave the flag out")
@@ -135,7 +144,7 @@ class Workdir:
             workdir = cls(epath.Path(os.path.abspath(folder)), config, workdir.exists)
             _check_writable(Path(workdir.path))
         if workdir.exists:
-            workdir._check_same_run()
+            workdir = workdir._with_changes()
         elif folder.exists():
             others = [
                 p.name
@@ -152,7 +161,7 @@ class Workdir:
                 )
         return workdir
 
-    def _check_same_run(self) -> None:
+    def _with_changes(self) -> Workdir:
         try:
             layout = json.loads((self.path / "env.json").read_text())["layout_version"]
         except (OSError, ValueError, KeyError):
@@ -163,51 +172,95 @@ class Workdir:
                 f"{LAYOUT_VERSION})",
                 "upgrade podlift, or name another --workdir",
             )
+        if layout < LAYOUT_VERSION:
+            raise UserError(
+                f"{self.path} was written by an older podlift (layout {layout}; this one knows "
+                f"{LAYOUT_VERSION})",
+                "go on with the version in its env.json, or name another --workdir",
+            )
         try:
-            stored = json.loads((self.path / "config.json").read_text())
-            stored.pop(NONE_TYPES, None)
-            before = flatten(stored)
-        except (OSError, ValueError, AttributeError) as error:
+            stored = config_from_json((self.path / "config.json").read_text())
+            before = _plain(flatten(with_defaults(stored)))
+        except (OSError, ValueError, AttributeError, TypeError, UserError) as error:
             raise UserError(
                 f"{self.path / 'config.json'} cannot be read: {error}",
                 "restore the file, or name another --workdir",
             ) from error
-        after = flatten(json.loads(config_to_json(self.config)))
+        after = _plain(flatten(self.config))
         absent = object()
-        differing = [
+        changed = [
             key
             for key in [*before, *(key for key in after if key not in before)]
-            if not key.startswith((NONE_TYPES, *RESUMABLE))
-            and before.get(key, absent) != after.get(key, absent)
+            if not key.startswith(RESUMABLE) and before.get(key, absent) != after.get(key, absent)
         ]
-        if differing:
-            lines = [f"  {key}: {_show(before, key)} -> {_show(after, key)}" for key in differing]
-            raise UserError(
-                "\n".join(
-                    [f"{self.path} holds a run with another config (there -> asked for):", *lines]
-                ),
-                "name another --workdir, or change these back to go on with that run",
-            )
+        allow = self.config.get("checkpoint", {}).get("allow", "").split(",")
+        allowed = [name.strip() for name in allow if name.strip()]
+        return dataclasses.replace(
+            self,
+            changes=tuple(f"{key}: {_show(before, key)} -> {_show(after, key)}" for key in changed),
+            refused=tuple(
+                key
+                for key in changed
+                if not any(key == name or key.startswith(f"{name}.") for name in allowed)
+            ),
+        )
 
-    def claim(self) -> None:
+    def refuse_changes(self, leaves: str = "") -> None:
+        """Raises a UserError if the config is another one than that of the run, unless allowed.
+
+        Args:
+            leaves: how the state would differ, as lines, where that is known.
+        """
+        if not self.refused:
+            return
+        lines = [f"  {line}" for line in self.changes if line.partition(":")[0] in self.refused]
+        now = flatten(self.config)
+        names = sorted({_nearest_key(key, now) for key in self.refused})
+        told = [f"{self.path} holds a run with another config (there -> asked for):", *lines]
+        if leaves:
+            told += ["its state would differ too (saved -> wanted):", leaves]
+        allow = self.config.get("checkpoint", {}).get("allow", "")
+        together = ",".join([*([allow] if allow else []), *names])
+        raise UserError(
+            "\n".join(told),
+            "name another --workdir, change these back to go on with that run, or "
+            f"--config.checkpoint.allow={together} goes on all the same",
+        )
+
+    def claim(self, local_dir: str | None = None) -> None:
         """Makes the folder and takes its lock.
+
+        Args:
+            local_dir: where the lock of a remote folder is.
 
         Raises:
             UserError: the folder cannot be written, or another process is training in it.
         """
         with _errors_of_writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            _claims.setdefault(os.fspath(self.path), _lock(self.path) if self.is_local else None)
+            lock.take(self.path, local_dir)
 
-    def record(self) -> None:
+    def run_id(self) -> str:
+        """The id of the run in this folder; a new one where there is none."""
+        try:
+            return str(json.loads((self.path / "env.json").read_text())["run"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return uuid.uuid4().hex
+
+    def record(self, run: str) -> None:
         """Writes `config.json` and `env.json`, once it is certain that the run goes on.
+
+        Args:
+            run: its id.
 
         Raises:
             UserError: the folder cannot be written.
         """
         with _errors_of_writing(self.path):
             write_whole(self.path / "config.json", config_to_json(self.config))
-            write_whole(self.path / "env.json", json.dumps(_environment(), indent=2) + "\n")
+            write_whole(
+                self.path / "env.json", json.dumps({"run": run, **_environment()}, indent=2) + "\n"
+            )
 
     def is_recorded(self, patience: float = 0.0) -> bool:
         """Whether this machine sees the run that was recorded here, perhaps by another machine.
@@ -234,11 +287,22 @@ def _errors_of_writing(path: epath.Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new, never a part."""
-    part = path.parent / f".{path.name}.part"
-    part.write_text(text)
-    part.replace(path)
+def _plain(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them, so that what was stored compares equal to what was not."""
+    return {
+        key: value.to_dict() if isinstance(value, ConfigDict) else json.loads(json.dumps(value))
+        for key, value in flat.items()
+    }
+
+
+def _nearest_key(key: str, config: Mapping[str, Any]) -> str:
+    """The key, or the innermost block of the config that it would be in."""
+    parts = key.split(".")
+    while len(parts) > 1 and not any(
+        f"{name}.".startswith(".".join(parts) + ".") for name in config
+    ):
+        parts.pop()
+    return ".".join(parts)
 
 
 def _show(flat: dict[str, Any], key: str) -> str:
@@ -252,46 +316,6 @@ def _check_writable(folder: Path) -> None:
                 raise UserError(f"--workdir={folder}: {place} is a file", "name a folder")
             with _errors_of_writing(epath.Path(folder)), tempfile.TemporaryFile(dir=place):
                 return  # asking for permission is not enough: not every place takes files
-
-
-# The folders this process trains in, each with its lock, which ends with the process if not before.
-_claims: dict[str, Any] = {}
-
-
-def _lock(folder: epath.Path) -> Any:
-    import fcntl
-
-    if os.fspath(folder) in _claims:
-        return None
-    handle = Path(folder, ".lock").open("a+")  # noqa: SIM115 (held until `release`)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.seek(0)
-        holder = handle.read().strip() or "another process"
-        handle.close()
-        raise UserError(
-            f"{holder} is already training in {folder}", "wait for it, or name another --workdir"
-        ) from None
-    except OSError:  # a file system without locks
-        return handle
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {platform.node()}")
-    handle.flush()
-    return handle
-
-
-def is_claimed(path: epath.PathLike) -> bool:
-    """Whether this process trains in a folder now."""
-    folder = os.fspath(epath.Path(path).expanduser())
-    return (folder if "://" in folder else os.path.abspath(folder)) in _claims
-
-
-def release(path: epath.Path) -> None:
-    """Lets go of a claimed folder, so that the same process can train there again."""
-    handle = _claims.pop(os.fspath(path), None)
-    if handle is not None:
-        handle.close()
 
 
 def _environment() -> dict[str, Any]:

@@ -81,5 +81,5 @@ def _card_of(plan: Plan, placement: Placement) -> Card:
         config=plan.config,
         versions=", ".join(versions),
         workdir=plan.workdir,
-        sees_run=plan.sees_run,
+        sees_run=plan.folder.exists,
     )

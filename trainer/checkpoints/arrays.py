@@ -1,0 +1,94 @@
+"""Arrays in Orbax's format, written and read by one process without a word to the others.
+
+Orbax is given a local folder and numpy arrays only: its barriers between processes, which hang
+where one of them fails, and its own idea of which steps there are stay out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainer.checkpoints.manifest import Leaf
+from trainer.state import from_flat, name_leaves
+
+STATE = "state"  # the folder of a checkpoint that is Orbax's
+
+
+def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes named arrays into `folder/state`, a PyTree checkpoint of Orbax.
+
+    Args:
+        folder: exists.
+        arrays: by name; "/" in a name makes a nested dict.
+    """
+    # Orbax refuses arrays without elements; their shape is in the manifest.
+    kept = {name: array for name, array in arrays.items() if array.size}
+    with _quiet_absl(), _checkpointer() as (checkpointer, args):
+        checkpointer.save(os.fspath(folder / STATE), args=args.PyTreeSave(from_flat(kept)))
+
+
+def read(folder: Path, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
+    """The arrays that `write` has written, as the manifest describes them.
+
+    Raises:
+        Exception: of many types, where Orbax cannot read its files.
+        ValueError: an array is not of the shape and dtype in the manifest.
+    """
+    import orbax.checkpoint as ocp
+
+    kept = {name for name, leaf in leaves.items() if 0 not in leaf.shape}
+    target = from_flat({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in kept})
+    with _quiet_absl(), _checkpointer() as (checkpointer, args):
+        tree = checkpointer.restore(
+            os.fspath(folder / STATE), args=args.PyTreeRestore(restore_args=target)
+        )
+    flat = name_leaves(tree)
+    arrays = {}
+    for name, leaf in leaves.items():
+        dtype = jax.numpy.dtype(leaf.dtype)
+        array = np.asarray(flat[name]) if name in kept else np.empty(leaf.shape, dtype)
+        if array.shape != leaf.shape or array.dtype != dtype:
+            raise ValueError(
+                f"{name} is {array.dtype}{list(array.shape)} and should be "
+                f"{leaf.dtype}{list(leaf.shape)}"
+            )
+        arrays[name] = array
+    return arrays
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[tuple[Any, Any]]:
+    import orbax.checkpoint as ocp
+
+    options = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:
+        here = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=here, active_processes={here}, barrier_sync_key_prefix="podlift"
+        )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    checkpointer = ocp.Checkpointer(handler, multiprocessing_options=options)
+    try:
+        yield checkpointer, ocp.args
+    finally:
+        checkpointer.close()
+
+
+@contextlib.contextmanager
+def _quiet_absl() -> Iterator[None]:
+    """Orbax warns of files that it only writes one folder up, and of its own errors."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,250 @@
+"""Saving beside the training: one thread, one save after another, each tried until it is done.
+
+A save that fails is no reason to stop: it is told at once and tried again, until a newer state
+takes its place. Only after several in a row is the run over.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.checkpoints import arrays as arrays_of
+from trainer.checkpoints.folder import CheckpointFolder
+from trainer.checkpoints.manifest import File, Leaf, Manifest
+from trainer.console import warn
+from trainer.errors import SavesFailed
+from trainer.paths import is_local
+
+# Before a save is tried again, in seconds; the last one again and again.
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
+# Tries of one save while no newer state takes its place.
+_TRIES = 3
+# How long the loop waits for a disk that is still busy with the save before.
+_PATIENCE_SECS = 30.0
+
+
+@dataclass(frozen=True)
+class Save:
+    """A state to be saved.
+
+    Attributes:
+        folder: where to.
+        step: of the state.
+        arrays: its leaves, by name, in memory that nobody else changes.
+        checksums: of them.
+        meta: what else a resume needs.
+    """
+
+    folder: CheckpointFolder
+    step: int
+    arrays: Mapping[str, np.ndarray]
+    checksums: Mapping[str, int]
+    meta: Mapping[str, Any]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def run(self) -> None:
+        """Saves it; raises whatever goes wrong."""
+
+        def describe(files: dict[str, File]) -> Manifest:
+            leaves = {
+                name: Leaf(array.shape, str(array.dtype), self.checksums[name])
+                for name, array in self.arrays.items()
+            }
+            return Manifest(self.step, self.meta, leaves, files)
+
+        self.folder.save(self.step, lambda place: arrays_of.write(place, self.arrays), describe)
+
+
+class Writer:
+    """The thread that saves.
+
+    Args:
+        max_failures: saves that may fail in a row.
+        run: does one save; raises what goes wrong.
+        pauses: seconds before a try after another.
+        patience: seconds that `submit` waits for an earlier save to the same folder.
+
+    Attributes:
+        last_saved: the step saved last, or restored; None if there is none yet.
+    """
+
+    def __init__(
+        self,
+        max_failures: int,
+        run: Callable[[Save], None] = Save.run,
+        pauses: tuple[float, ...] = _PAUSES,
+        patience: float = _PATIENCE_SECS,
+    ) -> None:
+        self._max_failures = max_failures
+        self._run = run
+        self._pauses = pauses
+        self._patience = patience
+        self._changed = threading.Condition()
+        self._waiting: list[Save] = []  # at most one a folder
+        self._current: Save | None = None
+        self._failures_in_a_row = 0
+        self._last_error = ""
+        self.last_saved: int | None = None
+        self._is_finishing = self._is_closing = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, save: Save) -> None:
+        """Hands over a save; returns at once unless the disk is behind.
+
+        Of saves to one folder that wait, only the newest is done.
+
+        Raises:
+            SavesFailed: too many in a row have failed.
+        """
+        with self._changed:
+            if self._of_folder(save) is not None:
+                self._changed.wait_for(lambda: self._of_folder(save) is None, self._patience)
+            older = self._of_folder(save)
+            if older is not None:
+                self._waiting.remove(older)
+                self._count_failure(
+                    older,
+                    f"the disk is still busy with step {self._current.step}"
+                    if self._current
+                    else "a newer state is to be saved",
+                )
+            self._waiting.append(save)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name="podlift-saves", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify_all()
+        self.check()
+
+    def _of_folder(self, save: Save) -> Save | None:
+        return next((other for other in self._waiting if other.folder is save.folder), None)
+
+    def check(self) -> None:
+        """Raises SavesFailed once too many saves in a row have failed."""
+        if self._failures_in_a_row >= self._max_failures:
+            last = "none of this run" if self.last_saved is None else f"step {self.last_saved}"
+            count = self._failures_in_a_row
+            raise SavesFailed(
+                f"{count} save{'s' * (count > 1)} in a row failed, the last with: "
+                f"{self._last_error}; the last good checkpoint is {last}"
+            )
+
+    def finish(self) -> None:
+        """Waits until everything is saved.
+
+        Raises:
+            SavesFailed: something could not be, after several tries.
+        """
+        with self._changed:
+            self._is_finishing = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_idle or self._is_over)
+            self._is_finishing = False
+        self.check()
+
+    @property
+    def _is_idle(self) -> bool:
+        return not self._waiting and self._current is None
+
+    @property
+    def _is_over(self) -> bool:
+        return self._failures_in_a_row >= self._max_failures
+
+    def close(self) -> None:
+        """Lets saves that were begun or wait have one more try, and ends the thread."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout=60)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._is_closing)
+                if not self._waiting:
+                    return
+                save = self._current = self._waiting.pop(0)
+                self._changed.notify_all()
+            self._save(save)
+            with self._changed:
+                self._current = None
+                self._changed.notify_all()
+
+    def _save(self, save: Save) -> None:
+        """Tries to save until it is done, given up, or a newer state is there."""
+        tries = 0
+        while True:
+            tries += 1
+            began = time.monotonic()
+            try:
+                self._run(save)
+            except Exception as error:  # disks, Orbax and object stores raise many types
+                reason = _reason(save, error)
+            else:
+                with self._changed:
+                    self._failures_in_a_row = 0
+                    self.last_saved = save.step
+                if tries > 1:
+                    seconds = time.monotonic() - began
+                    warn(f"step {save.step} is saved after all ({seconds:.1f} s)")
+                return
+            with self._changed:
+                if self._gives_up(save, tries):
+                    self._count_failure(save, reason)
+                    return
+            pause = self._pauses[min(tries, len(self._pauses)) - 1]
+            warn(f"step {save.step} could not be saved: {reason}; trying again in {pause:g} s")
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._of_folder(save) is not None or self._is_closing, pause
+                )
+
+    def _gives_up(self, save: Save, tries: int) -> bool:
+        if self._of_folder(save) is not None or self._is_closing:
+            return True
+        # At the end of a run there is no next save to make up for this one.
+        return tries >= (max(_TRIES, self._max_failures) if self._is_finishing else _TRIES)
+
+    def _count_failure(self, save: Save, reason: str) -> None:
+        self._failures_in_a_row += 1
+        if self._is_finishing:
+            self._failures_in_a_row = max(self._failures_in_a_row, self._max_failures)
+        self._last_error = reason
+        good = "" if self.last_saved is None else f"; step {self.last_saved} is"
+        warn(
+            f"step {save.step} was not saved: {reason}{good} "
+            f"({self._failures_in_a_row} of {self._max_failures} failures in a row)"
+        )
+
+
+def _reason(save: Save, error: Exception) -> str:
+    """What went wrong, with the bytes needed and free where that may be it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    told = next((line for line in lines if "space" in line.lower()), lines[0]).strip()[:300]
+    if isinstance(error, OSError) and error.strerror:
+        told = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if not is_local(save.folder.path):
+        return told
+    place = Path(save.folder.path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    return f"{told} (needs about {_megabytes(save.size)}, {_megabytes(free)} free)"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
