@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import time
 from typing import Any
 
 import jax
@@ -18,6 +21,9 @@ def join(assignment: Assignment) -> None:
     if assignment.coordinator is None:
         return
     _listen_on(assignment.address)
+    _keep_compiled_programs()
+    if assignment.rank:
+        _wait_for(assignment.coordinator, assignment.start_timeout_secs)
     jax.distributed.initialize(
         coordinator_address=assignment.coordinator,
         num_processes=assignment.num_processes,
@@ -37,6 +43,51 @@ def leave() -> None:
     """Says goodbye to the peers."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
+
+
+def _wait_for(coordinator: str, seconds: float) -> None:
+    """Waits until jax listens there: a client that comes too early tries again only after 1 s."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+            return
+        time.sleep(0.01)
+
+
+def _keep_compiled_programs() -> None:
+    """Lets every process keep what it compiles for the CPU, so that a restart finds it.
+
+    jax lets process 0 alone write to its cache, but what the others look for has names of its own
+    on CPU; they would compile at every start, and process 0 would wait for them. jax has no option
+    for it; where its private functions are gone, its way stays.
+    """
+    try:
+        from jax._src import compilation_cache, compiler
+    except ImportError:
+        return
+    write = getattr(compiler, "_cache_write", None)
+    put = getattr(compilation_cache, "put_executable_and_time", None)
+    if write is None or put is None:
+        return
+
+    def write_here(
+        cache_key: str,
+        compile_secs: float,
+        module_name: str,
+        backend: Any,
+        executable: Any,
+        host_callbacks: Any,
+    ) -> None:
+        if jax.process_index() == 0 or backend.platform != "cpu" or host_callbacks:
+            write(cache_key, compile_secs, module_name, backend, executable, host_callbacks)
+        else:
+            with contextlib.suppress(Exception):  # a full disk: it is compiled again
+                put(cache_key, module_name, executable, backend, int(compile_secs))
+
+    module: Any = compiler
+    module._cache_write = write_here
 
 
 def _listen_on(address: str) -> None:

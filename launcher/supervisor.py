@@ -65,9 +65,10 @@ class _Supervisor:
                     show_line(why_not)
                 return ending.exit_code
             previous = ending.failure
-            delay = backoff_secs(restarts)
+            delay = backoff_secs(restarts, ending.failure)
             restarts += 1
-            show_line(f"restart {restarts} of {self._plan.limits.max_restarts} in {delay:.0f} s")
+            soon = f" in {delay:.0f} s" if delay else ""
+            show_line(f"restart {restarts} of {self._plan.limits.max_restarts}{soon}")
             if self._wait(delay):
                 return exit_codes.RETRY
 
@@ -157,6 +158,12 @@ def why_not_again(
     return None
 
 
-def backoff_secs(restarts: int) -> float:
-    """Seconds before the next restart: 1, 2, 4, ... up to a minute."""
+def backoff_secs(restarts: int, failure: Failure | None) -> float:
+    """Seconds before the next restart: 1, 2, 4, ... up to a minute.
+
+    The first comes at once where the attempt had taken steps: then what failed is no mistake of the
+    start, and nothing is gained by waiting.
+    """
+    if restarts == 0 and failure is not None and failure.step:
+        return 0.0
     return float(min(60, 2 ** min(restarts, 6)))

@@ -12,6 +12,7 @@ from launcher import flags, plan
 from launcher.assignment import Outcome
 from launcher.attempt import Ending
 from launcher.bug_report import relevant
+from launcher.exit_codes import RETRY
 from launcher.failure import CONSEQUENCE, Failure, of_exit, of_outcome
 from launcher.progress import Progress
 from launcher.reactor import Reactor
@@ -228,7 +229,10 @@ def test_what_is_tried_again(what, ending, before, then):
 
 
 def test_restarts_wait_longer_each_time():
-    assert [backoff_secs(n) for n in (0, 1, 2, 9)] == [1, 2, 4, 60]
+    at_start = Failure(1, RETRY, "killed", step=0)
+    assert [backoff_secs(n, at_start) for n in (0, 1, 2, 9)] == [1, 2, 4, 60]
+    later = Failure(1, RETRY, "killed", step=7)
+    assert [backoff_secs(n, later) for n in (0, 1, 2, 9)] == [0, 2, 4, 60]
 
 
 def test_the_watchdog_is_patient_where_things_take_long():

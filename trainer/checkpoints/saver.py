@@ -209,8 +209,8 @@ class Saver:
         assert self._fast is not None
         arrays, listed = self._fast.read(self._fast.steps(self.run)[candidate.step])
         best = listed.meta["best"]
-        if best is not None and best["step"] not in self._best.steps():
-            # Going on from here would lose it; from a checkpoint it will be found again.
+        if best is not None and max(self._best.steps(), default=-1) < best["step"]:
+            # It was being saved. From an earlier state the run comes to it again.
             raise Damaged(f"the best state it knows of, step {best['step']}, is not in best/")
         return arrays, listed
 
