@@ -214,7 +214,7 @@ def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[File, d
     digest = hashlib.sha256()
     leaves = {}
     with path.open("r+b" if path.exists() else "w+b") as file:
-        for name, array in arrays.items():
+        for name, array in sorted(arrays.items()):  # as a manifest lists them when it is read
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             file.write(data)
             digest.update(data)

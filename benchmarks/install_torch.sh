@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Makes a virtual environment with the CPU build of torch, for benchmarks/recovery.py: an opponent,
+# not a part of podlift, and so none of its extras.
+#
+#   benchmarks/install_torch.sh [FOLDER]    (default: podlift/torch in the user's cache)
+#   PYTHON=python3.12                       the Python to use     (default: python3)
+#   TORCH=2.13.0                            the version
+#
+# pip is asked as it is configured first, where a mirror may hold a CPU build. On Linux, PyPI's own
+# build is for CUDA and takes gigabytes, so that one is left alone, and PyTorch's index of CPU
+# builds is asked.
+set -euo pipefail
+folder=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/podlift/torch}
+python=${PYTHON:-python3}
+version=${TORCH:-2.13.0}
+pip=("$folder/bin/python" -m pip --disable-pip-version-check)
+
+if ! "$folder/bin/python" -c "import torch" 2>/dev/null; then
+  "$python" -m venv --clear "$folder"
+  plan=$(mktemp)
+  trap 'rm -f "$plan"' EXIT
+  if "${pip[@]}" install --quiet --dry-run --report "$plan" "torch==$version" 2>/dev/null &&
+    ! grep -qiE '"name": "(nvidia|cuda|triton)' "$plan"; then
+    "${pip[@]}" install --quiet "torch==$version"
+  else
+    "${pip[@]}" install --quiet --index-url https://download.pytorch.org/whl/cpu "torch==$version"
+  fi
+fi
+"$folder/bin/python" -W ignore -c 'import torch; print("torch", torch.__version__)' >&2
+echo "$folder/bin/python"

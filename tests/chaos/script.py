@@ -1,0 +1,138 @@
+"""What is to happen in a round, drawn from its seed before anything runs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import damage
+
+KINDS = ("kill", "term", "stop", "corrupt", "fill")
+HOPELESS = "hopeless"  # apart: all checkpoints are damaged, and the run has to give up
+PROCESSES = 2
+STEPS = 440
+FAST_SECS = (0.0, 0.3, 1.0)
+LAUNCHER = "launcher"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When something happens.
+
+    Attributes:
+        kind: "time": `delay` seconds after the start, or after what was done before; "step": when
+            the attempt that runs has told of `step`, and `delay` seconds; "saving": the same, and a
+            save is seen to be under way.
+        step: see there.
+        delay: seconds.
+    """
+
+    kind: str
+    step: int
+    delay: float
+
+    def __str__(self) -> str:
+        if self.kind == "time":
+            return f"after {self.delay:.2f} s"
+        saving = " in a save" if self.kind == "saving" else ""
+        return f"at step {self.step}{saving} + {self.delay:.2f} s"
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """One thing done to a run.
+
+    Attributes:
+        kind: of `KINDS`.
+        target: the launcher or a rank; of "corrupt", the way of `damage.WAYS`.
+        moment: when.
+        seconds: how long, where it lasts.
+        seed: of what is left to chance when it happens, such as the file.
+    """
+
+    kind: str
+    target: str
+    moment: Moment
+    seconds: float
+    seed: float
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.target}".strip()
+
+
+@dataclass(frozen=True)
+class Script:
+    """A round.
+
+    Attributes:
+        seed: of all rounds of a series.
+        number: of the round.
+        kind: what it is counted under.
+        fast_secs: `config.checkpoint.fast_every_secs`.
+        disturbances: one after another.
+    """
+
+    seed: int
+    number: int
+    kind: str
+    fast_secs: float
+    disturbances: tuple[Disturbance, ...]
+
+
+def draw(seed: int, number: int, kind: str | None = None) -> Script:
+    """The script of a round.
+
+    Args:
+        seed: of the series.
+        number: of the round; decides the kind of its first disturbance where `kind` is None.
+        kind: of all disturbances.
+    """
+    rng = random.Random(f"{seed}-{number}")
+    first = kind or KINDS[number % len(KINDS)]
+    fast_secs = 0.0 if first == HOPELESS else rng.choice(FAST_SECS)
+    count = 1 if first == HOPELESS else rng.choices((1, 2, 3), (7, 2, 1))[0]
+    # A disk that can be filled has to be made before; the others can join any round.
+    others = [
+        kind or rng.choice(KINDS if first == "fill" else KINDS[:-1]) for _ in range(count - 1)
+    ]
+    kinds = [first, *others]
+    rng.shuffle(kinds)
+    disturbances: list[Disturbance] = []
+    for each in kinds:
+        # The watchdog takes its time; once a round is enough of that.
+        no_rank = any(d.kind == "stop" and d.target != LAUNCHER for d in disturbances)
+        disturbances.append(_draw_one(rng, each, no_rank=no_rank))
+    return Script(seed, number, first, fast_secs, tuple(disturbances))
+
+
+def _draw_one(rng: random.Random, kind: str, *, no_rank: bool) -> Disturbance:
+    moment, target, seconds = _draw_moment(rng), "", 0.0
+    if kind in ("kill", "term", "stop"):
+        ranks = [f"rank {rank}" for rank in range(PROCESSES)]
+        target = rng.choice([LAUNCHER, *ranks])
+        if kind == "stop":
+            seconds = rng.uniform(1, 3)
+            if no_rank:
+                target = LAUNCHER
+            elif target != LAUNCHER and rng.random() < 0.8:
+                # Elsewhere than in training the watchdog waits ten times as long.
+                moment = Moment("step", rng.randint(1, STEPS - 40), rng.uniform(0, 0.3))
+    elif kind == "corrupt":
+        target = rng.choice(list(damage.WAYS))
+    elif kind == "fill":
+        # A run may refuse to begin on a full disk, or not get its last save onto it.
+        moment = Moment("step", rng.randint(1, 300), rng.uniform(0, 0.3))
+        seconds = rng.uniform(1, 2)
+    return Disturbance(kind, target, moment, seconds, rng.random())
+
+
+def _draw_moment(rng: random.Random) -> Moment:
+    """Start-up, restoring, training, evaluating, saving and the end all get their share."""
+    kind = rng.choices(("time", "step", "saving", "end"), (30, 40, 20, 10))[0]
+    if kind == "time":
+        return Moment("time", 0, rng.uniform(0, 4))
+    if kind == "step":
+        return Moment("step", rng.randint(1, STEPS), rng.uniform(0, 0.3))
+    if kind == "saving":
+        return Moment("saving", rng.randint(1, STEPS - 40), rng.uniform(0, 0.05))
+    return Moment("step", STEPS, rng.uniform(0, 0.5))

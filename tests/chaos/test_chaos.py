@@ -1,0 +1,68 @@
+"""Twenty seeded rounds of chaos, and one from which there is no way back. See `rounds`."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+import checks
+import pytest
+from conftest import skip_here
+from rounds import Place, make_reference, run_round, why_no_disk
+from script import HOPELESS, KINDS, draw
+
+SEED = 1
+SCRIPTS = [draw(SEED, number) for number in range(20)]
+FILL = skip_here(why_no_disk())
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A folder that the workers of xdist share, of this session alone."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return tmp_path_factory.getbasetemp().parent / "chaos"
+    return tmp_path_factory.mktemp("chaos")
+
+
+@pytest.fixture(scope="session")
+def reference(shared, cache_dir):
+    """What the undisturbed run ends with; the first worker that needs it runs it for all."""
+    shared.mkdir(exist_ok=True)
+    with (shared / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        workdir = shared / "reference" / "run"
+        if not (shared / "reference-is-there").exists():
+            make_reference(Place(shared, cache_dir))
+            (shared / "reference-is-there").touch()
+    return checks.read(workdir)
+
+
+def run_and_check(script, reference, tmp_path, cache_dir):
+    result = run_round(script, Place(tmp_path, cache_dir), reference)
+    told = "\n".join([*result.done, *result.problems])
+    kind = f" --kind={HOPELESS}" if script.kind == HOPELESS else ""
+    again = f"python tests/chaos --seed={script.seed} --round={script.number}{kind}"
+    assert not result.problems, f"{told}\nin {result.folder}\nagain: {again}"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(s, id=f"{s.number}-{s.kind}", marks=[FILL] if s.kind == "fill" else [])
+        for s in SCRIPTS
+    ],
+)
+def test_in_the_end_nothing_has_happened(script, reference, tmp_path, cache_dir):
+    run_and_check(script, reference, tmp_path, cache_dir)
+
+
+def test_all_checkpoints_damaged(tmp_path, cache_dir):
+    """The run stops, says why, and deletes nothing."""
+    run_and_check(draw(SEED, 0, HOPELESS), None, tmp_path, cache_dir)
+
+
+def test_every_kind_has_its_rounds():
+    assert {script.kind for script in SCRIPTS} == set(KINDS)
+    assert [draw(SEED, number) for number in range(len(SCRIPTS))] == SCRIPTS
