@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ def test_every_kind_of_difference_has_its_row():
         told = str(refused.value)
         together = ",".join([*kinds, *sorted({"shape", "dtype", "missing", "extra"} - set(kinds))])
         assert f"--config.checkpoint.allow={together} " in told
-        assert ("  e    extra" in told) == ("extra" not in kinds)
+        assert ("int8[4]" in told) == ("extra" not in kinds)
     differences.check_allowed(found, ["model", "extra", "shape", "dtype", "missing"], "there")
 
 
@@ -95,7 +97,7 @@ def test_leaves_of_another_shape_start_afresh_and_the_others_go_on(workdir, caps
     assert "another config, as allowed: model.hidden_size: 16 -> 12" in told
     assert "as allowed:\n" in told
     assert "float32[64,16] -> float32[64,12]" in told
-    same = "params/Dense_1/bias"
+    same = "params/Dense_2/bias"
     np.testing.assert_array_equal(name_leaves(before)[same], np.asarray(name_leaves(state)[same]))
     assert name_leaves(state)["params/Dense_0/kernel"].shape == (64, 12)
 
@@ -151,7 +153,7 @@ def test_the_launcher_refuses_before_it_starts_anything(launch, tmp_path):
     code, _, err = launch(*arguments, *wider)
     assert code == 2
     assert "  model.hidden_size: 128 -> 64" in err
-    assert "float32[64,128] -> float32[64,64]" in err
+    assert re.search(r"params/Dense_0/kernel +shape +float32\[64,128\] +-> float32\[64,64\]", err)
     assert sorted((tmp_path / "run/logs").rglob("*")) == logs
     code, out, err = launch(*arguments, *wider, "--config.checkpoint.allow=model,shape")
     assert code == 0, err

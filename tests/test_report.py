@@ -84,7 +84,13 @@ def test_means_over_epochs_and_rows_whatever_the_calls():
     (row,) = found["rows"]
     assert (row.step, row.values["loss"]) == (10, 5.5)
     assert row.values["learning_rate"] == pytest.approx(1.0)
-    assert log.to_json() == {"epoch": 19.0, "row": [0.0, 0.0, 0.0], "steps": 0}
+    assert log.to_json() == {
+        "epoch": 19.0,
+        "epoch_skipped": 0,
+        "row": [0.0, 0.0, 0.0],
+        "steps": 0,
+        "skipped": 0,
+    }
     log.emit(10)
     assert len(found["rows"]) == 1
 

@@ -383,6 +383,7 @@ class _Run:
             if self.report is not None:
                 tags = {f"train/{name}": value for name, value in error.values.items()}
                 self.report.scalars(error.step, tags)
+            self.saver.close()  # what was being saved is good
             error.last_good = self.saver.last_good
             raise
 
@@ -445,9 +446,9 @@ class _Run:
     def _copy(self, state: TrainState, step: int) -> None:
         began = time.monotonic()
         self._drain()  # as for a save
-        if self.report is not None and not self.folder.is_local:
-            self.report.flush()  # rows up to here are written by now, or lost with this process
-        self.saver.copy(step, state, self._meta(), began)
+        # Rows up to here are written by now, or would be lost with this process.
+        if self.report is None or self.report.is_written:
+            self.saver.copy(step, state, self._meta(), began)
         self.log.exclude(time.monotonic() - began)
 
     def _meta(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
@@ -27,8 +28,9 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from trainer import lock
+from trainer.console import warn
 from trainer.errors import UserError
-from trainer.paths import is_local, write_whole
+from trainer.paths import absolute, is_local, write_whole
 from trainer.settings import RESUMABLE, flatten, with_defaults
 
 # Raised when a podlift can no longer read the workdirs of another. 2: checkpoints have a manifest.
@@ -138,10 +140,9 @@ class Workdir:
         """
         if not os.fspath(path).strip():
             raise UserError("--workdir is empty", "name a folder, or leave the flag out")
-        folder = epath.Path(path).expanduser()
+        folder = absolute(path)
         workdir = cls(folder, config, (folder / "config.json").exists())
         if workdir.is_local:
-            workdir = cls(epath.Path(os.path.abspath(folder)), config, workdir.exists)
             _check_writable(Path(workdir.path))
         if workdir.exists:
             workdir = workdir._with_changes()
@@ -250,17 +251,23 @@ class Workdir:
     def record(self, run: str) -> None:
         """Writes `config.json` and `env.json`, once it is certain that the run goes on.
 
+        A run that is there already goes on also where they cannot be written again.
+
         Args:
             run: its id.
 
         Raises:
             UserError: the folder cannot be written.
         """
-        with _errors_of_writing(self.path):
-            write_whole(self.path / "config.json", config_to_json(self.config))
-            write_whole(
-                self.path / "env.json", json.dumps({"run": run, **_environment()}, indent=2) + "\n"
-            )
+        environment = json.dumps({"run": run, **_environment()}, indent=2) + "\n"
+        try:
+            with _errors_of_writing(self.path):
+                write_whole(self.path / "config.json", config_to_json(self.config))
+                write_whole(self.path / "env.json", environment)
+        except UserError as error:
+            if not self.exists:
+                raise
+            warn(f"config.json and env.json stay as they are: {error.message}")
 
     def is_recorded(self, patience: float = 0.0) -> bool:
         """Whether this machine sees the run that was recorded here, perhaps by another machine.
@@ -280,9 +287,12 @@ class Workdir:
 def _errors_of_writing(path: epath.Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # clients of object stores raise many types
+        why = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(
-            f"--workdir={path} cannot be written: {error.strerror or error}",
+            f"--workdir={path} cannot be written: {why}",
             "name a folder you may write to",
         ) from error
 
@@ -314,8 +324,15 @@ def _check_writable(folder: Path) -> None:
         if place.exists():
             if not place.is_dir():
                 raise UserError(f"--workdir={folder}: {place} is a file", "name a folder")
-            with _errors_of_writing(epath.Path(folder)), tempfile.TemporaryFile(dir=place):
-                return  # asking for permission is not enough: not every place takes files
+            # Asking for permission is not enough: not every place takes files.
+            with _errors_of_writing(epath.Path(folder)):
+                try:
+                    with tempfile.TemporaryFile(dir=place):
+                        return
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    return  # full for now: what cannot be written will be told
 
 
 def _environment() -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import platform
+import subprocess
 
 from launcher.clusters import Placement
 from launcher.meeting.address import own_address
@@ -67,12 +69,34 @@ def convene(
         ) from error
 
 
+def code_version(folder: str = ".") -> list[str]:
+    """The commit that is checked out in a folder, and what was changed since; empty without git.
+
+    Args:
+        folder: where users have their own code: the current one.
+    """
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(
+            ["git", "-C", folder, *arguments], capture_output=True, timeout=10, check=True
+        ).stdout
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD").decode().strip()
+        changes = git("diff", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return []
+    changed = f" with changes {hashlib.sha256(changes).hexdigest()[:8]}" if changes else ""
+    return [f"code {commit}{changed}"]
+
+
 def _card_of(plan: Plan, placement: Placement) -> Card:
     import importlib.metadata  # 30 ms, which a launcher alone has no use for
 
     packages = ("jax", "jaxlib", "flax", "optax")
     versions = [f"podlift {__version__}", f"Python {platform.python_version()}"]
     versions += [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    versions += code_version()
     return Card(
         rank=placement.process_id,
         size=placement.num_processes,
