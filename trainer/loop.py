@@ -446,9 +446,11 @@ class _Run:
     def _copy(self, state: TrainState, step: int) -> None:
         began = time.monotonic()
         self._drain()  # as for a save
+        jax.block_until_ready(state)
+        held_up = time.monotonic()  # until here the devices had steps to take
         # Rows up to here are written by now, or would be lost with this process.
         if self.report is None or self.report.is_written:
-            self.saver.copy(step, state, self._meta(), began)
+            self.saver.copy(step, state, self._meta(), held_up)
         self.log.exclude(time.monotonic() - began)
 
     def _meta(self) -> dict[str, Any]:

@@ -342,7 +342,7 @@ class Saver:
             step: of the state.
             state: on the devices.
             meta: what else a resume needs, as JSON.
-            began: when the loop was first held up for it, by `time.monotonic`.
+            began: when the devices ran out of work for it, by `time.monotonic`.
         """
         assert self._fast is not None
         arrays = self._lift.host_copy(state)

@@ -1,0 +1,119 @@
+"""What a copy of the state in the host's memory costs the training.
+
+    python benchmarks/copies.py [--model=resnet] [--batch=256] [--devices=8] [--seconds=60]
+
+One run takes copies far more often than by default, so that there are many. The time of a copy is
+what the steps from it to the end of its writing took, over as many of the median step: all of it,
+the wait for the devices, the copying and what the thread that writes takes from the cores. Its part
+of the time is that over `config.checkpoint.fast_every_secs`, 5 by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+EVERY_SECS, DEFAULT_EVERY_SECS = 1.0, 5.0
+
+
+def main() -> None:
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--model", default="resnet", choices=("resnet", "mlp"))
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
+    os.environ["PJRT_NPROC"] = str(2 * options.devices)
+    sys.path.insert(0, str(ROOT))
+    result = measure(options.model, options.batch, options.seconds)
+    print(json.dumps(result, indent=2))
+    if options.out:
+        Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(model: str, batch: int, seconds: float) -> dict[str, object]:
+    import jax
+
+    import trainer
+    from configs.digits import get_config
+    from trainer.checkpoints.fast import FastTier
+
+    copies: list[tuple[float, float, int]] = []  # when begun, when written, bytes
+    copy, write = FastTier.copy, FastTier._write
+
+    def timed_copy(self, step, meta, arrays, blocked):
+        copies.append((time.monotonic() - blocked, 0.0, sum(a.nbytes for a in arrays.values())))
+        copy(self, step, meta, arrays, blocked)
+
+    def timed_write(self, job):
+        write(self, job)
+        began, _, size = copies[-1]
+        copies[-1] = (began, time.monotonic(), size)
+
+    FastTier.copy, FastTier._write = timed_copy, timed_write
+    ends: list[float] = []  # of steps, as the loop dispatches them
+    deadline = [float("inf")]
+
+    def stop_requested(step: int, phase: str) -> bool:
+        if phase == "train":
+            ends.append(time.monotonic())
+            if len(ends) == 20:
+                deadline[0] = ends[-1] + seconds
+        return bool(ends) and ends[-1] > deadline[0]
+
+    config = get_config(model)
+    config.global_batch_size = batch
+    config.num_steps = 1_000_000
+    config.log_every_steps = 1_000_000
+    config.checkpoint.every_steps = 1_000_000
+    config.checkpoint.fast_every_secs = EVERY_SECS
+    config.eval = {"every_steps": 1_000_000}
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(trainer.Preempted):
+        trainer.train(config, Path(folder) / "run", stop_requested=stop_requested)
+    return summary(ends[20:], copies, jax.__version__, batch, model)
+
+
+def summary(ends, copies, version, batch, model) -> dict[str, object]:
+    """Splits the steps into those beside a copy and the others."""
+    costs = []
+    beside: set[int] = set()
+    windows = []
+    for began, written, _ in copies:
+        places = [i for i in range(1, len(ends)) if ends[i] >= began and ends[i - 1] <= written]
+        # The wait for the devices empties the queue of steps: the next ones are dispatched faster.
+        window = range(places[0], min(places[-1] + 20, len(ends))) if places else range(0)
+        if places and written and places[-1] + 20 < len(ends):
+            windows.append(window)
+            beside.update(window)
+    others = [ends[i] - ends[i - 1] for i in range(1, len(ends)) if i not in beside]
+    step = statistics.fmean(others)
+    for window in windows:
+        costs.append(ends[window[-1]] - ends[window[0] - 1] - step * len(window))
+    cost = statistics.fmean(costs)
+    return {
+        "model": model,
+        "global_batch_size": batch,
+        "jax": version,
+        "state_bytes": copies[0][2],
+        "copies": len(costs),
+        "step_seconds": step,
+        "seconds_a_copy": cost,
+        "seconds_a_copy_standard_error": statistics.stdev(costs) / len(costs) ** 0.5,
+        "percent_of_time_at_the_default": 100 * cost / DEFAULT_EVERY_SECS,
+    }
+
+
+if __name__ == "__main__":
+    main()
