@@ -17,6 +17,7 @@ from test_cli import wait_for
 import trainer
 from trainer.checkpoints.manifest import Manifest
 from trainer.errors import CheckpointsUnreadable, UserError
+from trainer.lift import Lift
 
 
 def config_of(name, argument=None, **changes):
@@ -447,3 +448,20 @@ def test_loading_what_is_damaged_says_so(tmp_path):
         trainer.load(tmp_path / "run")
     with pytest.raises(CheckpointsUnreadable, match="holds no checkpoint"):
         trainer.load(tmp_path)
+
+
+def test_replicas_are_compared_after_the_first_step_every_n_steps_and_before_saves(
+    tmp_path, monkeypatch
+):
+    seen = []
+    examine = Lift.examine
+
+    def recorded(self, state):
+        seen.append(int(self.read(state.step)))
+        return examine(self, state)
+
+    monkeypatch.setattr(Lift, "examine", recorded)
+    config = digits(10, replica_check_every_steps=3)
+    config.checkpoint.every_steps = 5
+    trainer.train(config, tmp_path / "run", mesh_of(2))
+    assert sorted(set(seen)) == [1, 3, 5, 6, 9, 10]

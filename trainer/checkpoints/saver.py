@@ -150,7 +150,7 @@ class Saver:
         if self._lift.writes:
             self._tell_what_is_gone(restored.step)
             for step, why in on_disk:
-                say(f"moved checkpoint {step} to {self._latest.quarantine(step, why)}")
+                _put_aside(self._latest, step, why)
         self._restore_best(restored, has_changed)
         return restored
 
@@ -259,12 +259,12 @@ class Saver:
                 found = self._best.check(step).meta["best"]
             except Damaged as damage:
                 warn(f"the best state, step {step}, is damaged: {damage}")
-                say(f"moved it to {self._best.quarantine(step, str(damage))}")
+                _put_aside(self._best, step, str(damage))
                 continue
             is_abandoned = step > restored_step and has_changed
             if found["metric"] != metric or is_abandoned:
                 why = "of a run with another config" if is_abandoned else f"by {found['metric']}"
-                say(f"moved the best state {why} to {self._best.quarantine(step, why)}")
+                _put_aside(self._best, step, why)
             elif step <= restored_step:
                 known = found
             # else it lies ahead: the run will come to it again, and it stays until then
@@ -372,3 +372,11 @@ class Saver:
         self._writer.close()
         if self._fast is not None:
             self._fast.wait()
+
+
+def _put_aside(folder: CheckpointFolder, step: int, why: str) -> None:
+    """Moves a step into quarantine, and says where it is."""
+    try:
+        say(f"moved {folder.path / str(step)} to {folder.quarantine(step, why)}: {why}")
+    except Exception as error:  # a disk, or the client of an object store
+        warn(f"{folder.path / str(step)} could not be moved aside: {first_line(error)}")
