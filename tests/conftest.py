@@ -14,9 +14,16 @@ os.environ["PJRT_NPROC"] = "16"
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from jax.sharding import Mesh
 
 ROOT = Path(__file__).parent.parent
+
+# The same examples every time; `--hypothesis-profile=search` looks for others.
+_SAME = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("same", derandomize=True, **_SAME)
+settings.register_profile("search", max_examples=2000, **_SAME)
+settings.load_profile("same")
 
 
 def skip_here(reason: str) -> pytest.MarkDecorator:

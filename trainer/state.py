@@ -73,8 +73,12 @@ def are_finite(tree: Any) -> jax.Array:
 
 def _checksum(leaf: jax.Array) -> jax.Array:
     leaf = jnp.asarray(leaf)
-    if leaf.dtype == jnp.bool_ or leaf.dtype.itemsize < 2:
+    if leaf.dtype == jnp.bool_ or (
+        jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize < 2
+    ):
         words = leaf.astype(jnp.int32).astype(jnp.uint32)
+    elif leaf.dtype.itemsize < 2:  # floats of 8 bits
+        words = jax.lax.bitcast_convert_type(leaf, jnp.uint8).astype(jnp.uint32)
     elif leaf.dtype.itemsize == 2:
         words = jax.lax.bitcast_convert_type(leaf, jnp.uint16).astype(jnp.uint32)
     else:  # 64-bit values gain a trailing axis of two words
@@ -86,8 +90,12 @@ def _checksum(leaf: jax.Array) -> jax.Array:
 
 def checksum_of(array: np.ndarray) -> int:
     """The checksum of one leaf in the memory of the host; equal to that of `checksums`."""
-    if array.dtype == np.bool_ or array.dtype.itemsize < 2:
-        words = array.astype(np.int32).view(np.uint32).ravel()
+    if array.dtype == np.bool_ or (
+        jnp.issubdtype(array.dtype, jnp.integer) and array.dtype.itemsize < 2
+    ):
+        words = array.astype(np.int32).ravel().view(np.uint32)
+    elif array.dtype.itemsize < 2:
+        words = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     elif array.dtype.itemsize == 2:
         words = np.ascontiguousarray(array).reshape(-1).view(np.uint16)
     else:

@@ -242,7 +242,10 @@ def _reason(save: Save, error: Exception) -> str:
     place = Path(save.folder.path)
     while not place.exists() and place != place.parent:
         place = place.parent
-    free = shutil.disk_usage(place).free
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError:  # of a disk that is gone
+        return told
     return f"{told} (needs about {_megabytes(save.size)}, {_megabytes(free)} free)"
 
 
