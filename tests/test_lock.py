@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from disk_faults import tree
 from etils import epath
-from faults import tree
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule

@@ -20,7 +20,7 @@ from etils import epath
 
 from trainer.console import warn
 from trainer.errors import UserError
-from trainer.paths import absolute, is_local, local_folder
+from trainer.paths import absolute, digest_of, is_local, local_base, local_folder
 
 NAME = ".lock"
 
@@ -48,8 +48,7 @@ def take(folder: epath.Path, local_dir: str | None = None) -> None:
             f"{folder} is on a file system without locks: two jobs on different machines are not "
             "kept apart"
         )
-        elsewhere = local_folder(f"nolock://{name}", local_dir)
-        handle = _lock(elsewhere / NAME, folder)
+        handle = _lock(_place_elsewhere(folder, local_dir), folder)
     _held[name] = handle
 
 
@@ -73,18 +72,26 @@ def check_free(folder: epath.Path, local_dir: str | None = None) -> None:
     Raises:
         UserError: another process has it, naming that.
     """
-    try:
-        with _place(folder, local_dir).open(encoding="utf-8", errors="replace") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise _refusal(folder, handle.read()) from None
-    except OSError:  # nobody has ever taken it, or there are no locks here
+    if is_taken_here(folder):
         return
+    for place in (_place(folder, local_dir), _place_elsewhere(folder, local_dir)):
+        try:
+            with place.open(encoding="utf-8", errors="replace") as handle:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise _refusal(folder, handle.read()) from None
+        except OSError:  # nobody has ever taken it, or there are no locks there
+            continue
 
 
 def _place(folder: epath.Path, local_dir: str | None) -> Path:
     return local_folder(os.fspath(folder), local_dir) / NAME
+
+
+def _place_elsewhere(folder: epath.Path, local_dir: str | None) -> Path:
+    """Where the lock is of a folder on a file system without locks."""
+    return local_base(local_dir) / digest_of(folder) / NAME
 
 
 def _lock(place: Path, folder: epath.Path) -> IO[str] | None:
@@ -115,7 +122,7 @@ def _refusal(folder: epath.Path, record: str) -> UserError:
         holder = json.loads(record)
         pid, host = int(holder["pid"]), str(holder["host"])
         who, since = f"process {pid} on {host}", f" since {holder['since']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return UserError(
             f"another process is already training in {folder}",
             "wait for it, or name another --workdir",

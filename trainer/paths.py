@@ -60,5 +60,10 @@ def local_folder(workdir: str, local_dir: str | None = None) -> Path:
     """
     if is_local(workdir):
         return Path(absolute(workdir))
+    return local_base(local_dir) / digest_of(workdir)
+
+
+def local_base(local_dir: str | None = None) -> Path:
+    """The folder of this machine, and this user, where folders of remote runs go."""
     base = Path(local_dir or tempfile.gettempdir())
-    return base.expanduser().absolute() / f"podlift-{os.getuid()}" / digest_of(workdir)
+    return base.expanduser().absolute() / f"podlift-{os.getuid()}"

@@ -73,9 +73,7 @@ def are_finite(tree: Any) -> jax.Array:
 
 def _checksum(leaf: jax.Array) -> jax.Array:
     leaf = jnp.asarray(leaf)
-    if leaf.dtype == jnp.bool_ or (
-        jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize < 2
-    ):
+    if _is_narrow(leaf.dtype):
         words = leaf.astype(jnp.int32).astype(jnp.uint32)
     elif leaf.dtype.itemsize < 2:  # floats of 8 bits
         words = jax.lax.bitcast_convert_type(leaf, jnp.uint8).astype(jnp.uint32)
@@ -88,11 +86,15 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     return jnp.sum(words * weights, dtype=jnp.uint32)
 
 
+def _is_narrow(dtype: Any) -> bool:
+    """Whether values are weighed, not bits: of flags, and of integers of a byte or less."""
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    return bool(dtype == jnp.bool_ or (is_integer and dtype.itemsize < 2))
+
+
 def checksum_of(array: np.ndarray) -> int:
     """The checksum of one leaf in the memory of the host; equal to that of `checksums`."""
-    if array.dtype == np.bool_ or (
-        jnp.issubdtype(array.dtype, jnp.integer) and array.dtype.itemsize < 2
-    ):
+    if _is_narrow(array.dtype):
         words = array.astype(np.int32).ravel().view(np.uint32)
     elif array.dtype.itemsize < 2:
         words = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -69,7 +69,7 @@ class FastTier:
         self._max_bytes = max_bytes
         self._clock = clock
         self._due = clock() + every_secs
-        self._slot = 0
+        self._slot = self._older_slot()
         self._thread: threading.Thread | None = None
         self._writing_secs = 0.0
         self._is_off = False
@@ -91,6 +91,14 @@ class FastTier:
                 if listed.meta["run"] == run:
                     found[listed.step] = slot
         return found
+
+    def _older_slot(self) -> int:
+        """The slot to write first: not the one with the newest copy."""
+        newest = {}
+        for slot in SLOTS:
+            with contextlib.suppress(Damaged, OSError):
+                newest[manifest.read_alone(self.folder / str(slot)).step] = slot
+        return 1 - newest[max(newest)] if newest else 0
 
     def _is_ours(self) -> bool:
         """Whether the folder is this user's and nobody else may write there: all may make one."""
@@ -152,12 +160,14 @@ class FastTier:
         self._thread.start()
 
     def _fits(self, size: int) -> bool:
-        with contextlib.suppress(OSError):
-            taken = sum((self.folder / str(s) / _ARRAYS).stat().st_size for s in SLOTS)
-            if taken == 2 * size:
-                return True
+        taken = 0
+        for slot in SLOTS:
+            with contextlib.suppress(OSError):
+                taken += (self.folder / str(slot) / _ARRAYS).stat().st_size
+        if taken == 2 * size:
+            return True
         try:
-            room = min(self._max_bytes, shutil.disk_usage(self._root).free / 2)
+            room = min(self._max_bytes, (shutil.disk_usage(self._root).free + taken) / 2)
         except OSError as error:
             return self._turn_off(f"{self._root} cannot be used: {error.strerror or error}")
         if 2 * size <= room:
@@ -192,6 +202,7 @@ class FastTier:
             return
         self._slot = 1 - self._slot
         self._writing_secs = self._clock() - began
+        self._due = max(self._due, began + self._writing_secs / _WRITING_PART)
 
     def wait(self) -> None:
         """Waits for a copy that is being written."""
@@ -204,6 +215,8 @@ class FastTier:
         self._remove_files()
 
     def _remove_files(self) -> None:
+        if not self._is_ours():
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # the user's other runs may have theirs
             self.folder.parent.rmdir()

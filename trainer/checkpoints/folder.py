@@ -76,9 +76,10 @@ class CheckpointFolder:
             with tempfile.TemporaryDirectory(prefix="podlift-") as name:
                 self._complete(Path(name), write, describe)
                 _upload(Path(name), self.path / str(step))
-        write_whole(self.path / _NEWEST, json.dumps({"step": max([step, *self.steps()])}) + "\n")
+        self._note_newest(max([step, *self.steps()]))
         for old in expired(self.steps(), self._keep, step):
-            self._remove(old)
+            with contextlib.suppress(OSError):  # it is tried again after the next save
+                self._remove(old)
 
     @staticmethod
     def _complete(
@@ -99,7 +100,11 @@ class CheckpointFolder:
             removed = place.with_name(f"{_REMOVED}{step}")
             shutil.rmtree(removed, ignore_errors=True)
             place.rename(removed)
-            made.rename(place)
+            try:
+                made.rename(place)
+            except OSError:
+                removed.rename(place)
+                raise
             shutil.rmtree(removed, ignore_errors=True)
         else:
             made.rename(place)
@@ -183,17 +188,31 @@ class CheckpointFolder:
                 step = int(name.removeprefix(_SAVING))
                 with contextlib.suppress(Damaged, OSError):
                     manifest.read(entry, step)
-                    if not entry.with_name(str(step)).exists():
-                        entry.rename(entry.with_name(str(step)))
+                    if not self._is_whole(step):
+                        self._put_in_place(entry, step)
                         cleared.append(f"{name} (completed)")
                         continue
-            elif not name.startswith((_SAVING, _REMOVED)) and not _is_of_orbax(name):
+            elif not _is_leftover(name):
                 continue
             shutil.rmtree(entry, ignore_errors=True)
-            if entry.exists():
-                entry.unlink(missing_ok=True)
-            cleared.append(name)
+            with contextlib.suppress(OSError):  # a file; or a folder that is still in use
+                entry.unlink()
+            if not os.path.lexists(entry):
+                cleared.append(name)
+        steps, known = self.steps(), self.newest_known()
+        if steps and (known is None or steps[-1] > known):
+            self._note_newest(steps[-1])
         return cleared
+
+    def _is_whole(self, step: int) -> bool:
+        try:
+            manifest.read(Path(self.path, str(step)), step)
+        except Damaged:
+            return False
+        return True
+
+    def _note_newest(self, step: int) -> None:
+        write_whole(self.path / _NEWEST, json.dumps({"step": step}) + "\n")
 
 
 def expired(steps: Sequence[int], keep: int, newest: int) -> list[int]:
@@ -210,11 +229,15 @@ def expired(steps: Sequence[int], keep: int, newest: int) -> list[int]:
 
 
 def _is_step(name: str) -> bool:
-    return name.isascii() and name.isdigit()
+    return name.isascii() and name.isdigit() and name == str(int(name))
 
 
-def _is_of_orbax(name: str) -> bool:
-    return ".orbax-checkpoint-tmp" in name
+def _is_leftover(name: str) -> bool:
+    return (
+        name.startswith((_SAVING, _REMOVED))
+        or name == f".{_NEWEST}.part"
+        or ".orbax-checkpoint-tmp" in name
+    )
 
 
 def _upload(source: Path, target: epath.Path) -> None:

@@ -149,7 +149,7 @@ def read_alone(folder: Any, step: int | None = None) -> Manifest:
         Damaged: it is missing, not as it was written, or of another step.
     """
     try:
-        manifest = Manifest.from_text((folder / NAME).read_text(encoding="utf-8"))
+        manifest = Manifest.from_text((folder / NAME).read_bytes().decode())
     except FileNotFoundError:
         raise Damaged(_of_no_manifest(folder)) from None
     except UnicodeDecodeError:

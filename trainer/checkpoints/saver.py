@@ -318,7 +318,8 @@ class Saver:
             raise NonFiniteState(step, bad)
         if self._lift.writes:
             arrays = self._lift.host_copy(state)
-            self._writer.submit(Save(folder, step, arrays, examined.checksums, meta))
+            is_latest = folder is self._latest
+            self._writer.submit(Save(folder, step, arrays, examined.checksums, meta, is_latest))
 
     def check(self) -> None:
         """Raises SavesFailed if too many saves in a row have failed meanwhile; costs nothing."""

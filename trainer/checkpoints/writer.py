@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class Save:
         arrays: its leaves, by name, in memory that nobody else changes.
         checksums: of them.
         meta: what else a resume needs.
+        is_latest: whether it is one to go on from.
     """
 
     folder: CheckpointFolder
@@ -48,6 +50,7 @@ class Save:
     arrays: Mapping[str, np.ndarray]
     checksums: Mapping[str, int]
     meta: Mapping[str, Any]
+    is_latest: bool = True
 
     @property
     def size(self) -> int:
@@ -94,8 +97,10 @@ class Writer:
         self._changed = threading.Condition()
         self._waiting: list[Save] = []  # at most one a folder
         self._current: Save | None = None
-        self._failures_in_a_row = 0
+        self._failures_in_a_row: Counter[CheckpointFolder] = Counter()
         self._last_error = ""
+        # By folder: the newest save, where that was given up, and why.
+        self._lost: dict[CheckpointFolder, tuple[Save, str]] = {}
         self.last_saved: int | None = None
         self._is_finishing = self._is_closing = False
         self._thread: threading.Thread | None = None
@@ -133,27 +138,39 @@ class Writer:
         return next((other for other in self._waiting if other.folder is save.folder), None)
 
     def check(self) -> None:
-        """Raises SavesFailed once too many saves in a row have failed."""
-        if self._failures_in_a_row >= self._max_failures:
-            last = "none of this run" if self.last_saved is None else f"step {self.last_saved}"
-            count = self._failures_in_a_row
+        """Raises SavesFailed once too many saves in a row, to one folder, have failed."""
+        if self._is_over:
+            count = max(self._failures_in_a_row.values())
             raise SavesFailed(
                 f"{count} save{'s' * (count > 1)} in a row failed, the last with: "
-                f"{self._last_error}; the last good checkpoint is {last}"
+                f"{self._last_error}; the last good checkpoint is {self._last_good}"
             )
 
+    @property
+    def _last_good(self) -> str:
+        return "none of this run" if self.last_saved is None else f"step {self.last_saved}"
+
     def finish(self) -> None:
-        """Waits until everything is saved.
+        """Waits until everything is saved; what was given up is tried once more.
 
         Raises:
             SavesFailed: something could not be, after several tries.
         """
+        self.check()
         with self._changed:
             self._is_finishing = True
+            again = [save for save, _ in self._lost.values() if self._of_folder(save) is None]
+            self._waiting += again
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._is_idle or self._is_over)
+            self._changed.wait_for(lambda: self._is_idle)
             self._is_finishing = False
-        self.check()
+            lost = list(self._lost.values())
+        if lost:
+            save, reason = lost[0]
+            raise SavesFailed(
+                f"step {save.step} could not be saved: {reason}; the last good checkpoint is "
+                f"{self._last_good}"
+            )
 
     @property
     def _is_idle(self) -> bool:
@@ -161,7 +178,7 @@ class Writer:
 
     @property
     def _is_over(self) -> bool:
-        return self._failures_in_a_row >= self._max_failures
+        return max(self._failures_in_a_row.values(), default=0) >= self._max_failures
 
     def close(self) -> None:
         """Lets saves that were begun or wait have one more try, and ends the thread."""
@@ -196,14 +213,18 @@ class Writer:
                 reason = _reason(save, error)
             else:
                 with self._changed:
-                    self._failures_in_a_row = 0
-                    self.last_saved = save.step
+                    self._failures_in_a_row[save.folder] = 0
+                    self._lost.pop(save.folder, None)
+                    if save.is_latest:
+                        self.last_saved = save.step
                 if tries > 1:
                     seconds = time.monotonic() - began
                     warn(f"step {save.step} is saved after all ({seconds:.1f} s)")
                 return
             with self._changed:
                 if self._gives_up(save, tries):
+                    if self._of_folder(save) is None:
+                        self._lost[save.folder] = (save, reason)
                     self._count_failure(save, reason)
                     return
             pause = self._pauses[min(tries, len(self._pauses)) - 1]
@@ -220,14 +241,12 @@ class Writer:
         return tries >= (max(_TRIES, self._max_failures) if self._is_finishing else _TRIES)
 
     def _count_failure(self, save: Save, reason: str) -> None:
-        self._failures_in_a_row += 1
-        if self._is_finishing:
-            self._failures_in_a_row = max(self._failures_in_a_row, self._max_failures)
+        self._failures_in_a_row[save.folder] += 1
         self._last_error = reason
         good = "" if self.last_saved is None else f"; step {self.last_saved} is"
         warn(
             f"step {save.step} was not saved: {reason}{good} "
-            f"({self._failures_in_a_row} of {self._max_failures} failures in a row)"
+            f"({self._failures_in_a_row[save.folder]} of {self._max_failures} failures in a row)"
         )
 
 
@@ -240,9 +259,9 @@ def _reason(save: Save, error: Exception) -> str:
     if not is_local(save.folder.path):
         return told
     place = Path(save.folder.path)
-    while not place.exists() and place != place.parent:
-        place = place.parent
     try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
         free = shutil.disk_usage(place).free
     except OSError:  # of a disk that is gone
         return told
