@@ -9,8 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from launcher import exit_codes
 from launcher.assignment import Outcome
+from trainer.paths import write_whole
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def write_failure(
     }
     if isinstance(failure, Failure) and failure.host:
         record["host"] = failure.host
-    (folder / "failure.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_whole(epath.Path(folder) / "failure.json", json.dumps(record, indent=2) + "\n")
 
 
 def forget_failure(folder: Path) -> None:

@@ -127,8 +127,8 @@ class RankLog(logging.Handler):
         if self._path is not None or is_taken_here(self._workdir):
             try:
                 self.open()
-            except OSError:  # a full disk is no reason to stop training
-                self.handleError(record)
+            except (OSError, UserError):  # a full disk is no reason to stop training
+                del self._held[:-1000]
 
     def open(self) -> Path:
         """Makes the file if need be, writes what was held back, and returns its path."""

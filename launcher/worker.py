@@ -40,6 +40,7 @@ from trainer.errors import (
     Preempted,
     ReplicasDiffer,
     SavesFailed,
+    StateUnreadable,
     UserError,
 )
 from trainer.workdir import config_from_json
@@ -78,7 +79,10 @@ def run_here(plan: Plan) -> int:
 
     outcome = _outcome_of(train, rank=0)
     if outcome.is_failure and outcome.exit_code != exit_codes.USAGE:
-        path = rank_log.open()
+        try:
+            path = str(rank_log.open())
+        except (OSError, UserError) as error:
+            path = f"cannot be written ({error})"
         _report(
             f"{outcome.trace}error: {outcome.message}\n  full log: {path}\n  "
             f"{how_to_go_on(workdir)}"
@@ -178,7 +182,7 @@ def _outcome_of(
             "--config.nan=skip"
         )
         return Outcome(exit_codes.FAILED, f"{error}\n  HINT: {hint}", step=error.step)
-    except (NonFiniteState, ReplicasDiffer, SavesFailed) as error:
+    except (NonFiniteState, ReplicasDiffer, SavesFailed, StateUnreadable) as error:
         return Outcome(exit_codes.FAILED, str(error), step=step())
     except PeerFailed as error:
         return Outcome(exit_codes.FAILED, str(error), step=step(), lost_peer=True)

@@ -74,7 +74,7 @@ def test_a_refusal_lists_keys_and_leaves(workdir):
     assert "  params/Dense_0/kernel" in told
     assert "float32[64,16] -> float32[64,12]" in told
     assert "opt_state/0/mu/Dense_0/kernel" in told
-    assert "--config.checkpoint.allow=model.hidden_size,seed goes on all the same" in told
+    assert "--config.checkpoint.allow=model.hidden_size,seed,shape goes on all the same" in told
 
 
 def test_allowing_the_keys_alone_does_not_allow_the_leaves(workdir):

@@ -68,7 +68,7 @@ def versions_of(folder):
 
 
 def leftovers(folder):
-    allowed = {*map(str, folder.steps()), "quarantine", ".newest.json"}
+    allowed = {*map(str, folder.steps()), "quarantine"}
     return sorted({entry.name for entry in Path(folder.path).iterdir()} - allowed)
 
 
@@ -300,8 +300,8 @@ def test_an_error_at_any_moment_of_a_save(tmp_path, case):
     before = dict.fromkeys(steps, 1)
     for folder, raised in each_point(tmp_path, case, full_disk):
         after = versions_of(folder)
-        if raised is None:
-            assert after == steps_after(before, step, 2, keep)[1]
+        if raised is None:  # what could not be removed stays for now
+            assert after.items() >= steps_after(before, step, 2, keep)[1].items()
         check_save(before, after, step, 2, keep)
         assert not Path(folder.path, f".saving-{step}").exists()
         save(folder, step, 3)
@@ -416,7 +416,7 @@ def test_a_folder_that_is_not_there_is_empty(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"step": null}', '{"step": []}', "\xff"])
 def test_a_damaged_note_of_the_newest_is_no_note(tmp_path, text):
     folder = prepared(tmp_path / "run", (5,))
-    (tmp_path / "run/.newest.json").write_text(text, encoding="latin-1")
+    (tmp_path / ".run.json").write_text(text, encoding="latin-1")
     assert folder.newest_known() is None
     assert folder.has_history()
     save(folder, 6, 1)

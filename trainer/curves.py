@@ -70,8 +70,10 @@ class Curves:
             if self._writer is not None and self._is_writing:
                 self._writer.close()
             self._upload()  # with what was still on its way to the file at the flush
+        self._writer = None
         if self._local is not None:
             self._local.cleanup()
+            self._local = None
 
     @property
     def _is_writing(self) -> bool:

@@ -73,6 +73,10 @@ class CheckpointsUnreadable(UserError):
     """The workdir has held checkpoints and none is whole; the launcher exits with 2."""
 
 
+class StateUnreadable(Exception):
+    """A checkpoint is whole and cannot be read all the same; the launcher exits with 1."""
+
+
 class SavesFailed(Exception):
     """Too many saves in a row have failed; the launcher exits with 1."""
 

@@ -99,7 +99,7 @@ def _lock(place: Path, folder: epath.Path) -> IO[str] | None:
     place.parent.mkdir(parents=True, exist_ok=True)
     handle = place.open("a+", encoding="utf-8", errors="replace")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock_soon(handle)
     except BlockingIOError:
         handle.seek(0)
         holder = handle.read()
@@ -115,6 +115,27 @@ def _lock(place: Path, folder: epath.Path) -> IO[str] | None:
         handle.write(json.dumps(record) + "\n")
         handle.flush()
     return handle
+
+
+def _flock_soon(handle: IO[str]) -> None:
+    """Locks a file; `check_free` of another process may hold it for a moment."""
+    for _ in range(5):
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+    return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _leave_to_parent() -> None:
+    """In a forked child, which has got all open files: the lock is not to outlive its holder."""
+    for handle in _held.values():
+        if handle is not None:
+            os.close(handle.fileno())
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _refusal(folder: epath.Path, record: str) -> UserError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from trainer import lock
-from trainer.checkpoints.differences import how_leaves_differ
+from trainer.checkpoints.differences import how_leaves_differ, show
 from trainer.checkpoints.folder import CheckpointFolder
 from trainer.checkpoints.saver import Restored, Saver
 from trainer.console import Bar, duration, open_terminal, say, warn
@@ -38,6 +39,9 @@ from trainer.summary import (
 )
 from trainer.version import __version__
 from trainer.workdir import Workdir, config_to_json
+
+# For process 0 to save what it has, where all have found that the run is over.
+_PATIENCE_SECS = 60.0
 
 StopRequested = Callable[[int, str], bool]
 
@@ -106,12 +110,11 @@ def refuse_changes(settings: Settings, folder: Workdir, job: Job) -> None:
     Raises:
         UserError: listing keys of the config and leaves of the state.
     """
-    folder.refuse_changes(
-        how_leaves_differ(
-            CheckpointFolder(folder.checkpoints, settings.checkpoint_keep),
-            lambda: name_leaves(jax.eval_shape(make_init(job, settings.seed))),
-        )
+    found = how_leaves_differ(
+        CheckpointFolder(folder.checkpoints, settings.checkpoint_keep),
+        lambda: name_leaves(jax.eval_shape(make_init(job, settings.seed))),
     )
+    folder.refuse_changes(show(found) if found else "", sorted({d.kind for d in found}))
 
 
 class _Run:
@@ -141,6 +144,7 @@ class _Run:
         self.report: Report | NoReport | None = None
         self.bar: Bar | None = None
         self.metrics: dict[str, float] = {}
+        self.rows: list[dict[str, Any]] = []  # that a copy in memory knows of, and perhaps no file
         self.step = 0
         # An evaluation that was due when the run was asked to stop; a resume makes up for it.
         self.evaluation_pending = False
@@ -191,6 +195,10 @@ class _Run:
         if step >= self.job.stop:
             if self.evaluation_pending:
                 self._stop(step, state)
+            if self.saver.is_unsaved(step):  # it was only in memory
+                self._record()
+                self._save(state, step)
+            self.saver.finish()
             say_finished_before(self.about, step)
             return Result(state, self.metrics)
         if self.folder.exists:
@@ -231,6 +239,8 @@ class _Run:
         self.saver.finish()
         assert self.report is not None
         self.report.hparams(self.metrics)
+        self.report.close()
+        self.lift.gather(0)  # whoever leaves early would be taken for lost
         say_end(self.about, self.saver, step, time.monotonic() - began)
         return Result(state, self.metrics)
 
@@ -277,6 +287,11 @@ class _Run:
     def _claim(self) -> None:
         if self.lift.writes:
             self.folder.claim(self.local_dir)
+            if not self.folder.exists and self.folder.is_recorded():
+                raise UserError(
+                    f"another job has begun a run in {self.folder.path} meanwhile",
+                    "start again to go on with it, or name another --workdir",
+                )
         self.saver.run = self.lift.tell(self.folder.run_id() if self.lift.writes else "")
 
     def _record(self) -> None:
@@ -292,7 +307,7 @@ class _Run:
             )
 
     def _open_report(self, step: int) -> Report | NoReport:
-        return Report(self.folder, step) if self.lift.writes else NoReport()
+        return Report(self.folder, step, self.rows) if self.lift.writes else NoReport()
 
     # Before the first step
 
@@ -304,6 +319,9 @@ class _Run:
                 init,
                 has_changed=bool(self.folder.changes),
             )
+            if restored is None or not restored.in_memory or self.folder.changes:
+                # What is in the memory of some host is of a future that will not come.
+                self.saver.run = self.lift.tell(uuid.uuid4().hex)
             if restored is not None:
                 self._go_on_from(restored)
                 return restored.state
@@ -312,6 +330,7 @@ class _Run:
 
     def _go_on_from(self, restored: Restored) -> None:
         meta = restored.meta
+        self.rows = meta.get("rows", [])
         self.log.from_json(meta["log"])
         done = has_row(self.folder, restored.step, "eval/loss")
         pending = meta["evaluation_pending"] and not done
@@ -385,6 +404,8 @@ class _Run:
                 self.report.scalars(error.step, tags)
             self.saver.close()  # what was being saved is good
             error.last_good = self.saver.last_good
+            if not self.lift.writes:
+                time.sleep(_PATIENCE_SECS)  # the job ends with the first that tells; 0 still saves
             raise
 
     def _drain(self) -> None:
@@ -448,9 +469,8 @@ class _Run:
         self._drain()  # as for a save
         jax.block_until_ready(state)
         held_up = time.monotonic()  # until here the devices had steps to take
-        # Rows up to here are written by now, or would be lost with this process.
-        if self.report is None or self.report.is_written:
-            self.saver.copy(step, state, self._meta(), held_up)
+        rows = self.report.unwritten() if self.report is not None else []
+        self.saver.copy(step, state, {**self._meta(), "rows": rows}, held_up)
         self.log.exclude(time.monotonic() - began)
 
     def _meta(self) -> dict[str, Any]:
@@ -467,5 +487,7 @@ class _Run:
             self._claim()
             self._record()
         self._save(state, step)
+        if self.report is not None:
+            self.report.close()
         self.saver.finish()
         raise Preempted(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -40,7 +41,15 @@ def write_whole(path: epath.Path, text: str) -> None:
     """Writes a file so that a reader sees the old text or the new, never a part."""
     if is_local(path):
         part = path.parent / f".{path.name}.part"
-        part.write_text(text)
+        try:
+            with open(part, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # a rename may outlive a power failure that bytes do not
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
         part.replace(path)
     else:  # an object appears when all of it is there
         path.write_text(text)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from trainer.curves import Curves
 from trainer.rows import open_rows, read_rows
@@ -16,10 +17,15 @@ class Report:
     Args:
         workdir: the claimed folder of the run.
         step: the step the run goes on from; what was written past it is cut away.
+        rows: up to that step, which may be missing in the file.
     """
 
-    def __init__(self, workdir: Workdir, step: int) -> None:
+    def __init__(self, workdir: Workdir, step: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        there = read_rows(workdir.metrics, step) if rows else []
         self._rows = open_rows(workdir.metrics, step)
+        for row in rows:
+            if row not in there:
+                self._rows.add(row)
         self._curves = Curves(workdir, step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -42,10 +48,9 @@ class Report:
         self._curves.flush()
         return self._rows.flush()
 
-    @property
-    def is_written(self) -> bool:
-        """Whether the rows are all where a restart will find them; writes what is not."""
-        return self._rows.flush()
+    def unwritten(self) -> list[dict[str, Any]]:
+        """Rows that the file system has not taken yet."""
+        return self._rows.unwritten()
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -56,8 +61,6 @@ class Report:
 class NoReport:
     """What the processes that do not write have in place of a report."""
 
-    is_written = True
-
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes nothing."""
 
@@ -67,6 +70,10 @@ class NoReport:
     def flush(self) -> bool:
         """Writes nothing."""
         return True
+
+    def unwritten(self) -> list[dict[str, Any]]:
+        """Has no rows."""
+        return []
 
     def close(self) -> None:
         """Has nothing to close."""

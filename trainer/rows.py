@@ -23,6 +23,9 @@ class Rows(Protocol):
     def flush(self) -> bool:
         """Whether every row is written."""
 
+    def unwritten(self) -> list[dict[str, Any]]:
+        """The rows that are not."""
+
 
 def open_rows(path: epath.Path, step: int) -> Rows:
     """Goes on with a file of rows; those past a step are cut away.
@@ -55,7 +58,8 @@ def _lines_up_to(path: Any, step: int) -> list[str]:
 class _LocalRows:
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        self._unwritten = b""
+        self._waiting: list[bytes] = []  # lines not written in full
+        self._written_of_first = 0
         self._is_warned = False
         self._file: int | None = None
         self._cut(step)
@@ -70,7 +74,7 @@ class _LocalRows:
             write_whole(epath.Path(self._path), kept.decode())
 
     def add(self, row: Mapping[str, Any]) -> None:
-        self._unwritten += (json.dumps(row) + "\n").encode()
+        self._waiting.append((json.dumps(row) + "\n").encode())
         self.flush()
 
     def flush(self) -> bool:
@@ -78,9 +82,12 @@ class _LocalRows:
             if self._file is None:
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
                 self._file = os.open(self._path, flags, 0o666)
-            while self._unwritten:
-                written = os.write(self._file, self._unwritten)
-                self._unwritten = self._unwritten[written:]
+            while self._waiting:
+                rest = self._waiting[0][self._written_of_first :]
+                self._written_of_first += os.write(self._file, rest)
+                if self._written_of_first == len(self._waiting[0]):
+                    self._waiting.pop(0)
+                    self._written_of_first = 0
         except OSError as error:
             if not self._is_warned:
                 why = error.strerror or error
@@ -89,6 +96,9 @@ class _LocalRows:
             return False
         self._is_warned = False
         return True
+
+    def unwritten(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._waiting]
 
     def __del__(self) -> None:
         if self._file is not None:
@@ -102,6 +112,7 @@ class _RemoteRows:
         self._path = path
         self._lines = _lines_up_to(path, step)
         self._is_written = False
+        self._written = 0
 
     def add(self, row: Mapping[str, Any]) -> None:
         self._lines.append(json.dumps(row) + "\n")
@@ -114,5 +125,8 @@ class _RemoteRows:
             except Exception as error:  # clients of object stores raise many types
                 warn(f"{self._path} could not be written, and will be with the next rows: {error}")
                 return False
-            self._is_written = True
+            self._is_written, self._written = True, len(self._lines)
         return True
+
+    def unwritten(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._lines[self._written :]]

@@ -73,6 +73,8 @@ def are_finite(tree: Any) -> jax.Array:
 
 def _checksum(leaf: jax.Array) -> jax.Array:
     leaf = jnp.asarray(leaf)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)  # as they lie in memory
     if _is_narrow(leaf.dtype):
         words = leaf.astype(jnp.int32).astype(jnp.uint32)
     elif leaf.dtype.itemsize < 2:  # floats of 8 bits

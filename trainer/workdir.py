@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,11 +206,12 @@ class Workdir:
             ),
         )
 
-    def refuse_changes(self, leaves: str = "") -> None:
+    def refuse_changes(self, leaves: str = "", kinds: Sequence[str] = ()) -> None:
         """Raises a UserError if the config is another one than that of the run, unless allowed.
 
         Args:
             leaves: how the state would differ, as lines, where that is known.
+            kinds: of difference between leaves.
         """
         if not self.refused:
             return
@@ -221,7 +222,7 @@ class Workdir:
         if leaves:
             told += ["its state would differ too (saved -> wanted):", leaves]
         allow = self.config.get("checkpoint", {}).get("allow", "")
-        together = ",".join([*([allow] if allow else []), *names])
+        together = ",".join([*([allow] if allow else []), *names, *kinds])
         raise UserError(
             "\n".join(told),
             "name another --workdir, change these back to go on with that run, or "

@@ -35,7 +35,7 @@ ALLOWED = (
     r"events\.out\.tfevents\.[^/]+",
     r"logs/attempt-\d+/rank-[01]\.log",
     r"checkpoints/\d+/.+",
-    r"(checkpoints|best)/\.newest\.json",
+    r"\.(checkpoints|best)\.json",
     r"best/\d+/.+",
 )
 # Only where a step was damaged, and where a run went on from before its best step.

@@ -126,8 +126,10 @@ def _show(shape: Sequence[int], dtype: str) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def how_leaves_differ(folder: CheckpointFolder, wanted: Callable[[], Mapping[str, Any]]) -> str:
-    """How the newest saved state differs from what is wanted, as a table; empty if it does not.
+def how_leaves_differ(
+    folder: CheckpointFolder, wanted: Callable[[], Mapping[str, Any]]
+) -> list[Difference]:
+    """How the newest saved state differs from what is wanted.
 
     Nothing is read but a manifest. A courtesy: where it cannot be told, nothing is.
 
@@ -141,6 +143,6 @@ def how_leaves_differ(folder: CheckpointFolder, wanted: Callable[[], Mapping[str
         except Damaged:
             continue
         except Exception:  # of the user's model
-            return ""
-        return show(found) if found else ""
-    return ""
+            return []
+        return found
+    return []

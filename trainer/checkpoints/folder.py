@@ -8,6 +8,7 @@ not at all, and on this machine for an object store, which then gets the manifes
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -24,7 +25,6 @@ from trainer.paths import is_local, write_whole
 
 _SAVING, _REMOVED = ".saving-", ".removed-"
 QUARANTINE = "quarantine"
-_NEWEST = ".newest.json"
 
 
 class CheckpointFolder:
@@ -51,6 +51,7 @@ class CheckpointFolder:
         step: int,
         write: Callable[[Path], None],
         describe: Callable[[dict[str, File]], Manifest],
+        size: int = 0,
     ) -> None:
         """Adds a checkpoint, then removes those that are older than the newest `keep`.
 
@@ -60,6 +61,7 @@ class CheckpointFolder:
             step: of the checkpoint.
             write: puts its files into an empty local folder.
             describe: makes its manifest, given what was written.
+            size: of what will be written, in bytes, about.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if is_local(self.path):
@@ -67,6 +69,7 @@ class CheckpointFolder:
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
             try:
+                _check_room(self.path, size)
                 self._complete(made, write, describe)
                 self._put_in_place(made, step)
             except BaseException:
@@ -76,10 +79,11 @@ class CheckpointFolder:
             with tempfile.TemporaryDirectory(prefix="podlift-") as name:
                 self._complete(Path(name), write, describe)
                 _upload(Path(name), self.path / str(step))
-        self._note_newest(max([step, *self.steps()]))
         for old in expired(self.steps(), self._keep, step):
             with contextlib.suppress(OSError):  # it is tried again after the next save
                 self._remove(old)
+        with contextlib.suppress(OSError):
+            self._note_newest(max([step, *self.steps()]))
 
     @staticmethod
     def _complete(
@@ -162,24 +166,30 @@ class CheckpointFolder:
     def newest_known(self) -> int | None:
         """The newest step that was ever completed here, also if it is gone; None if unknown."""
         try:
-            return int(json.loads((self.path / _NEWEST).read_text())["step"])
+            return int(json.loads(self._note.read_text())["step"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def has_history(self) -> bool:
         """Whether there ever was a checkpoint here that was completed."""
+        if self._note.exists() or (is_local(self.path) and Path(self.path).is_symlink()):
+            return True
         try:
             names = [entry.name for entry in self.path.iterdir()]
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return QUARANTINE in names or _NEWEST in names or any(map(_is_step, names))
+        return QUARANTINE in names or any(map(_is_step, names))
 
     def sweep(self) -> list[str]:
         """Clears what a killed run has left half done; returns what was cleared.
 
         A save that was complete but for its name gets it. To be called by the run's only owner.
         """
-        if not is_local(self.path) or not self.path.exists():
+        if not is_local(self.path):
+            return []
+        with contextlib.suppress(OSError):
+            (self._note.parent / f".{self._note.name}.part").unlink()
+        if not self.path.exists():
             return []
         cleared = []
         for entry in sorted(Path(self.path).iterdir()):
@@ -212,7 +222,12 @@ class CheckpointFolder:
         return True
 
     def _note_newest(self, step: int) -> None:
-        write_whole(self.path / _NEWEST, json.dumps({"step": step}) + "\n")
+        write_whole(self._note, json.dumps({"step": step}) + "\n")
+
+    @property
+    def _note(self) -> epath.Path:
+        """Of the newest step; beside the folder, so that it is there when the folder is gone."""
+        return self.path.parent / f".{self.path.name}.json"
 
 
 def expired(steps: Sequence[int], keep: int, newest: int) -> list[int]:
@@ -228,16 +243,18 @@ def expired(steps: Sequence[int], keep: int, newest: int) -> list[int]:
     return others[: max(0, surplus)]
 
 
+def _check_room(path: epath.Path, size: int) -> None:
+    """Says what is wrong before Orbax does, at length; arrays may be written in half their size."""
+    if shutil.disk_usage(path).free < size / 2:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _is_step(name: str) -> bool:
     return name.isascii() and name.isdigit() and name == str(int(name))
 
 
 def _is_leftover(name: str) -> bool:
-    return (
-        name.startswith((_SAVING, _REMOVED))
-        or name == f".{_NEWEST}.part"
-        or ".orbax-checkpoint-tmp" in name
-    )
+    return name.startswith((_SAVING, _REMOVED)) or ".orbax-checkpoint-tmp" in name
 
 
 def _upload(source: Path, target: epath.Path) -> None:

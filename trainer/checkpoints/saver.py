@@ -30,6 +30,7 @@ from trainer.errors import (
     NonFiniteState,
     PeerFailed,
     SavesFailed,
+    StateUnreadable,
     first_line,
 )
 from trainer.lift import Lift
@@ -47,6 +48,7 @@ class Restored:
     state: TrainState
     step: int
     meta: Meta
+    in_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,16 @@ class Saver:
                     say(f"cleared in {folder.path}: {', '.join(cleared)}")
         failures: list[tuple[_Candidate, str]] = []
         restored = None
-        for candidate in self._candidates():
-            restored, why = self._try(candidate, abstract, fresh)
+        candidates = self._candidates()
+        # Copies come first as they are; at last also those that know of a best state that is lost.
+        tries = [(candidate, False) for candidate in candidates]
+        tries += [(candidate, True) for candidate in candidates if candidate.in_memory]
+        for candidate, at_last in tries:
+            restored, why = self._try(candidate, abstract, fresh, at_last)
             if restored is not None:
                 break
             where = "its copy in memory" if candidate.in_memory else "the checkpoint"
-            if self._lift.writes:
+            if self._lift.writes and not at_last:
                 warn(f"step {candidate.step} cannot be restored from {where}: {why}")
             failures.append((candidate, why))
         on_disk = [(c.step, why) for c, why in failures if not c.in_memory]
@@ -167,17 +173,30 @@ class Saver:
         return sorted(found, key=lambda c: (-c.step, c.in_memory, c.source))
 
     def _try(
-        self, candidate: _Candidate, abstract: TrainState, fresh: Callable[[], Any]
+        self,
+        candidate: _Candidate,
+        abstract: TrainState,
+        fresh: Callable[[], Any],
+        at_last: bool,
     ) -> tuple[Restored | None, str]:
         """A state, or why not; the same answer in all processes."""
         leaves, answer = None, {"why": "another process reads it"}
         if self._lift.process == candidate.source:
             try:
-                leaves, listed = self._read(candidate)
+                leaves, listed = _patiently(lambda: self._read(candidate, at_last))
                 answer = {"manifest": listed.to_text()}
-            except Exception as error:  # Orbax raises many types for damaged files
-                answer = {"why": str(error) if isinstance(error, Damaged) else first_line(error)}
+            except Damaged as damage:
+                answer = {"why": str(damage)}
+            except Exception as error:  # Orbax raises many types
+                answer = {"why": first_line(error)}
+                if not candidate.in_memory:
+                    answer["unreadable"] = "its files are as they were written"
         answer = json.loads(self._lift.tell(json.dumps(answer), candidate.source))
+        if "unreadable" in answer:
+            raise StateUnreadable(
+                f"step {candidate.step} in {self._latest.path} cannot be read, though "
+                f"{answer['unreadable']}: {answer['why']}"
+            )
         if "why" in answer:
             return None, answer["why"]
         listed = Manifest.from_text(answer["manifest"])
@@ -200,16 +219,17 @@ class Saver:
             self._fast.remove()  # what is there is of no use any more
         if not candidate.in_memory:
             self._saved_step = self._writer.last_saved = candidate.step
-        return Restored(state, candidate.step, listed.meta), ""
+        return Restored(state, candidate.step, listed.meta, candidate.in_memory), ""
 
-    def _read(self, candidate: _Candidate) -> tuple[dict[str, np.ndarray], Manifest]:
+    def _read(self, candidate: _Candidate, at_last: bool) -> tuple[dict[str, np.ndarray], Manifest]:
         if not candidate.in_memory:
             with self._latest.opened(candidate.step) as (place, listed):
                 return arrays_of.read(place, listed.leaves), listed
         assert self._fast is not None
         arrays, listed = self._fast.read(self._fast.steps(self.run)[candidate.step])
         best = listed.meta["best"]
-        if best is not None and max(self._best.steps(), default=-1) < best["step"]:
+        is_lost = best is not None and max(self._best.steps(), default=-1) < best["step"]
+        if is_lost and not at_last:
             # It was being saved. From an earlier state the run comes to it again.
             raise Damaged(f"the best state it knows of, step {best['step']}, is not in best/")
         return arrays, listed
@@ -274,6 +294,10 @@ class Saver:
         return (None, None) if known is None else (known["value"], known["step"])
 
     # Saving
+
+    def is_unsaved(self, step: int) -> bool:
+        """Whether no checkpoint of a step was begun or restored."""
+        return step != self._saved_step
 
     def save(self, step: int, state: TrainState, meta: Meta) -> None:
         """Starts to save a state to go on from, unless that step is saved already.
@@ -373,6 +397,20 @@ class Saver:
         self._writer.close()
         if self._fast is not None:
             self._fast.wait()
+
+
+def _patiently(read: Callable[[], Any]) -> Any:
+    """What `read` returns; what may pass, such as a disk that does not answer, is tried again."""
+    for pause in (0.5, 2.0):
+        try:
+            return read()
+        except Damaged as damage:
+            if not isinstance(damage.__cause__, OSError):
+                raise
+        except Exception:  # noqa: S110 (told where it does not pass)
+            pass
+        time.sleep(pause)
+    return read()
 
 
 def _put_aside(folder: CheckpointFolder, step: int, why: str) -> None:

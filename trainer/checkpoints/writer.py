@@ -6,6 +6,7 @@ takes its place. Only after several in a row is the run over.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import threading
 import time
@@ -28,6 +29,8 @@ from trainer.paths import is_local
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 # Tries of one save while no newer state takes its place.
 _TRIES = 3
+# Tries of the last one, where many failures are allowed: a minute and a half.
+_MOST_TRIES = 10
 # How long the loop waits for a disk that is still busy with the save before.
 _PATIENCE_SECS = 30.0
 
@@ -67,7 +70,8 @@ class Save:
             }
             return Manifest(self.step, self.meta, leaves, files)
 
-        self.folder.save(self.step, lambda place: arrays_of.write(place, self.arrays), describe)
+        write = functools.partial(arrays_of.write, arrays=self.arrays)
+        self.folder.save(self.step, write, describe, self.size)
 
 
 class Writer:
@@ -197,6 +201,7 @@ class Writer:
                 save = self._current = self._waiting.pop(0)
                 self._changed.notify_all()
             self._save(save)
+            del save  # and with it a whole state
             with self._changed:
                 self._current = None
                 self._changed.notify_all()
@@ -238,7 +243,8 @@ class Writer:
         if self._of_folder(save) is not None or self._is_closing:
             return True
         # At the end of a run there is no next save to make up for this one.
-        return tries >= (max(_TRIES, self._max_failures) if self._is_finishing else _TRIES)
+        tries_at_end = min(max(_TRIES, self._max_failures), _MOST_TRIES)
+        return tries >= (tries_at_end if self._is_finishing else _TRIES)
 
     def _count_failure(self, save: Save, reason: str) -> None:
         self._failures_in_a_row[save.folder] += 1
