@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import signal
 import sys
@@ -15,8 +17,12 @@ from conftest import ROOT, mesh_of
 from test_cli import wait_for
 
 import trainer
+from trainer import rows
+from trainer.checkpoints import arrays, fast
+from trainer.checkpoints.fast import FastTier
 from trainer.checkpoints.manifest import Manifest
-from trainer.errors import CheckpointsUnreadable, UserError
+from trainer.checkpoints.saver import Saver
+from trainer.errors import CheckpointsUnreadable, StateUnreadable, UserError
 from trainer.lift import Lift
 
 
@@ -465,3 +471,135 @@ def test_replicas_are_compared_after_the_first_step_every_n_steps_and_before_sav
     config.checkpoint.every_steps = 5
     trainer.train(config, tmp_path / "run", mesh_of(2))
     assert sorted(set(seen)) == [1, 3, 5, 6, 9, 10]
+
+
+def test_a_folder_of_checkpoints_that_is_gone_is_no_fresh_start(tmp_path, stopped_run):
+    run, _ = stopped_run
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(CheckpointsUnreadable, match="are gone"):
+        trainer.train(saving_every_10(), tmp_path / "run", mesh_of(2))
+
+
+class Crash(Exception):
+    """What a kill is, as far as files are concerned."""
+
+
+def with_copies(steps, folder, **changes):
+    made = digits(steps, **changes)
+    made.checkpoint.fast_every_secs = 1e-6
+    made.checkpoint.fast_dir = str(folder)
+    return made
+
+
+@pytest.fixture
+def crash(tmp_path, monkeypatch):
+    """Trains with a copy in memory after each step, until a step is asked for that is too late."""
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(fast, "_BLOCKED_PART", 1e9)
+    monkeypatch.setattr(fast, "_WRITING_PART", 1e9)
+    copy = FastTier.copy
+
+    def copy_and_wait(self, *arguments):
+        copy(self, *arguments)
+        self.wait()
+
+    monkeypatch.setattr(FastTier, "copy", copy_and_wait)
+    monkeypatch.setattr(FastTier, "remove", lambda self: None)
+
+    def crash_at(step, config, workdir):
+        def stop(now, phase):
+            if now == step and phase == "wait":
+                raise Crash
+            return False
+
+        with pytest.raises(Crash):
+            trainer.train(config, workdir, mesh_of(2), stop_requested=stop)
+
+    return crash_at
+
+
+def test_a_last_state_that_is_only_in_memory_is_saved(tmp_path, crash, monkeypatch, capsys):
+    config = with_copies(10, tmp_path / "memory")
+    with monkeypatch.context() as patched:
+        patched.setattr(Saver, "save", lambda *arguments: None)
+        patched.setattr(Saver, "finish", lambda self: (_ for _ in ()).throw(Crash))
+        with pytest.raises(Crash):
+            trainer.train(config, tmp_path / "run", mesh_of(2))
+    assert not (tmp_path / "run/checkpoints").exists()
+    trainer.train(config, tmp_path / "run", mesh_of(2))
+    assert "restored step 10 from memory" in capsys.readouterr().out
+    assert steps_of(tmp_path / "run/checkpoints") == [10]
+
+
+def test_a_copy_of_an_abandoned_future_is_not_taken(tmp_path, crash, capsys):
+    run, memory = tmp_path / "run", tmp_path / "memory"
+    config = with_copies(30, memory)
+    config.checkpoint.every_steps = 5
+    crash(14, config, run)
+    without = with_copies(30, memory, stop_at_step=12)
+    without.checkpoint.fast_every_secs = 0.0
+    trainer.train(without, run, mesh_of(2))
+    assert "restored step 10 from" in capsys.readouterr().out
+    trainer.train(config, run, mesh_of(2))
+    assert "restored step 12 from" in capsys.readouterr().out
+
+
+def test_rows_that_the_disk_did_not_take_are_in_the_copy(tmp_path, crash, monkeypatch, capsys):
+    whole = trainer.train(digits(20), tmp_path / "whole", mesh_of(2))
+    config = with_copies(20, tmp_path / "memory")
+    with monkeypatch.context() as patched:
+        patched.setattr(rows, "os", FullDisk())
+        crash(13, config, tmp_path / "run")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    rest = trainer.train(config, tmp_path / "run", mesh_of(2))
+    assert "restored step 13 from memory" in capsys.readouterr().out
+    assert_bitwise_equal(whole.state, rest.state)
+    assert without_speed(tmp_path / "run/metrics.jsonl") == without_speed(
+        tmp_path / "whole/metrics.jsonl"
+    )
+
+
+class FullDisk:
+    """The module `os`, on a disk that takes nothing."""
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def open(self, *arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_that_another_has_overtaken_does_not_take_its_folder(tmp_path):
+    def stop(step, phase):
+        if phase == "compile":
+            trainer.train(digits(5), tmp_path / "run", mesh_of(2))
+        return False
+
+    with pytest.raises(UserError, match="another job has begun a run"):
+        trainer.train(digits(5, seed=7), tmp_path / "run", mesh_of(2), stop_requested=stop)
+    assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 0
+
+
+def test_a_disk_that_does_not_answer_at_once_costs_no_checkpoint(
+    tmp_path, stopped_run, monkeypatch, capsys
+):
+    run, _ = stopped_run
+    shutil.copytree(run, tmp_path / "run")
+    read, calls = arrays.read, []
+
+    def read_at_last(*arguments):
+        calls.append(arguments)
+        if len(calls) < 3:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(*arguments)
+
+    monkeypatch.setattr(arrays, "read", read_at_last)
+    monkeypatch.setattr("trainer.checkpoints.saver.time.sleep", lambda seconds: None)
+    trainer.train(saving_every_10(), tmp_path / "run", mesh_of(2))
+    assert "restored step 20 from" in capsys.readouterr().out
+    assert not (tmp_path / "run/checkpoints/quarantine").exists()
+    monkeypatch.setattr(arrays, "read", lambda *arguments: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(StateUnreadable, match=r"step 30 .* cannot be read"):
+        trainer.train(saving_every_10(), tmp_path / "run", mesh_of(2))
+    assert (tmp_path / "run/checkpoints/30").exists()

@@ -146,6 +146,7 @@ class _Run:
         self.metrics: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []  # that a copy in memory knows of, and perhaps no file
         self.step = 0
+        self.has_begun_folder = False
         # An evaluation that was due when the run was asked to stop; a resume makes up for it.
         self.evaluation_pending = False
         self.scan = settings.steps_per_call > 1
@@ -284,6 +285,13 @@ class _Run:
                 "--workdir must be a folder that all hosts share",
             )
 
+    def _begin_folder(self) -> None:
+        """Makes a new folder this run's, once it is certain that there will be one."""
+        if not self.folder.exists and not self.has_begun_folder:
+            self._claim()
+            self._record()
+            self.has_begun_folder = True
+
     def _claim(self) -> None:
         if self.lift.writes:
             self.folder.claim(self.local_dir)
@@ -379,9 +387,7 @@ class _Run:
         jax.block_until_ready(state)
         self.lift.examine(state)
         say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
-        if not self.folder.exists:
-            self._claim()
-            self._record()
+        self._begin_folder()
         if self.report is None:
             self.report = self._open_report(before)
         self.bar = Bar(step, self.job.stop)
@@ -483,9 +489,7 @@ class _Run:
 
     def _stop(self, step: int, state: TrainState) -> None:
         say(f"asked to stop: saving at step {step}")
-        if not self.folder.exists:
-            self._claim()
-            self._record()
+        self._begin_folder()
         self._save(state, step)
         if self.report is not None:
             self.report.close()
