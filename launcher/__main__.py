@@ -68,7 +68,7 @@ def _refuse_changes(planned: Plan) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
         try:
             from trainer.job import build_job
-            from trainer.loop import refuse_changes
+            from trainer.shared_folder import refuse_changes
 
             refuse_changes(planned.settings, planned.folder, build_job(planned.settings))
         except UserError as error:

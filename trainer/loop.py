@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
-import zlib
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
@@ -16,19 +14,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from trainer import lock
-from trainer.checkpoints.differences import how_leaves_differ, show
-from trainer.checkpoints.folder import CheckpointFolder
 from trainer.checkpoints.saver import Restored, Saver
 from trainer.console import Bar, duration, open_terminal, say, warn
 from trainer.data.prefetch import prefetch
-from trainer.errors import NonFiniteLoss, Preempted, UserError
+from trainer.errors import NonFiniteLoss, Preempted
 from trainer.evaluate import Evaluator
 from trainer.job import Job, build_job, make_init
 from trainer.lift import Lift, has_convolution, make_lift
 from trainer.progress import InFlight, LogRow, TrainLog
 from trainer.report import NoReport, Report, has_row, last_values
 from trainer.settings import Settings, check
-from trainer.state import TrainState, name_leaves
+from trainer.shared_folder import SharedFolder, refuse_changes
+from trainer.state import TrainState
 from trainer.step import make_update_step, stack_metrics
 from trainer.summary import (
     About,
@@ -37,8 +34,7 @@ from trainer.summary import (
     say_start,
     warn_of_unsynced_state,
 )
-from trainer.version import __version__
-from trainer.workdir import Workdir, config_to_json
+from trainer.workdir import Workdir
 
 # For process 0 to save what it has, where all have found that the run is over.
 _PATIENCE_SECS = 60.0
@@ -104,19 +100,6 @@ def train(
         run.close()
 
 
-def refuse_changes(settings: Settings, folder: Workdir, job: Job) -> None:
-    """Refuses a config that is not that of the run in the folder, and says what would differ.
-
-    Raises:
-        UserError: listing keys of the config and leaves of the state.
-    """
-    found = how_leaves_differ(
-        CheckpointFolder(folder.checkpoints, settings.checkpoint_keep),
-        lambda: name_leaves(jax.eval_shape(make_init(job, settings.seed))),
-    )
-    folder.refuse_changes(show(found) if found else "", sorted({d.kind for d in found}))
-
-
 class _Run:
     """The moving parts of one call of `train`.
 
@@ -133,7 +116,7 @@ class _Run:
         stop_requested: StopRequested,
         local_dir: str | None,
     ) -> None:
-        self.local_dir = local_dir
+        self.shared = SharedFolder(folder, lift, local_dir)
         self.settings = settings
         self.folder = folder
         self.lift = lift
@@ -146,7 +129,6 @@ class _Run:
         self.metrics: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []  # that a copy in memory knows of, and perhaps no file
         self.step = 0
-        self.has_begun_folder = False
         # An evaluation that was due when the run was asked to stop; a resume makes up for it.
         self.evaluation_pending = False
         self.scan = settings.steps_per_call > 1
@@ -182,9 +164,9 @@ class _Run:
     def train(self) -> Result:
         began = time.monotonic()
         self.stop_requested(0, "start")
-        self._agree()
+        self.shared.agree()
         if self.folder.exists:
-            self._claim()
+            self.saver.run = self.shared.claim()
         state = self._initial_state()
         step = first_step = int(self.lift.read(state.step))
         say_start(self.about, state, time.monotonic() - began)
@@ -197,13 +179,13 @@ class _Run:
             if self.evaluation_pending:
                 self._stop(step, state)
             if self.saver.is_unsaved(step):  # it was only in memory
-                self._record()
+                self.shared.record(self.saver.run)
                 self._save(state, step)
             self.saver.finish()
             say_finished_before(self.about, step)
             return Result(state, self.metrics)
         if self.folder.exists:
-            self._record()
+            self.shared.record(self.saver.run)
         warn_of_unsynced_state(self.lift, self.job, state)
         update = self._compile_update(state)
         started = time.monotonic()
@@ -255,64 +237,11 @@ class _Run:
             self.report.close()
         lock.release(self.folder.path)
 
-    # The folder: one process writes what all share
-
-    def _agree(self) -> None:
-        """Raises a UserError where processes would go on as if they were of one run, and are not.
-
-        Launchers have compared more before jax started; this holds without one, too.
-        """
-        config = config_to_json(self.settings.config)
-        versions = f"{__version__} {jax.__version__} {np.__version__}"
-        what = {
-            "another config": config,
-            "another version of podlift, jax or numpy": versions,
-        }
-        for name, text in what.items():
-            sums = self.lift.gather(zlib.crc32(text.encode()) >> 1)
-            if len(set(sums)) > 1:
-                odd = [rank for rank, number in enumerate(sums) if number != sums[0]]
-                raise UserError(
-                    f"process{'es' * (len(odd) > 1)} {', '.join(map(str, odd))} had {name} than "
-                    "process 0",
-                    "start the same command, from the same code, for every process",
-                )
-        seen = self.lift.gather(int(self.folder.exists))
-        if len(set(seen)) > 1:
-            raise UserError(
-                f"process {seen.index(1)} finds a run in {self.folder.path} and process "
-                f"{seen.index(0)} does not",
-                "--workdir must be a folder that all hosts share",
-            )
-
     def _begin_folder(self) -> None:
         """Makes a new folder this run's, once it is certain that there will be one."""
-        if not self.folder.exists and not self.has_begun_folder:
-            self._claim()
-            self._record()
-            self.has_begun_folder = True
-
-    def _claim(self) -> None:
-        if self.lift.writes:
-            self.folder.claim(self.local_dir)
-            if not self.folder.exists and self.folder.is_recorded():
-                raise UserError(
-                    f"another job has begun a run in {self.folder.path} meanwhile",
-                    "start again to go on with it, or name another --workdir",
-                )
-        self.saver.run = self.lift.tell(self.folder.run_id() if self.lift.writes else "")
-
-    def _record(self) -> None:
-        """Writes what the run is, and checks that all processes see it."""
-        if self.lift.writes:
-            self.folder.record(self.saver.run)
-        self.lift.gather(0)
-        seen = self.lift.gather(int(self.folder.is_recorded(patience=10.0)))
-        if not all(seen):
-            raise UserError(
-                f"process {seen.index(0)} does not see what process 0 wrote to {self.folder.path}",
-                "--workdir must be a folder that all hosts share",
-            )
+        if self.shared.is_new:
+            self.saver.run = self.shared.claim()
+            self.shared.record(self.saver.run)
 
     def _open_report(self, step: int) -> Report | NoReport:
         return Report(self.folder, step, self.rows) if self.lift.writes else NoReport()
@@ -329,7 +258,7 @@ class _Run:
             )
             if restored is None or not restored.in_memory or self.folder.changes:
                 # What is in the memory of some host is of a future that will not come.
-                self.saver.run = self.lift.tell(uuid.uuid4().hex)
+                self.saver.run = self.shared.new_run_id()
             if restored is not None:
                 self._go_on_from(restored)
                 return restored.state
