@@ -6,9 +6,9 @@
 #   PYTHON=python3.12                       the Python to use     (default: python3)
 #   TORCH=2.13.0                            the version
 #
-# pip is asked as it is configured first, where a mirror may hold a CPU build. On Linux, PyPI's own
-# build is for CUDA and takes gigabytes, so that one is left alone, and PyTorch's index of CPU
-# builds is asked.
+# pip is asked as it is configured, where a mirror may hold a CPU build. On Linux, PyPI's own build
+# is for CUDA and takes gigabytes, so that one is left alone: then name PyTorch's index of CPU builds
+# (see its page on getting started) in PIP_INDEX_URL.
 set -euo pipefail
 folder=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/podlift/torch}
 python=${PYTHON:-python3}
@@ -23,7 +23,9 @@ if ! "$folder/bin/python" -c "import torch" 2>/dev/null; then
     ! grep -qiE '"name": "(nvidia|cuda|triton)' "$plan"; then
     "${pip[@]}" install --quiet "torch==$version"
   else
-    "${pip[@]}" install --quiet --index-url https://download.pytorch.org/whl/cpu "torch==$version"
+    echo "pip finds no CPU build of torch $version: name an index that has one in PIP_INDEX_URL" >&2
+    rm -rf -- "$folder"
+    exit 1
   fi
 fi
 "$folder/bin/python" -W ignore -c 'import torch; print("torch", torch.__version__)' >&2
