@@ -218,7 +218,7 @@ def row(who: str, kind: str, mark: Path, lines: Lines, codes: list[int | None], 
         if (line := lines.first(pattern, event)) is not None:
             found[name] = line[0] - event
             if name == "noticed":
-                found["says"] = line[1].string
+                found["says"] = re.sub(r" of binary: \S+", "", line[1].string)
             if name == "restored":
                 # A save after being asked to stop lies past the event.
                 found["steps lost"] = max(0, JOB["after"] - int(line[1][1]))
