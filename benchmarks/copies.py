@@ -3,7 +3,7 @@
     python benchmarks/copies.py [--model=resnet] [--batch=256] [--devices=8] [--seconds=60]
 
 One run takes copies far more often than by default, so that there are many. The time of a copy is
-what the steps from it to the end of its writing took, over as many of the median step: all of it,
+what the steps from it to the end of its writing took, over as many of the steps around: all of it,
 the wait for the devices, the copying and what the thread that writes takes from the cores. Its part
 of the time is that over `config.checkpoint.fast_every_secs`, 5 by default.
 """
@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-EVERY_SECS, DEFAULT_EVERY_SECS = 1.0, 5.0
+EVERY_SECS, DEFAULT_EVERY_SECS = 4.0, 5.0
+AROUND = 20  # steps on either side to compare with
 
 
 def main() -> None:
@@ -86,21 +87,24 @@ def measure(model: str, batch: int, seconds: float) -> dict[str, object]:
 
 
 def summary(ends, copies, version, batch, model) -> dict[str, object]:
-    """Splits the steps into those beside a copy and the others."""
-    costs = []
-    beside: set[int] = set()
-    windows = []
+    """What the steps beside a copy took longer than those before and after them."""
+    from trainer.progress import MAX_IN_FLIGHT
+
+    costs, steps = [], []
     for began, written, _ in copies:
         places = [i for i in range(1, len(ends)) if ends[i] >= began and ends[i - 1] <= written]
+        if not places or not written:
+            continue
         # The wait for the devices empties the queue of steps: the next ones are dispatched faster.
-        window = range(places[0], min(places[-1] + 20, len(ends))) if places else range(0)
-        if places and written and places[-1] + 20 < len(ends):
-            windows.append(window)
-            beside.update(window)
-    others = [ends[i] - ends[i - 1] for i in range(1, len(ends)) if i not in beside]
-    step = statistics.fmean(others)
-    for window in windows:
-        costs.append(ends[window[-1]] - ends[window[0] - 1] - step * len(window))
+        first, last = places[0], places[-1] + 2 * MAX_IN_FLIGHT
+        if first <= AROUND or last + AROUND >= len(ends):
+            continue
+        before = ends[first - 1] - ends[first - 1 - AROUND]
+        after = ends[last + AROUND] - ends[last]
+        step = (before + after) / (2 * AROUND)
+        steps.append(step)
+        costs.append(ends[last] - ends[first - 1] - step * (last - first + 1))
+    step = statistics.fmean(steps)
     cost = statistics.fmean(costs)
     return {
         "model": model,

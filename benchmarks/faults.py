@@ -25,22 +25,15 @@ ROOT = Path(__file__).parent.parent
 FAULTS = ROOT / "tests" / "cluster"  # data that fails, and its config
 
 RAW = """
-import os, signal, sys, time
+import sys, time
 import jax, jax.numpy as jnp
+from fault import strike
 port, rank, kind, mark = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
 step = jax.pmap(lambda x: jax.lax.psum(x, "batch"), axis_name="batch")
 for number in range(1_000_000):
     if rank == 1 and number == 50:
-        open(mark, "w").close()
-        if kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "raise":
-            raise ValueError("a fault of the user's code")
-        if kind == "stall":
-            time.sleep(10_000)
-        if kind == "term":
-            os.kill(os.getpid(), signal.SIGTERM)
+        strike(kind, mark)
     jax.block_until_ready(step(jnp.ones((2, 8))))
     time.sleep(0.01)
 """
@@ -60,7 +53,7 @@ def environ() -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "PJRT_NPROC": "4",
-        "PYTHONPATH": f"{ROOT}:{FAULTS}",
+        "PYTHONPATH": f"{ROOT}:{FAULTS}:{ROOT / 'benchmarks' / 'recovery_jobs'}",
     }
 
 

@@ -595,7 +595,7 @@ def test_a_disk_that_does_not_answer_at_once_costs_no_checkpoint(
         return read(*arguments)
 
     monkeypatch.setattr(arrays, "read", read_at_last)
-    monkeypatch.setattr("trainer.checkpoints.saver.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("trainer.checkpoints.restoring._PAUSES", (0.0, 0.0))
     trainer.train(saving_every_10(), tmp_path / "run", mesh_of(2))
     assert "restored step 20 from" in capsys.readouterr().out
     assert not (tmp_path / "run/checkpoints/quarantine").exists()

@@ -150,6 +150,19 @@ def test_finish_waits_for_a_disk_that_hangs(make, saves):
     assert disk.done == [("latest", 1)]
 
 
+def finisher_of(writer):
+    """A thread that will wait for the end of all saves, and what was raised there."""
+    errors = []
+
+    def finish():
+        try:
+            writer.finish()
+        except SavesFailed as error:
+            errors.append(error)
+
+    return threading.Thread(target=finish), errors
+
+
 def wait_until(writer, is_so):
     with writer._changed:
         assert writer._changed.wait_for(is_so, LONG)
@@ -239,15 +252,7 @@ def test_a_save_that_fails_while_the_run_waits_for_it_ends_it(make, saves, max_f
     disk.hang()
     writer = make(disk, max_failures=max_failures)
     writer.submit(saves(1))
-    errors = []
-
-    def finish():
-        try:
-            writer.finish()
-        except SavesFailed as error:
-            errors.append(error)
-
-    finisher = threading.Thread(target=finish)
+    finisher, errors = finisher_of(writer)
     finisher.start()
     wait_until(writer, lambda: writer._is_finishing)
     disk.is_open.set()
@@ -267,15 +272,7 @@ def test_a_save_to_one_folder_does_not_make_up_for_another(
     writer = make(disk)
     for number, name in enumerate(order):
         writer.submit(saves(1 + number, name))
-    errors = []
-
-    def finish():
-        try:
-            writer.finish()
-        except SavesFailed as error:
-            errors.append(error)
-
-    finisher = threading.Thread(target=finish)
+    finisher, errors = finisher_of(writer)
     if finishing == "before":
         finisher.start()
         wait_until(writer, lambda: writer._is_finishing)
@@ -307,15 +304,7 @@ def test_the_end_of_a_run_waits_for_the_newer_one_where_an_older_one_fails(make,
     writer.submit(saves(1))
     assert begun.get(timeout=LONG) == 1
     writer.submit(saves(2))
-    errors = []
-
-    def finish():
-        try:
-            writer.finish()
-        except SavesFailed as error:
-            errors.append(error)
-
-    finisher = threading.Thread(target=finish)
+    finisher, errors = finisher_of(writer)
     finisher.start()
     wait_until(writer, lambda: writer._is_finishing)
     gates[1].set()

@@ -6,6 +6,9 @@ The three lifts give the same numbers for the same number of shards (`tests/test
 State is replicated and passed as it is; the batch carries the axis. On the way in, a host batch is
 a dict of arrays `(rows, ...)`, or `(steps, rows, ...)` for several steps in one call; where the
 devices belong to several processes, the rows are those of this process (`Lift.rows`).
+
+It is longer than other files because this is its purpose: a process boundary of arrays has no other
+home.
 """
 
 from __future__ import annotations

@@ -14,14 +14,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from trainer import lock
-from trainer.checkpoints.saver import Restored, Saver
-from trainer.console import Bar, duration, open_terminal, say, warn
-from trainer.data.prefetch import prefetch
+from trainer.checkpoints.restoring import Restored
+from trainer.checkpoints.saver import Saver
+from trainer.console import Bar, open_terminal, say
+from trainer.data.prefetch import depth_for, prefetch
 from trainer.errors import NonFiniteLoss, Preempted
 from trainer.evaluate import Evaluator
 from trainer.job import Job, build_job, make_init
 from trainer.lift import Lift, has_convolution, make_lift
-from trainer.progress import InFlight, LogRow, TrainLog
+from trainer.progress import InFlight, LogRow, TrainLog, is_due
 from trainer.report import NoReport, Report, has_row, last_values
 from trainer.settings import Settings, check
 from trainer.shared_folder import SharedFolder, refuse_changes
@@ -31,7 +32,9 @@ from trainer.summary import (
     About,
     say_end,
     say_finished_before,
+    say_row,
     say_start,
+    warn_of_changes,
     warn_of_unsynced_state,
 )
 from trainer.workdir import Workdir
@@ -133,12 +136,7 @@ class _Run:
         self.evaluation_pending = False
         self.scan = settings.steps_per_call > 1
         self.eval_every_steps = settings.eval_every_steps or job.stream.steps_per_epoch
-        self.prefetch_depth = (
-            settings.prefetch
-            if settings.prefetch is not None
-            # A thread hides input behind an accelerator; on CPU it competes with the step.
-            else (0 if lift.platform == "cpu" else 2)
-        )
+        self.prefetch_depth = depth_for(settings.prefetch, lift.platform)
         names = sorted(["loss", "grad_norm", "learning_rate", *job.task.metrics])
         self.in_flight = InFlight(self._read_rows)
         self.log = TrainLog(
@@ -149,17 +147,12 @@ class _Run:
             on_row=self._on_row,
             skip_limit=settings.nan_limit if settings.nan == "skip" else 0,
         )
-        self.evaluator = (
-            None
-            if job.held_out is None
-            else Evaluator(
-                job.task,
-                job.held_out,
-                lift,
-                settings.eval_batch_size or settings.global_batch_size,
-                self.prefetch_depth,
+        self.evaluator: Evaluator | None = None
+        if job.held_out is not None:
+            batch_size = settings.eval_batch_size or settings.global_batch_size
+            self.evaluator = Evaluator(
+                job.task, job.held_out, lift, batch_size, self.prefetch_depth
             )
-        )
 
     def train(self) -> Result:
         began = time.monotonic()
@@ -200,16 +193,16 @@ class _Run:
                 if before == first_step:
                     self._after_first_call(state, before, step, time.monotonic() - started)
                 last = step == self.job.stop
-                if last or self._due(self.settings.log_every_steps, before, step):
+                if last or is_due(self.settings.log_every_steps, before, step):
                     self._drain()  # so that a row's time is that of its own steps
                     self.log.emit(step)
                 assert self.bar is not None
                 self.bar.update(step)
-                if self.evaluator and (last or self._due(self.eval_every_steps, before, step)):
+                if self.evaluator and (last or is_due(self.eval_every_steps, before, step)):
                     self._evaluate(state, step)
-                if self._due(self.settings.checkpoint_every_steps, before, step):
+                if is_due(self.settings.checkpoint_every_steps, before, step):
                     self._save(state, step)
-                elif self._due(self.settings.replica_check_every_steps, before, step):
+                elif is_due(self.settings.replica_check_every_steps, before, step):
                     self.lift.examine(state)
                 self.saver.check()
                 if self.saver.copy_is_due:
@@ -272,14 +265,7 @@ class _Run:
         done = has_row(self.folder, restored.step, "eval/loss")
         pending = meta["evaluation_pending"] and not done
         self.evaluation_pending = bool(self.lift.gather(int(pending))[0])
-        before = meta["num_steps"]
-        if before != self.job.num_steps and callable(self.job.task.learning_rate):
-            warn(
-                f"the run is now {self.job.num_steps} steps long and was {before}: a schedule "
-                "that spans the run is stretched, so the learning rate may jump"
-            )
-        for change in self.folder.changes:
-            warn(f"goes on with another config, as allowed: {change}")
+        warn_of_changes(self.about, meta["num_steps"])
 
     def _compile_update(self, state: TrainState) -> Callable[[Any, Any], Any]:
         """The lifted step, `(state, batch) -> (state, rows)`; it compiles at its first call."""
@@ -349,31 +335,18 @@ class _Run:
 
     def _on_row(self, row: LogRow) -> None:
         tags = {f"train/{name}": value for name, value in row.values.items()}
-        shown = [f"step {row.step}/{self.job.stop}"]
-        shown += [
-            f"{name} {row.values[name]:.4g}" for name in ["loss", *sorted(self.job.task.metrics)]
-        ]
         if row.step_seconds > 0:
             rate = self.settings.global_batch_size / row.step_seconds
             tags |= {"train/examples_per_second": rate, "train/step_seconds": row.step_seconds}
-            eta = (self.job.stop - row.step) * row.step_seconds
-            shown += [f"{rate:,.0f} examples/s", f"{1000 * row.step_seconds:.3g} ms/step"]
-            shown += [f"eta {duration(eta)}"]
         if self.log.skipped:
             tags["train/skipped"] = self.log.skipped
-            shown += [f"skipped {self.log.skipped}"]
-        say("  ".join(shown))
+        say_row(self.about, row, tags)
         self._write(row.step, tags)
 
     def _write(self, step: int, tags: dict[str, float]) -> None:
         assert self.report is not None
         self.report.scalars(step, tags)
         self.metrics |= tags
-
-    @staticmethod
-    def _due(every: int | None, before: int, after: int) -> bool:
-        """Whether a multiple of `every` lies in the call from one step to another."""
-        return every is not None and after // every > before // every
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         assert self.evaluator is not None

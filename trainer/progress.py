@@ -16,6 +16,11 @@ from trainer.errors import NonFiniteLoss
 MAX_IN_FLIGHT = 16
 
 
+def is_due(every: int | None, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in the call from one step to another."""
+    return every is not None and after // every > before // every
+
+
 class InFlight:
     """Calls that were dispatched and whose metrics have not been read.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,13 +128,8 @@ def with_defaults(config: ConfigDict) -> ConfigDict:
     known = [*defaults(), "model", "loss", "optimizer"]
     for key in config:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(
-                f"config.{key}: no such key",
-                f"did you mean config.{near[0]}?"
-                if near
-                else "your own settings belong inside config.model, .loss, .data or .optimizer",
-            )
+            otherwise = "your own settings belong inside config.model, .loss, .data or .optimizer"
+            raise UserError(f"config.{key}: no such key", _hint(key, known, "config.", otherwise))
     _add_missing(config, defaults(), "config")
     return config.lock()
 
@@ -221,27 +216,22 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         )
     if config.seed < 0:
         raise UserError(f"config.seed={config.seed} should be 0 or more")
+    flat = flatten(config)
 
     def positive(where: str) -> int:
-        value: Any = config
-        for part in where.split("."):
-            value = value[part]
+        value = flat[where]
         if not isinstance(value, int) or value < 1:
             raise UserError(f"config.{where}={value} should be a whole number of at least 1")
         return value
 
     def not_negative(where: str) -> float:
-        value: Any = config
-        for part in where.split("."):
-            value = value[part]
+        value = flat[where]
         if not value >= 0:
             raise UserError(f"config.{where}={value} should be 0 or more")
         return float(value)
 
     def positive_or_none(where: str) -> int | None:
-        block, _, name = where.rpartition(".")
-        unset = (config[block] if block else config)[name] is None
-        return None if unset else positive(where)
+        return None if flat[where] is None else positive(where)
 
     def one_of(where: str, value: str, choices: tuple[str, ...]) -> str:
         if value not in choices:
@@ -298,6 +288,12 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
     )
 
 
+def _hint(name: str, known: Sequence[str], prefix: str, otherwise: str) -> str:
+    """What a mistyped name may have been meant to be."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {prefix}{near[0]}?" if near else otherwise
+
+
 def _allowed(config: ConfigDict) -> tuple[str, ...]:
     """The parts of `checkpoint.allow`."""
     names = tuple(name.strip() for name in config.checkpoint.allow.split(",") if name.strip())
@@ -307,12 +303,9 @@ def _allowed(config: ConfigDict) -> tuple[str, ...]:
         known += [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
             raise UserError(
                 f"config.checkpoint.allow names {name!r}, which is no key of the config",
-                f"did you mean {near[0]}?"
-                if near
-                else f"keys, or parts of them, and {', '.join(LEAF_CHANGES)}",
+                _hint(name, known, "", f"keys, or parts of them, and {', '.join(LEAF_CHANGES)}"),
             )
     return names
 

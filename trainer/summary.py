@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer.checkpoints.saver import Saver
 from trainer.console import duration, say, warn
 from trainer.job import Job
 from trainer.lift import Lift, unsynced_state
+from trainer.progress import LogRow
 from trainer.settings import Settings
 from trainer.state import TrainState, count_params
 from trainer.workdir import Workdir
@@ -40,6 +42,33 @@ def warn_of_unsynced_state(lift: Lift, job: Job, state: TrainState) -> None:
             "averaged after each step\n  HINT: right for a plain running mean; a BatchNorm "
             'needs axis_name="batch", or its outputs depend on the number of devices'
         )
+
+
+def warn_of_changes(about: About, num_steps: int) -> None:
+    """What is not as it was; `num_steps` is how long the run was to be before."""
+    job = about.job
+    if num_steps != job.num_steps and callable(job.task.learning_rate):
+        warn(
+            f"the run is now {job.num_steps} steps long and was {num_steps}: a schedule that spans "
+            "the run is stretched, so the learning rate may jump"
+        )
+    for change in about.folder.changes:
+        warn(f"goes on with another config, as allowed: {change}")
+
+
+def say_row(about: About, row: LogRow, tags: Mapping[str, float]) -> None:
+    """One row of metrics, as a line."""
+    shown = [f"step {row.step}/{about.job.stop}"]
+    shown += [
+        f"{name} {row.values[name]:.4g}" for name in ["loss", *sorted(about.job.task.metrics)]
+    ]
+    if row.step_seconds > 0:
+        eta = (about.job.stop - row.step) * row.step_seconds
+        shown += [f"{tags['train/examples_per_second']:,.0f} examples/s"]
+        shown += [f"{1000 * row.step_seconds:.3g} ms/step", f"eta {duration(eta)}"]
+    if "train/skipped" in tags:
+        shown += [f"skipped {tags['train/skipped']}"]
+    say("  ".join(shown))
 
 
 def say_start(about: About, state: TrainState, seconds: float) -> None:

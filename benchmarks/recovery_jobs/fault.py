@@ -1,4 +1,4 @@
-"""The event that all jobs of `benchmarks/recovery.py` suffer, once, between two steps."""
+"""The event that the jobs of `recovery.py` and `faults.py` suffer, once, between two steps."""
 
 from __future__ import annotations
 

@@ -6,12 +6,15 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 
 import pytest
-from conftest import skip_here
+from conftest import ROOT, skip_here
 from test_cli import wait_for
 from test_local_processes import (
     CONFIG,
@@ -35,6 +38,10 @@ __all__ = ["alone", "begin", "run"]  # fixtures
 FAST = ["--config.checkpoint.every_steps=100000", "--config.checkpoint.fast_every_secs=0.2"]
 
 
+def why_no_tmpfs():
+    return "" if os.geteuid() == 0 else "mounting a small file system takes root"
+
+
 @pytest.fixture
 def memory(tmp_path):
     """Where the copies of a run are, and the flag that says so."""
@@ -53,6 +60,14 @@ def wait_for_copies(folder, count=2):
     while len(list(folder.glob("*/manifest.json"))) < count:
         assert time.monotonic() < deadline, f"no copies in {folder}"
         time.sleep(0.02)
+
+
+def kill_with_copies(begin, workdir, memory):
+    """Leaves a run of two processes with both copies of its state, and no checkpoint."""
+    process = begin(workdir, *TWO, *FAST, memory.flag, until=None)
+    wait_for_copies(memory(workdir))
+    process.kill()
+    process.communicate(timeout=30)
 
 
 @pytest.mark.parametrize("layout", [[], TWO], ids=["1x4", "2x2"])
@@ -80,10 +95,7 @@ def test_a_kill_goes_on_from_the_copy_in_memory(begin, run, alone, tmp_path, mem
 @pytest.mark.slow
 def test_a_damaged_copy_gives_way_to_the_one_before(begin, run, tmp_path, memory):
     workdir = tmp_path / "run"
-    process = begin(workdir, *TWO, *FAST, memory.flag, until=None)
-    wait_for_copies(memory(workdir))
-    process.kill()
-    process.communicate(timeout=30)
+    kill_with_copies(begin, workdir, memory)
     steps = {}
     for slot in memory(workdir).glob("*/manifest.json"):
         steps[json.loads(slot.read_text())["body"]["step"]] = slot.parent
@@ -102,14 +114,76 @@ def test_a_damaged_copy_gives_way_to_the_one_before(begin, run, tmp_path, memory
 @pytest.mark.slow
 def test_copies_of_a_run_that_was_removed_are_not_taken(begin, run, tmp_path, memory):
     workdir = tmp_path / "run"
-    process = begin(workdir, *TWO, *FAST, memory.flag, until=None)
-    wait_for_copies(memory(workdir))
-    process.kill()
-    process.communicate(timeout=30)
+    kill_with_copies(begin, workdir, memory)
     workdir.rename(tmp_path / "moved")
     code, out, err = run(workdir, *TWO, *FAST, memory.flag)
     assert code == 0, err
     assert "restored" not in out
+
+
+@pytest.fixture
+def two_memories(tmp_path):
+    """The memory of two hosts, and where each of them finds its own."""
+    places = [tmp_path / "memory-of-0", tmp_path / "memory-of-1", tmp_path / "memory"]
+    for place in places:
+        place.mkdir()
+    for place in places[:2]:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place], check=True)
+    yield places
+    for place in places[:2]:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.slow
+@skip_here(why_no_tmpfs())
+def test_the_copy_of_one_surviving_host_is_enough(cache_dir, tmp_path, two_memories):
+    """Rank 0's host comes back with nothing in its memory, rank 1's with all."""
+    *of_hosts, here = two_memories
+    workdir = tmp_path / "run"
+
+    def start_both(*arguments):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environ = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
+        return [
+            subprocess.Popen(
+                [
+                    *(
+                        "unshare",
+                        "--mount",
+                        "bash",
+                        "-c",
+                        'mount --bind "$0" "$1" && exec "${@:2}"',
+                    ),
+                    *(of_host, here, sys.executable, "-m", "launcher", CONFIG),
+                    *(f"--workdir={workdir}", "--fake_devices=2", *FAST),
+                    *(f"--config.checkpoint.fast_dir={here}", "--config.data.delay=0.02"),
+                    *(f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"),
+                    *(f"--process_id={rank}", *arguments),
+                ],
+                cwd=ROOT,
+                env={**environ, **ENVIRON, "JAX_COMPILATION_CACHE_DIR": str(cache_dir)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, of_host in enumerate(of_hosts)
+        ]
+
+    processes = start_both("--config.num_steps=2000")
+    try:
+        for of_host in of_hosts:
+            wait_for_copies(of_host / f"podlift-{os.getuid()}" / digest_of(workdir))
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    shutil.rmtree(of_hosts[0] / f"podlift-{os.getuid()}")
+    ended = [(p.returncode, *texts) for p in start_both() for texts in [p.communicate(timeout=90)]]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert re.search(r"restored step \d+ from memory of rank 1's host", ended[0][1]), ended[0][1]
+    assert rows_of(workdir)[-1]["step"] == 40
 
 
 # (processes, devices in each, lift)
@@ -170,10 +244,6 @@ def test_asked_to_stop_anywhere_ends_with_the_step_just_finished(begin, run, tmp
     assert newest >= max(20, last_row)
     if where == "training":
         assert f"saved at step {newest}" in err
-
-
-def why_no_tmpfs():
-    return "" if os.geteuid() == 0 else "mounting a small file system takes root"
 
 
 @pytest.fixture
@@ -261,8 +331,6 @@ def test_launchers_with_different_code_are_told_apart(start, tmp_path):
         subprocess.run([*git, "add", "."], check=True)
         subprocess.run([*git, "commit", "-qm", name], check=True)
         folders.append(folder)
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

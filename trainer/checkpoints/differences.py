@@ -96,7 +96,7 @@ def adapt(
     arrays: Mapping[str, np.ndarray],
     wanted: Mapping[str, Any],
     differences: Sequence[Difference],
-    fresh: Callable[[], Mapping[str, np.ndarray]],
+    fresh: Callable[[], Mapping[str, Any]],
 ) -> dict[str, np.ndarray]:
     """Saved leaves as they are wanted, after the differences were allowed; says what it did.
 
@@ -116,7 +116,7 @@ def adapt(
         elif kind == "dtype":
             adapted[name] = arrays[name].astype(jax.numpy.dtype(leaf.dtype))
         else:
-            adapted[name] = begun[name]
+            adapted[name] = np.asarray(begun[name])
     if differences:
         warn(f"the state differs from what was saved, as allowed:\n{show(differences)}")
     return adapted

@@ -11,59 +11,27 @@ import math
 import platform
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from trainer.checkpoints import arrays as arrays_of
-from trainer.checkpoints import differences
-from trainer.checkpoints.fast import SLOTS, FastTier
+from trainer.checkpoints.fast import FastTier
 from trainer.checkpoints.folder import CheckpointFolder
-from trainer.checkpoints.manifest import Damaged, Manifest
+from trainer.checkpoints.manifest import Damaged
+from trainer.checkpoints.restoring import Restored, Restorer, put_aside
 from trainer.checkpoints.writer import Save, Writer
 from trainer.console import say, warn
 from trainer.errors import (
-    CheckpointsUnreadable,
     NonFiniteState,
     PeerFailed,
     SavesFailed,
-    StateUnreadable,
-    first_line,
 )
 from trainer.lift import Lift
 from trainer.settings import Settings
-from trainer.state import TrainState, name_leaves, with_leaves
+from trainer.state import TrainState
 from trainer.workdir import Workdir
 
 Meta = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Restored:
-    """A state read back, on the devices, and the JSON that was saved with it."""
-
-    state: TrainState
-    step: int
-    meta: Meta
-    in_memory: bool = False
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A state that a run may go on from.
-
-    Attributes:
-        step: of the state.
-        source: the process that can read it.
-        in_memory: whether it is a copy in that process's host's memory, not on disk.
-    """
-
-    step: int
-    source: int
-    in_memory: bool
 
 
 class Saver:
@@ -134,130 +102,16 @@ class Saver:
                 cleared = folder.sweep()
                 if cleared:
                     say(f"cleared in {folder.path}: {', '.join(cleared)}")
-        failures: list[tuple[_Candidate, str]] = []
-        restored = None
-        candidates = self._candidates()
-        # Copies come first as they are; at last also those that know of a best state that is lost.
-        tries = [(candidate, False) for candidate in candidates]
-        tries += [(candidate, True) for candidate in candidates if candidate.in_memory]
-        for candidate, at_last in tries:
-            restored, why = self._try(candidate, abstract, fresh, at_last)
-            if restored is not None:
-                break
-            where = "its copy in memory" if candidate.in_memory else "the checkpoint"
-            if self._lift.writes and not at_last:
-                warn(f"step {candidate.step} cannot be restored from {where}: {why}")
-            failures.append((candidate, why))
-        on_disk = [(c.step, why) for c, why in failures if not c.in_memory]
-        if restored is None:
-            self._refuse_to_start_afresh(on_disk)
-            self._restore_best(None, has_changed)
-            return None
-        if self._lift.writes:
-            self._tell_what_is_gone(restored.step)
-            for step, why in on_disk:
-                _put_aside(self._latest, step, why)
+        restorer = Restorer(
+            self._latest, self._best, self._fast, self._lift, self.run, self._settings.allow
+        )
+        restored = restorer.restore(abstract, fresh)
+        if restored is not None and not restored.in_memory:
+            self._saved_step = self._writer.last_saved = restored.step
+            if self._fast is not None:
+                self._fast.remove()  # what is there is of no use any more
         self._restore_best(restored, has_changed)
         return restored
-
-    def _candidates(self) -> list[_Candidate]:
-        """All states that may be restored, the newest first, those on disk before copies."""
-        steps = json.loads(self._lift.tell(json.dumps(self._latest.steps())))
-        found = [_Candidate(step, 0, False) for step in steps]
-        here = [-1] * len(SLOTS)
-        if self._fast is not None:
-            for step, slot in self._fast.steps(self.run).items():
-                here[slot] = step
-        for source, copies in enumerate(self._lift.gather(np.array(here, np.int32))):
-            found += [_Candidate(step, source, True) for step in copies if step >= 0]
-        return sorted(found, key=lambda c: (-c.step, c.in_memory, c.source))
-
-    def _try(
-        self,
-        candidate: _Candidate,
-        abstract: TrainState,
-        fresh: Callable[[], Any],
-        at_last: bool,
-    ) -> tuple[Restored | None, str]:
-        """A state, or why not; the same answer in all processes."""
-        leaves, answer = None, {"why": "another process reads it"}
-        if self._lift.process == candidate.source:
-            try:
-                leaves, listed = _patiently(lambda: self._read(candidate, at_last))
-                answer = {"manifest": listed.to_text()}
-            except Damaged as damage:
-                answer = {"why": str(damage)}
-            except Exception as error:  # Orbax raises many types
-                answer = {"why": first_line(error)}
-                if not candidate.in_memory:
-                    answer["unreadable"] = "its files are as they were written"
-        answer = json.loads(self._lift.tell(json.dumps(answer), candidate.source))
-        if "unreadable" in answer:
-            raise StateUnreadable(
-                f"step {candidate.step} in {self._latest.path} cannot be read, though "
-                f"{answer['unreadable']}: {answer['why']}"
-            )
-        if "why" in answer:
-            return None, answer["why"]
-        listed = Manifest.from_text(answer["manifest"])
-        wanted = name_leaves(abstract)
-        changed = differences.compare(listed.leaves, wanted)
-        where = "memory" if candidate.in_memory else f"{self._latest.path / str(candidate.step)}"
-        differences.check_allowed(changed, self._settings.allow, where)
-        leaves = self._lift.spread(leaves, listed.leaves, candidate.source)
-        adapted = differences.adapt(leaves, wanted, changed, lambda: self._fresh_leaves(fresh))
-        state = self._lift.put_state(with_leaves(abstract, adapted))
-        as_saved = set(wanted) - {d.name for d in changed}
-        for name, checksum in self._lift.examine(state).checksums.items():
-            if name in as_saved and checksum != listed.leaves[name].checksum:
-                return None, f"{name} is not what was saved: its checksum differs"
-        if self._lift.writes:
-            source = "" if self._lift.num_processes == 1 else f" of rank {candidate.source}'s host"
-            place = f"memory{source}" if candidate.in_memory else str(self._latest.path)
-            say(f"restored step {candidate.step} from {place}")
-        if self._fast is not None and not candidate.in_memory:
-            self._fast.remove()  # what is there is of no use any more
-        if not candidate.in_memory:
-            self._saved_step = self._writer.last_saved = candidate.step
-        return Restored(state, candidate.step, listed.meta, candidate.in_memory), ""
-
-    def _read(self, candidate: _Candidate, at_last: bool) -> tuple[dict[str, np.ndarray], Manifest]:
-        if not candidate.in_memory:
-            with self._latest.opened(candidate.step) as (place, listed):
-                return arrays_of.read(place, listed.leaves), listed
-        assert self._fast is not None
-        arrays, listed = self._fast.read(self._fast.steps(self.run)[candidate.step])
-        best = listed.meta["best"]
-        is_lost = best is not None and max(self._best.steps(), default=-1) < best["step"]
-        if is_lost and not at_last:
-            # It was being saved. From an earlier state the run comes to it again.
-            raise Damaged(f"the best state it knows of, step {best['step']}, is not in best/")
-        return arrays, listed
-
-    def _fresh_leaves(self, fresh: Callable[[], Any]) -> dict[str, np.ndarray]:
-        return {name: np.asarray(leaf) for name, leaf in name_leaves(fresh()).items()}
-
-    def _refuse_to_start_afresh(self, failures: Sequence[tuple[int, str]]) -> None:
-        if not self._lift.gather(int(self._latest.has_history()))[0]:
-            return
-        folder = self._latest.path
-        reasons = "".join(f"\n  {step}: {why}" for step, why in failures[:5])
-        what = (
-            f"none of the {len(failures)} checkpoints in {folder} is whole:{reasons}"
-            if failures
-            else f"{folder} has held checkpoints, and they are gone"
-        )
-        raise CheckpointsUnreadable(
-            what,
-            f"bring files back, see what lies in {folder / 'quarantine'}, or see whether "
-            f"trainer.load({str(self._workdir.path)!r}, best=True) reads the best state. To start "
-            "afresh, name another --workdir; nothing was deleted",
-        )
-
-    def _tell_what_is_gone(self, restored_step: int) -> None:
-        newest = self._latest.newest_known()
-        if newest is not None and newest > restored_step and newest not in self._latest.steps():
-            warn(f"checkpoint {newest} was saved and is gone; going on from step {restored_step}")
 
     def _restore_best(self, restored: Restored | None, has_changed: bool) -> None:
         """Takes up the best so far."""
@@ -279,12 +133,12 @@ class Saver:
                 found = self._best.check(step).meta["best"]
             except Damaged as damage:
                 warn(f"the best state, step {step}, is damaged: {damage}")
-                _put_aside(self._best, step, str(damage))
+                put_aside(self._best, step, str(damage))
                 continue
             is_abandoned = step > restored_step and has_changed
             if found["metric"] != metric or is_abandoned:
                 why = "of a run with another config" if is_abandoned else f"by {found['metric']}"
-                _put_aside(self._best, step, why)
+                put_aside(self._best, step, why)
             elif step <= restored_step:
                 known = found
             # else it lies ahead: the run will come to it again, and it stays until then
@@ -397,25 +251,3 @@ class Saver:
         self._writer.close()
         if self._fast is not None:
             self._fast.wait()
-
-
-def _patiently(read: Callable[[], Any]) -> Any:
-    """What `read` returns; what may pass, such as a disk that does not answer, is tried again."""
-    for pause in (0.5, 2.0):
-        try:
-            return read()
-        except Damaged as damage:
-            if not isinstance(damage.__cause__, OSError):
-                raise
-        except Exception:  # noqa: S110 (told where it does not pass)
-            pass
-        time.sleep(pause)
-    return read()
-
-
-def _put_aside(folder: CheckpointFolder, step: int, why: str) -> None:
-    """Moves a step into quarantine, and says where it is."""
-    try:
-        say(f"moved {folder.path / str(step)} to {folder.quarantine(step, why)}: {why}")
-    except Exception as error:  # a disk, or the client of an object store
-        warn(f"{folder.path / str(step)} could not be moved aside: {first_line(error)}")

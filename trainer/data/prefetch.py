@@ -8,6 +8,16 @@ from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 
+def depth_for(asked: int | None, platform: str) -> int:
+    """How many batches to make ahead, where that was left open.
+
+    A thread hides input behind an accelerator; on CPU it competes with the step.
+    """
+    if asked is not None:
+        return asked
+    return 0 if platform == "cpu" else 2
+
+
 def prefetch(make: Callable[[Any], Any], keys: Iterable[Any], depth: int) -> Generator[Any]:
     """Yields `make(key)` for each key, in order, made up to `depth` ahead in a thread.
 
