@@ -61,10 +61,6 @@ _LOST_PEER = (
 )
 
 
-# For the interpreter and what libraries do at exit.
-_LEAVE_SECS = 8.0
-
-
 def run_here(plan: Plan) -> int:
     """Trains in this process, alone; returns the exit code."""
     workdir, local_dir = plan.workdir, plan.local_dir
@@ -153,9 +149,6 @@ def main() -> None:
         from launcher.join import leave
 
         leave()
-    # All is told. A thread of some library that does not end must not hold the job: then its stack
-    # is left in the log.
-    faulthandler.dump_traceback_later(_LEAVE_SECS, exit=True)
     sys.exit(outcome.exit_code)
 
 

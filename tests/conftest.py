@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,11 @@ from hypothesis import HealthCheck, settings
 from jax.sharding import Mesh
 
 ROOT = Path(__file__).parent.parent
+
+# `nohup` and `&` have them ignored, and so would all that the tests start; podlift respects that.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 # The same examples every time; `--hypothesis-profile=search` looks for others.
 _SAME = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
