@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,7 +63,7 @@ def _keep_compiled_programs() -> None:
 
     jax lets process 0 alone write to its cache, but what the others look for has names of its own
     on CPU; they would compile at every start, and process 0 would wait for them. jax has no option
-    for it; where its private functions are gone, its way stays.
+    for it; where its private functions are gone or take other arguments, its way stays.
     """
     try:
         from jax._src import compilation_cache, compiler
@@ -69,7 +71,12 @@ def _keep_compiled_programs() -> None:
         return
     write = getattr(compiler, "_cache_write", None)
     put = getattr(compilation_cache, "put_executable_and_time", None)
-    if write is None or put is None:
+    if (
+        write is None
+        or put is None
+        or _parameters(write)[:5] != _WRITES
+        or len(_parameters(put)) != 5
+    ):
         return
 
     def write_here(
@@ -78,16 +85,24 @@ def _keep_compiled_programs() -> None:
         module_name: str,
         backend: Any,
         executable: Any,
-        host_callbacks: Any,
+        *host_callbacks: Any,  # until jax 0.10; a program that has some is not kept
     ) -> None:
-        if jax.process_index() == 0 or backend.platform != "cpu" or host_callbacks:
-            write(cache_key, compile_secs, module_name, backend, executable, host_callbacks)
+        if jax.process_index() == 0 or backend.platform != "cpu" or any(host_callbacks):
+            write(cache_key, compile_secs, module_name, backend, executable, *host_callbacks)
         else:
             with contextlib.suppress(Exception):  # a full disk: it is compiled again
                 put(cache_key, module_name, executable, backend, int(compile_secs))
 
     module: Any = compiler
     module._cache_write = write_here
+
+
+# What jax's private `_cache_write` takes, in every version that podlift supports.
+_WRITES = ("cache_key", "compile_time_secs", "module_name", "backend", "executable")
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def _listen_on(address: str) -> None:
