@@ -6,7 +6,10 @@ takes its place. Only after several in a row is the run over.
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
+import re
 import shutil
 import threading
 import time
@@ -256,10 +259,15 @@ class Writer:
         )
 
 
+_CAUSES = re.compile("|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))))
+
+
 def _reason(save: Save, error: Exception) -> str:
     """What went wrong, with the bytes needed and free where that may be it."""
+    # Orbax's own words begin with what it was about to do and long paths, and end with the cause.
+    cause = _CAUSES.search(str(error))
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    told = next((line for line in lines if "space" in line.lower()), lines[0]).strip()[:300]
+    told = cause[0] if cause else lines[0].strip()[:300]
     if isinstance(error, OSError) and error.strerror:
         told = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if not is_local(save.folder.path):
