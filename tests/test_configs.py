@@ -20,6 +20,9 @@ VARIANTS = [
     "digits:resnet",
     "fashion_mnist",
     "char_lm",
+    "imagenet_resnet50",
+    "imagenet_resnet50:folder",
+    "imagenet_resnet50:array_record",
 ]
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from trainer.errors import UserError
 from trainer.metrics import mean_per_example, same_shape
 
 
@@ -22,9 +23,23 @@ def squared_distance_to_input(outputs: jax.Array, batch: Mapping[str, jax.Array]
     return jnp.sum((batch["x"] - outputs).reshape(outputs.shape[0], -1) ** 2, axis=-1)
 
 
-def softmax_cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Cross entropy, in nats, of logits `(examples, ..., classes)` and integer labels `y`."""
+def softmax_cross_entropy(
+    outputs: jax.Array, batch: Mapping[str, jax.Array], *, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Cross entropy, in nats, of logits `(examples, ..., classes)` and integer labels `y`.
+
+    Args:
+        outputs: the logits.
+        batch: holds the labels.
+        label_smoothing: the part of each label that is spread evenly over all classes
+            (Szegedy et al., arXiv:1512.00567, section 7).
+    """
     same_shape(outputs.shape[:-1], batch["y"].shape, "the logits, without classes,")
-    return mean_per_example(
-        optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"].astype(jnp.int32))
-    )
+    if not 0 <= label_smoothing < 1:
+        raise UserError(f"config.loss.label_smoothing={label_smoothing} is not in [0, 1)")
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"].astype(jnp.int32))
+    if label_smoothing:
+        # The mean over the classes of -log(softmax(outputs)).
+        even = jax.nn.logsumexp(outputs, axis=-1) - jnp.mean(outputs, axis=-1)
+        losses = (1 - label_smoothing) * losses + label_smoothing * even
+    return mean_per_example(losses)

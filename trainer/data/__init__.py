@@ -2,5 +2,6 @@
 
 A data target returns `{"train": source, "eval": source}` ("eval" may be absent). A source is a
 dict of arrays with a leading example axis, or any object with `len(source)` and
-`source[indices] -> dict of arrays` for an integer array `indices` of any shape.
+`source[indices] -> dict of arrays` for an integer array `indices` of any shape (see
+`trainer.data.stream.Source`).
 """

@@ -7,6 +7,7 @@ positions [e * E, (e + 1) * E) with E a whole number of batches (an epoch's rema
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -17,10 +18,16 @@ from trainer.errors import UserError
 
 HostBatch = dict[str, np.ndarray]
 Augment = Callable[[HostBatch, "ExampleRandom"], HostBatch]
+SourceAugment = Callable[[np.ndarray, "ExampleRandom"], HostBatch]
 
 
 class Source(Protocol):
-    """Examples that can be gathered by index."""
+    """Examples that can be gathered by index.
+
+    A source may also have `augmented(indices, random)`, for `indices` of shape `(examples,)` and an
+    `ExampleRandom` of their positions: the same examples, changed at random where that has to be
+    done before they are of one size. Training then asks for those, evaluation never.
+    """
 
     def __len__(self) -> int:
         """How many examples there are."""
@@ -74,10 +81,21 @@ class ExampleRandom:
 
     def uniform(self, count: int) -> np.ndarray:
         """Fresh floats in [0, 1), float64, of shape `positions.shape + (count,)`."""
+        return (self._words(count) >> np.uint64(11)) * 2.0**-53
+
+    def split(self) -> list[ExampleRandom]:
+        """One for each position, for threads that take an example each; their shape is `()`."""
+        parts = []
+        for key in self._words(1).ravel():
+            part = copy.copy(self)
+            part._keys, part._draws = key, 0
+            parts.append(part)
+        return parts
+
+    def _words(self, count: int) -> np.ndarray:
         draws = np.arange(self._draws + 1, self._draws + count + 1, dtype=np.uint64)
         self._draws += count
-        words = _mix(self._keys[..., None] + draws * _GAMMA)
-        return (words >> np.uint64(11)) * 2.0**-53
+        return _mix(self._keys[..., None] + draws * _GAMMA)
 
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -124,6 +142,7 @@ class TrainStream:
         self._seed = seed
         self._shuffle = shuffle and len(source) != global_batch_size
         self._augment = augment
+        self._augmented: SourceAugment | None = getattr(source, "augmented", None)
         self._orders: dict[int, np.ndarray] = {}
 
     def batch_at(self, step: int, rows: slice | np.ndarray = slice(None)) -> HostBatch:
@@ -136,13 +155,16 @@ class TrainStream:
         """The same for several steps at once, each array `(steps, rows, ...)`."""
         size = self.global_batch_size
         positions = step * size + np.arange(steps * size).reshape(steps, size)[:, rows]
-        batch = self.source[self._indices(positions)]
+        indices = self._indices(positions)
+        if self._augment is None and self._augmented is None:
+            return self.source[indices]
+        shape, indices = positions.shape, indices.ravel()
+        random = ExampleRandom(self._seed, positions.ravel())
+        # One after the other they draw from the same numbers, so no number is drawn twice.
+        batch = self._augmented(indices, random) if self._augmented else self.source[indices]
         if self._augment is not None:
-            shape, flat = positions.shape, positions.ravel()
-            batch = {k: v.reshape(flat.size, *v.shape[2:]) for k, v in batch.items()}
-            batch = self._augment(batch, ExampleRandom(self._seed, flat))
-            batch = {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
-        return batch
+            batch = self._augment(batch, random)
+        return {name: array.reshape(*shape, *array.shape[1:]) for name, array in batch.items()}
 
     def shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and dtypes of a batch of so many rows."""

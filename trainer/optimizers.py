@@ -1,0 +1,36 @@
+"""Optimizers that optax has the pieces of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+
+def sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Gradient descent with momentum and an L2 penalty, `weight_decay / 2 * sum(w**2)`.
+
+    The penalty's gradient goes through the momentum, like the loss's (as in Flax's ImageNet
+    example, and unlike `optax.adamw`), but not into `train/loss` or `train/grad_norm`.
+
+    Args:
+        learning_rate: a number or a schedule.
+        momentum: how much of the last update goes into the next.
+        nesterov: look ahead by one update (Sutskever et al., ICML 2013).
+        weight_decay: of kernels; see `is_kernel`.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=is_kernel),
+        optax.sgd(learning_rate, momentum, nesterov),
+    )
+
+
+def is_kernel(params: Any) -> Any:
+    """True for each leaf with more than one axis: no bias, and no scale of a normalisation."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
