@@ -21,6 +21,10 @@ def main() -> None:
         from launcher.bug_report import print_environment
 
         sys.exit(print_environment())
+    if sys.argv[1:2] == ["plan"]:
+        from launcher.planning.command import main as plan
+
+        sys.exit(plan(sys.argv[2:]))
     from absl import app
 
     from launcher import flags

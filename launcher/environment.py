@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping, MutableMapping
@@ -45,6 +46,8 @@ def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None
         # Each virtual device waits for the others inside a collective, on a thread of a pool that
         # is as large as the machine has cores; with fewer threads than devices they never all meet.
         environ.setdefault("PJRT_NPROC", str(max(2 * count, os.cpu_count() or 1)))
+    if importlib.util.find_spec("libtpu") and not _has_tpu():
+        quieten_libtpu(environ)
     if "JAX_COMPILATION_CACHE_DIR" not in environ:
         base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         cache = Path(base) / "podlift" / "xla"
@@ -56,3 +59,20 @@ def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None
         # By default only what took a second to compile is kept.
         environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def quieten_libtpu(environ: MutableMapping[str, str]) -> None:
+    """Tells libtpu what it would otherwise ask of a TPU machine, and complain that this is none.
+
+    It may be here only to plan with.
+    """
+    environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+
+
+def _has_tpu(devices: str = "/sys/bus/pci/devices") -> bool:
+    """Whether there is a device of Google's on the bus, which is how jax tells."""
+    return any(
+        "0x1ae0" in path.read_text(errors="replace") for path in Path(devices).glob("*/vendor")
+    )

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,9 @@ What happens when something fails:
   --log_ranks=0          whose output is shown: 0, all, or 1,3; all of it is in WORKDIR/logs
   --local_dir=DIR        for logs and locks if the workdir is remote
 
-Also: python -m launcher env    versions, devices and variables, for a bug report
+Also: python -m launcher plan   does it fit a TPU or GPU topology, how fast: without one; see its
+                                --help
+      python -m launcher env    versions, devices and variables, for a bug report
 
 Exit codes: 0 done, 1 the program failed, 2 usage, 42 start it again (asked to stop and saved,
 killed from outside, a host lost, no progress).
@@ -113,8 +115,11 @@ class Options:
     print_config: bool
 
 
-# The flags beside --config and --help: how each is defined, its default and its lowest value.
-_FLAGS: dict[str, tuple[Any, Any, float | None]] = {
+# Flags by name: how each is defined, its default and its lowest value.
+Flags = Mapping[str, tuple[Any, Any, float | None]]
+
+# Those beside --config and --help.
+_FLAGS: Flags = {
     "workdir": (flags.DEFINE_string, None, None),
     "print_config": (flags.DEFINE_bool, False, None),
     "dry_run": (flags.DEFINE_bool, False, None),
@@ -133,7 +138,6 @@ _FLAGS: dict[str, tuple[Any, Any, float | None]] = {
     "log_ranks": (flags.DEFINE_string, "0", None),
     "local_dir": (flags.DEFINE_string, None, None),
 }
-_NAMES = ["config", *_FLAGS, "help"]
 
 
 def parse_or_exit(argv: Sequence[str]) -> Options:
@@ -164,27 +168,56 @@ def parse(argv: Sequence[str], now: float | None = None) -> Options:
     Raises:
         UserError: for anything a person got wrong.
     """
-    spec, rest = _take_config(list(argv))
-    path, config = _load_config(spec)
+    command = read_command(argv, _FLAGS)
+    given = command.flags
+    has_workdir = given["workdir"] is not None
+    if not has_workdir:
+        now = time.time() if now is None else now
+        given["workdir"] = _default_workdir(command.path, command.spec, now)
+    return Options(config=command.config.lock(), has_workdir=has_workdir, **given)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line that names a config, split up.
+
+    Attributes:
+        path: of the config file.
+        spec: the value of --config, FILE or FILE:ARG.
+        config: the config, with all overrides and defaults in it.
+        flags: the value of every other flag.
+    """
+
+    path: Path
+    spec: str
+    config: ConfigDict
+    flags: dict[str, Any]
+
+
+def read_command(argv: Sequence[str], defined: Flags) -> Command:
+    """Reads `--config`, its overrides and the given flags; anything else is a UserError.
+
+    Args:
+        argv: what to call the program in messages, and its arguments.
+        defined: the flags beside --config, by name.
+    """
+    spec, rest = _take_config(list(argv), defined)
+    path, config = load_config(spec)
     _check_keys(config, rest)
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
-        for name, (define, default, lowest) in _FLAGS.items():
+        for name, (define, default, lowest) in defined.items():
             bound = {} if lowest is None else {"lower_bound": lowest}
             define(name, default, "", flag_values=values, **bound)
         left = values(rest)[1:]
     except flags.UnrecognizedFlagError as error:
-        raise _unknown_flag(error.flagname) from error
+        raise _unknown_flag(error.flagname, defined) from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(_first_line(error), "see --help and --print_config") from error
     if left:
         raise UserError(f"unexpected argument {left[0]!r}", "flags are written --name=value")
-    given: dict[str, Any] = {name: values[name].value for name in _FLAGS}
-    has_workdir = given["workdir"] is not None
-    if not has_workdir:
-        given["workdir"] = _default_workdir(path, spec, time.time() if now is None else now)
-    return Options(config=values.config.lock(), has_workdir=has_workdir, **given)
+    return Command(path, spec, values.config, {name: values[name].value for name in defined})
 
 
 def format_config(config: ConfigDict) -> str:
@@ -194,7 +227,7 @@ def format_config(config: ConfigDict) -> str:
     return "".join(f"{key:{width}} = {flat[key]!r}\n" for key in sorted(flat))
 
 
-def _take_config(argv: list[str]) -> tuple[str, list[str]]:
+def _take_config(argv: list[str], defined: Flags) -> tuple[str, list[str]]:
     """The value of --config, and the arguments without it."""
     found: list[str] = []
     rest: list[str] = []
@@ -208,12 +241,13 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     if len(found) > 1:
         raise UserError("--config is given twice")
     if not found or not found[0]:
-        known = ("config.", "noconfig.", *_FLAGS, *(f"no{name}" for name in _FLAGS))
+        known = ("config.", "noconfig.", *defined, *(f"no{name}" for name in defined))
         for argument in rest[1:]:
             if argument.startswith("-") and not argument.lstrip("-").startswith(known):
-                raise _unknown_flag(argument.lstrip("-").split("=")[0])
-        if difflib.get_close_matches(rest[1] if len(rest) > 1 else "", ["env"]):
-            raise UserError(f"there is no command {rest[1]!r}", "did you mean env?")
+                raise _unknown_flag(argument.lstrip("-").split("=")[0], defined)
+        near = difflib.get_close_matches(rest[1] if len(rest) > 1 else "", ["env", "plan"], n=1)
+        if near:
+            raise UserError(f"there is no command {rest[1]!r}", f"did you mean {near[0]}?")
         if len(rest) > 1 and not rest[1].startswith("-"):
             raise UserError("--config is missing", f"did you mean --config={rest[1]}?")
         files = ", ".join(str(path) for path in sorted(Path("configs").glob("*.py"))[:8])
@@ -224,14 +258,14 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     return found[0], rest
 
 
-def _unknown_flag(name: str) -> UserError:
-    near = difflib.get_close_matches(name, _NAMES, n=1)
+def _unknown_flag(name: str, defined: Flags) -> UserError:
+    near = difflib.get_close_matches(name, ["config", *defined, "help"], n=1)
     return UserError(
         f"there is no flag --{name}", f"did you mean --{near[0]}?" if near else "see --help"
     )
 
 
-def _load_config(spec: str) -> tuple[Path, ConfigDict]:
+def load_config(spec: str) -> tuple[Path, ConfigDict]:
     """Runs a config file; returns its path and the config with all defaults filled in."""
     name, colon, argument = spec.partition(":")
     path = Path(name)

@@ -2,6 +2,9 @@
 # Makes .venv with everything podlift and its tests need, at the versions and hashes of
 # requirements.lock. Does nothing when it is up to date.
 #
+#   scripts/setup.sh tpu      adds an extra of setup.cfg (tpu, cuda13, cuda12, k8s, profile, ...)
+#   scripts/setup.sh plan-gpu adds the compiler for GPUs, without CUDA, for `python -m launcher plan`
+#
 #   PYTHON=python3.13         the Python to use     (default: the first of 3.11 or newer)
 #   PODLIFT_VENV=.venv-313    where                 (default: .venv in the checkout)
 set -euo pipefail
@@ -33,24 +36,71 @@ for name in ("requirements.lock", "setup.cfg"):
 print(digest.hexdigest())
 PY
 )
-if [[ -f $venv/podlift-setup && $(<"$venv/podlift-setup") == "$wanted" ]]; then
-  exit 0
-fi
+make_venv() {
+  echo "setting up $venv ($("$python" --version)), once" >&2
+  if ! "$python" -m venv --clear "$venv"; then
+    echo "error: $python cannot make a virtual environment" >&2
+    echo "  HINT: on Debian and Ubuntu, apt-get install python3-venv" >&2
+    exit 2
+  fi
+  if command -v uv >/dev/null; then
+    # Byte code is compiled now, or the first run would pay two seconds for it.
+    uv pip install --quiet --python "$venv/bin/python" --compile-bytecode --require-hashes \
+      -r requirements.lock
+    uv pip install --quiet --python "$venv/bin/python" --no-deps -e .
+  else
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
+    "$venv/bin/python" -m pip install --quiet --require-hashes -r requirements.lock
+    "$venv/bin/python" -m pip install --quiet --no-deps -e .
+  fi
+  printf '%s\n' "$wanted" >"$venv/podlift-setup"
+}
 
-echo "setting up $venv ($("$python" --version)), once" >&2
-if ! "$python" -m venv --clear "$venv"; then
-  echo "error: $python cannot make a virtual environment" >&2
-  echo "  HINT: on Debian and Ubuntu, apt-get install python3-venv" >&2
-  exit 2
+# install ARGUMENTS: as for `pip install`, with the versions that the lock has settled.
+install() {
+  if command -v uv >/dev/null; then
+    uv pip install --quiet --python "$venv/bin/python" "$@"
+  else
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --quiet "$@"
+  fi
+}
+
+add_extra() {
+  local versions jax
+  if [[ $1 == plan-gpu ]]; then
+    # In a folder of its own, which only a plan looks into: without CUDA's libraries beside it, jax
+    # would find it at each start and complain.
+    jax=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("jax"))')
+    echo "adding the GPU compiler of jax $jax to $venv/plan-gpu" >&2
+    rm -rf "$venv/plan-gpu"
+    install --no-deps --target "$venv/plan-gpu" \
+      "jax-cuda13-plugin==$jax.*" "jax-cuda13-pjrt==$jax.*"
+    return
+  fi
+  if ! grep -Eq "^$1( |=|$)" <(sed -n '/^\[options.extras_require\]/,/^\[tool/p' setup.cfg); then
+    echo "error: there is no extra '$1'" >&2
+    echo "  HINT: the extras are in setup.cfg; plan-gpu is the compiler for GPUs" >&2
+    exit 2
+  fi
+  echo "adding the extra '$1' to $venv" >&2
+  versions=$(mktemp)
+  # The lock without its hashes, which what it does not hold could not have.
+  sed -n 's/^\([A-Za-z0-9][^\\]*[^ \\]\).*/\1/p' requirements.lock >"$versions"
+  install --constraint "$versions" -e ".[$1]"
+  rm -f "$versions"
+}
+
+extras=("$@")
+if [[ ! -f $venv/podlift-setup || $(<"$venv/podlift-setup") != "$wanted" ]]; then
+  # What was added to the one that is replaced, or a run would be on the CPU after an update.
+  if [[ -f $venv/podlift-extras ]]; then
+    mapfile -t -O "${#extras[@]}" extras <"$venv/podlift-extras"
+  fi
+  make_venv
 fi
-if command -v uv >/dev/null; then
-  # Byte code is compiled now, or the first run would pay two seconds for it.
-  uv pip install --quiet --python "$venv/bin/python" --compile-bytecode --require-hashes \
-    -r requirements.lock
-  uv pip install --quiet --python "$venv/bin/python" --no-deps -e .
-else
-  export PIP_DISABLE_PIP_VERSION_CHECK=1
-  "$venv/bin/python" -m pip install --quiet --require-hashes -r requirements.lock
-  "$venv/bin/python" -m pip install --quiet --no-deps -e .
-fi
-printf '%s\n' "$wanted" >"$venv/podlift-setup"
+for extra in "${extras[@]+"${extras[@]}"}"; do
+  if ! grep -qsx -- "$extra" "$venv/podlift-extras"; then
+    add_extra "$extra"
+    printf '%s\n' "$extra" >>"$venv/podlift-extras"
+  fi
+done

@@ -236,6 +236,28 @@ class Lift:
 
         return jax.tree.map(join, local)
 
+    def batch_shapes(self, batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the lifted function takes for a batch `(rows, ...)` of the whole job, as shapes.
+
+        Under `pmap` that is the batch of all processes, where the devices are a compiler's.
+        """
+
+        def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+            shape = tuple(leaf.shape)
+            if self.kind != "shard_map":
+                shape = (self.num_shards, shape[0] // self.num_shards, *shape[1:])
+            sharding = None if self.kind == "pmap" else self._batch_sharding(0)
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+        return {name: shape_of(leaf) for name, leaf in batch.items()}
+
+    def state_shapes(self, state: Any) -> Any:
+        """The same for a state."""
+        sharding = None if self.kind == "pmap" else self.state_sharding
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state
+        )
+
     def put_state(self, state: Any) -> Any:
         """Replicates a state, the same in all processes, onto the devices."""
         if self.num_processes == 1:

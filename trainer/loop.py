@@ -21,13 +21,13 @@ from trainer.data.prefetch import depth_for, prefetch
 from trainer.errors import NonFiniteLoss, Preempted
 from trainer.evaluate import Evaluator
 from trainer.job import Job, build_job, make_init
-from trainer.lift import Lift, has_convolution, make_lift
+from trainer.lift import Lift, make_lift
+from trainer.lifted import lift_update_step
 from trainer.progress import InFlight, LogRow, TrainLog, is_due
 from trainer.report import NoReport, Report, has_row, last_values
 from trainer.settings import Settings, check
 from trainer.shared_folder import SharedFolder, refuse_changes
 from trainer.state import TrainState
-from trainer.step import make_update_step, stack_metrics
 from trainer.summary import (
     About,
     say_end,
@@ -180,7 +180,7 @@ class _Run:
         if self.folder.exists:
             self.shared.record(self.saver.run)
         warn_of_unsynced_state(self.lift, self.job, state)
-        update = self._compile_update(state)
+        update = lift_update_step(self.settings, self.job, self.lift, state)
         started = time.monotonic()
         with closing(self._batches(step)) as batches:
             for steps, batch in batches:
@@ -266,21 +266,6 @@ class _Run:
         pending = meta["evaluation_pending"] and not done
         self.evaluation_pending = bool(self.lift.gather(int(pending))[0])
         warn_of_changes(self.about, meta["num_steps"])
-
-    def _compile_update(self, state: TrainState) -> Callable[[Any, Any], Any]:
-        """The lifted step, `(state, batch) -> (state, rows)`; it compiles at its first call."""
-        task, reduce = self.job.task, self.settings.reduce
-        flat = reduce == "flat" or (reduce == "auto" and self.lift.platform == "cpu")
-        update_step = stack_metrics(
-            make_update_step(task, flat=flat, skip_nonfinite=self.settings.nan == "skip")
-        )
-        unroll = False
-        if self.scan and self.lift.platform == "cpu":
-            batch = self.job.stream.shapes(1)
-            shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), batch)
-            unroll = has_convolution(update_step, state, shapes)
-
-        return self.lift(update_step, scan=self.scan, unroll=unroll)
 
     def _batches(self, step: int) -> Generator[tuple[int, Any]]:
         """(steps in the call, batch on the devices) for each call from `step` to the stop."""

@@ -30,6 +30,9 @@ Metrics = dict[str, jax.Array]
 
 AXIS = "batch"
 
+# What profiles and plans call the step's own collectives.
+MEAN_SCOPE = "mean_over_axis"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -120,7 +123,8 @@ def make_update_step(
         sums = {"loss": _sums(losses, batch)} | _metric_sums(task, outputs, batch)
         # The mean of float model state is free where the layers already synchronise it (XLA sees
         # equal values) and is what makes a plain running mean right where they do not.
-        grads, model_state, sums = mean_over_axis((grads, model_state, sums), axis, flat=flat)
+        with jax.named_scope(MEAN_SCOPE):
+            grads, model_state, sums = mean_over_axis((grads, model_state, sums), axis, flat=flat)
         updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
         rate = task.learning_rate
         metrics = {name: numerator / count for name, (numerator, count) in sums.items()}

@@ -259,7 +259,9 @@ class Writer:
         )
 
 
-_CAUSES = re.compile("|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))))
+_CAUSES = re.compile(
+    "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)))
+)
 
 
 def _reason(save: Save, error: Exception) -> str:

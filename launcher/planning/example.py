@@ -1,0 +1,61 @@
+"""The shapes of an example, in place of data that is not to be loaded."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from trainer.errors import UserError
+
+_ITEM = re.compile(r"(\w+)=(\w+)\[((?:\d+(?:,\d+)*)?)\]")
+
+# Examples enough for any batch.
+_LENGTH = 1 << 31
+
+
+class ShapesOnly:
+    """A source of zeros.
+
+    Args:
+        shapes: of one example, by name, with a dtype.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> None:
+        self._shapes = shapes
+
+    def __len__(self) -> int:
+        return _LENGTH
+
+    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            name: np.zeros((*np.shape(indices), *shape), dtype)
+            for name, (dtype, shape) in self._shapes.items()
+        }
+
+
+def source(example: str) -> dict[str, ShapesOnly]:
+    """A data target that knows shapes only.
+
+    Args:
+        example: as `x=uint8[224,224,3] y=int32[]`.
+
+    Raises:
+        UserError: it is written otherwise, or has no `x`.
+    """
+    shapes = {}
+    for item in example.replace(";", " ").split():
+        match = _ITEM.fullmatch(item)
+        try:
+            if match is None:
+                raise TypeError
+            dims = tuple(int(d) for d in match[3].split(",") if d)
+            shapes[match[1]] = (np.dtype(match[2]), dims)
+        except TypeError as error:
+            raise UserError(
+                f"--example: {item!r} is no shape", 'for example "x=uint8[224,224,3] y=int32[]"'
+            ) from error
+    if "x" not in shapes:
+        raise UserError("--example names no x", 'for example "x=uint8[224,224,3] y=int32[]"')
+    return {"train": ShapesOnly(shapes)}

@@ -1,0 +1,301 @@
+"""`python -m launcher plan`, from the command line to its answers, with real compilers."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, skip_here
+
+slow = pytest.mark.slow
+needs_tpu_compiler = skip_here(
+    "" if importlib.util.find_spec("libtpu") else "scripts/setup.sh tpu was not run"
+)
+needs_gpu_compiler = skip_here(
+    "" if Path(sys.prefix, "plan-gpu").is_dir() else "scripts/setup.sh plan-gpu was not run"
+)
+
+DIGITS = f"--config={ROOT}/configs/digits.py"
+RESNET = f"{DIGITS}:resnet"
+# What is reduced at the end: gradients of 77,754 parameters, mean and variance of 336 normalised
+# features, the sums of loss and accuracy and their count. The offset of a shortcut's normalisation
+# (32 and 64 features) has the same gradient as that of the block it is added to: reduced once.
+UPDATE_BYTES = 4 * (77_754 - 32 - 64 + 2 * 336 + 3)
+
+# Hides the compilers, as on a machine where only podlift is installed.
+WITHOUT_COMPILERS = """
+import importlib.util, sys
+from launcher.planning import devices
+devices.has_compiler = lambda topology: False
+from launcher.planning.command import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Plans in a process of its own; returns (exit code, stdout, stderr, JSON)."""
+
+    def run(*arguments, compilers=True, cwd=ROOT, cache=tmp_path / "cache"):
+        how = ["-m", "launcher", "plan"] if compilers else ["-c", WITHOUT_COMPILERS]
+        path = tmp_path / "plan.json"
+        path.unlink(missing_ok=True)
+        done = subprocess.run(
+            [sys.executable, *how, *arguments, f"--json={path}"],
+            cwd=cwd,
+            env={
+                **{k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")},
+                "PYTHONPATH": str(ROOT),
+                "XDG_CACHE_HOME": str(cache),
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        found = json.loads(path.read_text()) if path.exists() else None
+        return done.returncode, done.stdout, done.stderr, found
+
+    return run
+
+
+def bytes_of(found, module=None):
+    return sum(c["bytes"] for c in found["collectives"] if module in (None, c["module"]))
+
+
+def test_without_a_compiler_the_plan_is_made_on_fake_devices(plan):
+    code, out, err, found = plan(RESNET, "--topology=v5e:2x2", compilers=False)
+    assert code == 0, err
+    assert "scripts/setup.sh tpu" in found["note"]
+    assert found["note"] in out
+    assert found["parameters"] == 77_754
+    assert found["parameter_bytes"] == 4 * 77_754
+    assert found["devices"] == 4
+    assert found["batch_per_device"] == 32
+    assert found["fits"] is True
+    assert found["hbm_bytes"] == int(15.75 * 2**30)
+    assert bytes_of(found, "gradients, statistics, metrics") == UPDATE_BYTES
+    assert found["predicted"]["step_seconds"] > 0
+    assert found["predicted"]["bound"] in ("compute", "memory", "collectives")
+    assert [row["chips"] for row in found["scaling"]][-1] == 50_000
+    assert "predicted, not measured" in out
+    assert "sync BN" in out
+
+
+@needs_tpu_compiler
+def test_the_tpu_compiler_and_fake_devices_agree_about_the_program(plan):
+    code, _, err, real = plan(RESNET, "--topology=v5e:2x2")
+    assert code == 0, err
+    _, _, _, fake = plan(RESNET, "--topology=v5e:2x2", compilers=False)
+    assert real["note"] == ""
+    assert bytes_of(real) == bytes_of(fake)
+    assert bytes_of(real, "gradients, statistics, metrics") == UPDATE_BYTES
+    for key in ("parameters", "optimizer_bytes", "flops", "devices"):
+        assert real[key] == fake[key]
+    assert real["aliased_bytes"] > 0.9 * real["argument_bytes"]  # the state is donated
+
+
+@needs_tpu_compiler
+def test_a_second_plan_asks_no_compiler_and_the_lifts_are_alike(plan):
+    _, _, _, first = plan(DIGITS, "--topology=v5e:2x2")
+    _, _, _, again = plan(DIGITS, "--topology=v5e:2x2")
+    assert not first["cached"]
+    assert again["cached"]
+    del first["cached"], again["cached"]
+    assert again == first
+    _, _, _, other = plan(DIGITS, "--topology=v5e:2x2", "--config.model.hidden_size=100")
+    assert not other["cached"]
+    code, out, err, found = plan(DIGITS, "--topology=v5e:2x2", "--compare=pmap,shard_map")
+    assert code == 0, err
+    assert out.splitlines()[0].split() == ["pmap", "shard_map"]
+    one, two = found["plans"]
+    assert (one["flops"], one["collectives"]) == (two["flops"], two["collectives"])
+    assert one["peak_bytes"] == pytest.approx(two["peak_bytes"], rel=0.05)
+
+
+@needs_gpu_compiler
+def test_gpus_of_several_hosts(plan):
+    code, _, err, found = plan(RESNET, "--topology=gpu:h100:2x4", "--batch=32")
+    assert code == 0, err
+    assert (found["devices"], found["hosts"], found["note"]) == (8, 2, "")
+    assert found["global_batch_size"] == 256
+    assert bytes_of(found, "gradients, statistics, metrics") == pytest.approx(
+        UPDATE_BYTES, rel=0.01
+    )
+    assert all(c["asynchronous"] for c in found["collectives"])
+    assert found["bytes_accessed"] > 0
+    assert found["peak_bytes"] > found["argument_bytes"]
+
+
+@slow
+@needs_tpu_compiler
+def test_resnet_50_on_256_chips(plan):
+    code, out, err, found = plan(
+        f"--config={ROOT}/configs/imagenet_resnet50.py", "--topology=v5e:16x16", "--batch=128"
+    )
+    assert code == 0, err
+    assert found["parameters"] == 25_557_032
+    assert (found["devices"], found["hosts"]) == (256, 64)
+    # As above: gradients without four shortcuts' offsets, statistics of 26,560 features, sums.
+    update = 4 * (25_557_032 - (256 + 512 + 1024 + 2048) + 2 * 26_560 + 3)
+    assert bytes_of(found, "gradients, statistics, metrics") == update
+    # A mean and a mean square of every feature, forwards; two sums of every one, backwards.
+    assert bytes_of(found) - update == pytest.approx(4 * 4 * 26_560, rel=0.01)
+    assert found["flops"] == pytest.approx(128 * resnet50_flops(), rel=0.05)
+    # As a full compilation has it, which takes minutes.
+    recorded = json.loads((ROOT / "benchmarks/results/plan.json").read_text())
+    assert found["peak_bytes"] == pytest.approx(recorded["full"]["peak_bytes"], rel=0.055)
+    assert "64 hosts" in out
+
+
+def resnet50_flops():
+    """Of a training step and one image, from the shapes in He et al.'s table 1."""
+    layers = [(112, 7, 3, 64)]  # side of the output, of the kernel, features in and out
+    side, inputs = 56, 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        features = 64 * 2**stage
+        for block in range(blocks):
+            halved = side // 2 if stage and not block else side
+            layers += [(side, 1, inputs, features), (halved, 3, features, features)]
+            layers += [(halved, 1, features, 4 * features)]
+            if not block:
+                layers += [(halved, 1, inputs, 4 * features)]
+            side, inputs = halved, 4 * features
+    forward = [2 * out**2 * kernel**2 * a * b for out, kernel, a, b in layers]
+    # Backwards twice as much, but nobody asks for the gradient of an image.
+    return 3 * (sum(forward) + 2 * 2048 * 1000) - forward[0]
+
+
+@needs_tpu_compiler
+def test_quick_and_full_compilations_agree_about_memory(plan):
+    arguments = (RESNET, "--topology=v5e:2x2", "--batch=64")
+    _, _, err, quick = plan(*arguments)
+    assert quick, err
+    _, _, _, full = plan(*arguments, "--effort=full")
+    assert quick["peak_bytes"] == pytest.approx(full["peak_bytes"], rel=0.05)
+    assert quick["collectives"] == full["collectives"]
+
+
+@needs_tpu_compiler
+def test_out_of_memory_is_an_answer(plan):
+    code, out, err, found = plan(
+        DIGITS, "--topology=v5e:2x2", "--batch=16000000", "--example=x=float32[64] y=int32[]"
+    )
+    assert code == 0, err
+    assert found["fits"] is False
+    assert found["peak_bytes"] > found["hbm_bytes"]
+    assert found["predicted"]["step_seconds"] is None
+    assert found["largest_arrays"][0]["bytes"] >= 16_000_000 * 64 * 4
+    assert "DOES NOT FIT" in out
+    assert "--batch=auto" in out
+
+
+@slow
+@needs_tpu_compiler
+def test_the_most_that_fit(plan):
+    config = [DIGITS, "--topology=v5e:2x2", "--example=x=float32[64] y=int32[]"]
+    code, out, err, found = plan(*config, "--batch=auto")
+    assert code == 0, err
+    most = found["batch_per_device"]
+    assert 0.9 * found["hbm_bytes"] < found["peak_bytes"] <= found["hbm_bytes"]
+    assert "the most that fit" in out
+    _, _, _, larger = plan(*config, f"--batch={most + most // 16}")
+    assert larger["fits"] is False
+
+
+@needs_tpu_compiler
+def test_plans_do_not_lock_each_other_out(tmp_path):
+    commands = [
+        [sys.executable, "-m", "launcher", "plan", DIGITS, f"--topology={name}"]
+        for name in ("v5e:2x2", "v6e:2x2")
+    ]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    both = [
+        subprocess.Popen(c, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for c in commands
+    ]
+    for process in both:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+
+
+def test_pictures(plan, tmp_path):
+    files = [f"--plot={tmp_path}/plan.png", f"--html={tmp_path}/plan.html"]
+    code, out, err, _ = plan(
+        DIGITS, "--compare=v5e:2x2,cpu:4", "--batch=16", *files, compilers=False
+    )
+    assert code == 0, err
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "plan.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert f"wrote {tmp_path}/plan.png" in out
+
+
+MODEL = """
+import flax.linen as nn
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        y = nn.Dense(10)(x)
+        return y @ y  # a mistake
+"""
+
+
+def test_a_model_that_does_not_trace_shows_its_line(plan, tmp_path):
+    (tmp_path / "mine.py").write_text(MODEL)
+    code, _, err, _ = plan(
+        DIGITS,
+        "--topology=cpu:4",
+        "--config.model.target=mine:Model",
+        *("--config.model.hidden_size=1",),
+        cwd=tmp_path,
+    )
+    assert code == 2, err  # a keyword that the model does not take is told first
+    (tmp_path / "own.py").write_text(
+        f"import runpy\nbase = runpy.run_path({str(ROOT / 'configs/digits.py')!r})\n"
+        "def get_config():\n    config = base['get_config']()\n"
+        "    config.model = {'target': 'mine:Model'}\n    return config\n"
+    )
+    code, _, err, _ = plan("--config=own.py", "--topology=cpu:4", cwd=tmp_path)
+    assert code == 1
+    assert "mine.py:8, in __call__: return y @ y  # a mistake" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "--topology is missing"),
+        (["--topology=v5e:16x61"], "v5e:16x16"),
+        (["--topology=v5e:2x4", "--config.global_batch_size=100"], "sizes that do: 96 or 104"),
+        (["--topology=cpu:4", "--batch=lots"], "--batch=lots"),
+        (["--topology=cpu:4", "--batch=auto"], "nothing is known of the memory"),
+        (["--topology=cpu:4", "--example=x=[3]"], "--example"),
+        (["--topology=cpu:4", "--compare=v5e:2x2,nonsense"], "'nonsense' is no topology"),
+        (["--topology=cpu:4", "--plot=/nowhere/x.png"], "there is no folder /nowhere"),
+        (["--topology=cpu:4", "--efort=full"], "did you mean --effort?"),
+        (["--topology=cpu:4", "--config.model.hiden=3"], "the config has no such key"),
+    ],
+)  # fmt: skip
+def test_what_a_person_got_wrong_is_one_line(plan, arguments, told):
+    code, _, err, _ = plan(DIGITS, *arguments)
+    assert code == 2
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_help_imports_no_jax():
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/conftest_imports.py", "launcher", "plan", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert "--topology=NAME" in done.stdout
+    assert done.stderr == ""
