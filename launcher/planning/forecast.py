@@ -51,6 +51,7 @@ class Forecast:
         examples: in the training data; None if it was not loaded.
         num_steps: of the run.
         note: what the plan leaves out.
+        quick: whether the compiler was asked to save time.
     """
 
     label: str
@@ -72,6 +73,17 @@ class Forecast:
     examples: int | None
     num_steps: int
     note: str
+    quick: bool
+
+    @property
+    def is_close(self) -> bool:
+        """Whether a compilation in full might say otherwise than that it fits."""
+        return (
+            self.quick
+            and self.memory_bytes is not None
+            and self.fits
+            and (self.needed > _ROOM * self.memory_bytes)
+        )
 
     @property
     def fits(self) -> bool:
@@ -180,6 +192,7 @@ def make_forecast(
         examples=None if options.example is not None else len(job.stream.source),
         num_steps=steps,
         note=note,
+        quick=options.quick,
     )
 
 

@@ -186,8 +186,10 @@ def _memory(plan: Forecast) -> list[str]:
             f"{_bar(plan.needed / plan.memory_bytes)}"
         )
     if plan.fits and program.fits:
+        close = "  close: --effort=full compiles as a run would"
         return [
             first,
+            *([close] if plan.is_close else []),
             f"  state, batch   {_bytes(program.arguments)}, of which {_bytes(program.aliased)} "
             "become the results (donated)",
             f"  temporaries    {_bytes(program.temporaries)}",

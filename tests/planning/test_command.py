@@ -200,9 +200,9 @@ def test_the_most_that_fit(plan):
     code, out, err, found = plan(*config, "--batch=auto")
     assert code == 0, err
     most = found["batch_per_device"]
-    assert 0.9 * found["hbm_bytes"] < found["peak_bytes"] <= found["hbm_bytes"]
+    assert 0.88 * found["hbm_bytes"] < found["peak_bytes"] <= 0.94 * found["hbm_bytes"]
     assert "the most that fit" in out
-    _, _, _, larger = plan(*config, f"--batch={most + most // 16}")
+    _, _, _, larger = plan(*config, f"--batch={most + most // 8}")
     assert larger["fits"] is False
 
 
