@@ -42,7 +42,7 @@ import trainer
 from trainer.job import build_job
 from trainer.lift import make_lift
 from trainer.settings import check
-from trainer.step import init_state, make_update_step, stack_metrics
+from trainer.step import Recipe, init_state, make_update_step, stack_metrics
 
 IN_FLIGHT = 16
 
@@ -132,7 +132,7 @@ def trainers_loop(config: ConfigDict, segment: int, mesh: Mesh, folder: str):
 def bare_loop(config: ConfigDict, segment: int, mesh: Mesh):
     settings = check(config)
     job, lift = build_job(settings), make_lift(settings.lift, mesh)
-    step = lift(stack_metrics(make_update_step(job.task, flat=True)))
+    step = lift(stack_metrics(make_update_step(job.task, Recipe(flat=True))))
     batch = job.stream.batch_at(0)
     first = batch["x"][0]
     state = lift.put_state(jax.jit(lambda x: init_state(job.task, 0, x))(first))

@@ -20,7 +20,7 @@ from trainer.losses import softmax_cross_entropy, squared_distance_to_input, squ
 from trainer.models.bias_adder import BiasAdderWithRunningMean
 from trainer.models.mlp import MLP
 from trainer.models.resnet import ResNet
-from trainer.step import Task, init_state, make_update_step
+from trainer.step import Recipe, Task, init_state, make_update_step
 
 STEPS = 5
 LIFTS = ["vmap", "pmap", "shard_map"]
@@ -96,7 +96,7 @@ def tutorial_reference(name):
 
 def lifted(name, lift, *, flat, scan=False, unroll=False):
     task, batch = make_problem(name)
-    step = lift(make_update_step(task, flat=flat), scan=scan, unroll=unroll)
+    step = lift(make_update_step(task, Recipe(flat=flat)), scan=scan, unroll=unroll)
     state = lift.put_state(start_of(name))
     if scan:
         stacked = {k: np.stack([v] * STEPS) for k, v in batch.items()}

@@ -13,9 +13,10 @@ import optax
 
 from trainer.data.stream import Source, TrainStream, as_source
 from trainer.errors import UserError
+from trainer.precision import DTYPES
 from trainer.settings import Settings
 from trainer.state import TrainState
-from trainer.step import Task, init_state
+from trainer.step import Recipe, Task, init_state
 from trainer.targets import bind, build
 
 
@@ -27,6 +28,7 @@ class Job:
         task: model, loss, metrics and optimizer.
         stream: the training batches.
         held_out: the examples to evaluate on, if any.
+        recipe: how a step is taken.
         num_steps: the length of the run, which schedules are told.
         stop: the step to stop at, `num_steps` or earlier.
     """
@@ -34,6 +36,7 @@ class Job:
     task: Task
     stream: TrainStream
     held_out: Source | None
+    recipe: Recipe
     num_steps: int
     stop: int
 
@@ -41,7 +44,8 @@ class Job:
 def make_init(job: Job, seed: int) -> Callable[[], TrainState]:
     """Gives the function that initialises a job's state, compiled: eager init is slow."""
     first = job.stream.source[np.zeros(1, np.int64)]["x"][0]
-    return functools.partial(jax.jit(functools.partial(init_state, job.task, seed)), first)
+    init = functools.partial(init_state, job.task, seed, recipe=job.recipe)
+    return functools.partial(jax.jit(init), first)
 
 
 def build_job(settings: Settings) -> Job:
@@ -80,9 +84,17 @@ def build_job(settings: Settings) -> Job:
     num_steps = settings.num_steps or (settings.num_epochs or 0) * stream.steps_per_epoch
     optimizer, learning_rate = _build_optimizer(settings.optimizer, num_steps)
     return Job(
-        task=Task(model, loss, optimizer, learning_rate, metrics),
+        task=Task(model, loss, optimizer, learning_rate, metrics, DTYPES.get(settings.precision)),
         stream=stream,
         held_out=held_out,
+        recipe=Recipe(
+            skip_nonfinite=settings.nan == "skip",
+            accum_steps=settings.grad_accum_steps,
+            clip_norm=settings.clip_norm,
+            ema_decay=settings.ema_decay,
+            mixup=settings.mixup,
+            scale_loss=settings.precision == "fp16",
+        ),
         num_steps=num_steps,
         stop=min(num_steps, settings.stop_at_step or num_steps),
     )

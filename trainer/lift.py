@@ -347,15 +347,17 @@ class Lift:
         shards = self.num_shards // self.mesh.size * len(self._positions)
         return array.reshape(*lead, shards, -1, *rest)
 
-    def check_divides(self, global_batch_size: int) -> None:
-        """Raises a UserError unless every shard gets the same number of rows."""
-        if global_batch_size % self.num_shards:
-            below = global_batch_size // self.num_shards * self.num_shards
-            sizes = " or ".join(str(n) for n in (below, below + self.num_shards) if n)
+    def check_divides(self, global_batch_size: int, parts: int = 1) -> None:
+        """Raises a UserError unless every shard, or part of one, gets the same number of rows."""
+        pieces = self.num_shards * parts
+        if global_batch_size % pieces:
+            below = global_batch_size // pieces * pieces
+            sizes = " or ".join(str(n) for n in (below, below + pieces) if n)
             over = "shards" if self.kind == "vmap" else "devices"
+            times = f" x {parts} parts (config.grad_accum_steps)" if parts > 1 else ""
             raise UserError(
                 f"config.global_batch_size={global_batch_size} does not divide by "
-                f"{self.num_shards} {over}",
+                f"{self.num_shards} {over}{times}",
                 f"the nearest sizes that do: {sizes}",
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -26,21 +27,20 @@ def lift_update_step(
         platform: whose habits to follow; that of the devices where None.
     """
     platform = platform or lift.platform
-    update_step = make_job_step(settings, job, platform)
     scan = settings.steps_per_call > 1
     unroll = False
-    if scan and platform == "cpu":
-        batch = job.stream.shapes(1)
+    if (scan or job.recipe.accum_steps > 1) and platform == "cpu":
+        batch = job.stream.shapes(job.recipe.accum_steps)
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), batch)
-        unroll = has_convolution(update_step, state, shapes)
+        unroll = has_convolution(make_job_step(settings, job, platform), state, shapes)
+    update_step = make_job_step(settings, job, platform, unroll=unroll)
     return lift(update_step, scan=scan, unroll=unroll)
 
 
 def make_job_step(
-    settings: Settings, job: Job, platform: str
+    settings: Settings, job: Job, platform: str, *, unroll: bool = False
 ) -> Callable[[Any, Batch], tuple[Any, Any]]:
     """The step of one shard, `(state, batch) -> (state, metrics as one array)`."""
     flat = settings.reduce == "flat" or (settings.reduce == "auto" and platform == "cpu")
-    return stack_metrics(
-        make_update_step(job.task, flat=flat, skip_nonfinite=settings.nan == "skip")
-    )
+    recipe = dataclasses.replace(job.recipe, flat=flat, unroll=unroll)
+    return stack_metrics(make_update_step(job.task, recipe))

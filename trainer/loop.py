@@ -92,7 +92,7 @@ def train(
     settings = check(config)
     folder = Workdir.check(workdir, settings.config)
     lift = make_lift(settings.lift, mesh)
-    lift.check_divides(settings.global_batch_size)
+    lift.check_divides(settings.global_batch_size, settings.grad_accum_steps)
     job = build_job(settings)
     if folder.refused:
         refuse_changes(settings, folder, job)
@@ -137,7 +137,8 @@ class _Run:
         self.scan = settings.steps_per_call > 1
         self.eval_every_steps = settings.eval_every_steps or job.stream.steps_per_epoch
         self.prefetch_depth = depth_for(settings.prefetch, lift.platform)
-        names = sorted(["loss", "grad_norm", "learning_rate", *job.task.metrics])
+        scale = ["loss_scale"] if job.recipe.scale_loss else []
+        names = sorted(["loss", "grad_norm", "learning_rate", *scale, *job.task.metrics])
         self.in_flight = InFlight(self._read_rows)
         self.log = TrainLog(
             names,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from trainer.errors import UserError
 LIFTS = ("pmap", "shard_map", "vmap")
 REDUCES = ("auto", "flat", "leaves")
 NANS = ("stop", "skip")
+PRECISIONS = ("model", "bf16", "fp16")
 # How a leaf of the state may differ from what was saved.
 LEAF_CHANGES = ("shape", "dtype", "missing", "extra")
 
@@ -26,6 +28,7 @@ RESERVED_METRICS = (
     "loss",
     "grad_norm",
     "learning_rate",
+    "loss_scale",
     "examples_per_second",
     "step_seconds",
 )
@@ -66,6 +69,17 @@ KEYS: dict[str, tuple[Any, str]] = {
         'gradients, float state and metrics in one buffer ("flat") or one by one ("leaves"); '
         '"auto" is flat on CPU',
     ),
+    "precision": (
+        "model",
+        'compute in "bf16" or "fp16" (with a loss scale), or as the model itself does ("model")',
+    ),
+    "grad_accum_steps": (
+        1,
+        "parts that a device's examples of a step are cut into, to hold one part's activations",
+    ),
+    "clip_norm": (float, "the largest 2-norm of the gradient, which is scaled down to it"),
+    "ema_decay": (float, "of an average of the params, which is evaluated and saved; 0.999, say"),
+    "mixup": (0.0, "alpha of mixup: examples are blended in pairs, share Beta(alpha, alpha)"),
     "log_every_steps": (100, "steps from one log row to the next"),
     "nan": ("stop", 'a loss or gradient that is not finite: "stop", or "skip" its update'),
     "nan_limit": (10, "updates that may be skipped in a run"),
@@ -165,6 +179,11 @@ class Settings:
     lift: str
     devices_per_process: int | None
     reduce: str
+    precision: str
+    grad_accum_steps: int
+    clip_norm: float | None
+    ema_decay: float | None
+    mixup: float
     model: Mapping[str, Any]
     loss: Mapping[str, Any]
     metrics: Mapping[str, Mapping[str, Any]]
@@ -233,6 +252,13 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
     def positive_or_none(where: str) -> int | None:
         return None if flat[where] is None else positive(where)
 
+    def within(where: str, most: float) -> float | None:
+        value = flat[where]
+        if value is not None and not 0 < value < most:
+            to = "over 0" if math.isinf(most) else f"between 0 and {most:g}"
+            raise UserError(f"config.{where}={value} should be {to}")
+        return value
+
     def one_of(where: str, value: str, choices: tuple[str, ...]) -> str:
         if value not in choices:
             raise UserError(f"config.{where}={value!r} is not one of {', '.join(choices)}")
@@ -262,6 +288,11 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         lift=config.lift,
         devices_per_process=positive_or_none("devices_per_process"),
         reduce=one_of("reduce", config.reduce, REDUCES),
+        precision=one_of("precision", config.precision, PRECISIONS),
+        grad_accum_steps=positive("grad_accum_steps"),
+        clip_norm=within("clip_norm", math.inf),
+        ema_decay=within("ema_decay", 1.0),
+        mixup=not_negative("mixup"),
         model=config.model.to_dict(),
         loss=config.loss.to_dict(),
         metrics=config.metrics.to_dict(),

@@ -21,6 +21,8 @@ class TrainState:
         model_state: all other collections of the model, such as `batch_stats`.
         opt_state: the state of the optax optimizer.
         rng: raw key data of the run, uint32. It never changes: each step folds its number in.
+        ema: an average of the params over the steps, if the config asks for one.
+        loss_scale: of a run in float16, `trainer.precision.LossScale`.
     """
 
     step: jax.Array
@@ -28,6 +30,13 @@ class TrainState:
     model_state: Any
     opt_state: Any
     rng: jax.Array
+    ema: Any = None
+    loss_scale: Any = None
+
+    @property
+    def evaluated(self) -> Any:
+        """The params that are evaluated: their average, where there is one."""
+        return self.params if self.ema is None else self.ema
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:

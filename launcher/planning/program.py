@@ -127,7 +127,7 @@ class Step:
             count_params(shapes.params),
             _size(shapes.params),
             _size(shapes.opt_state),
-            _size(shapes.model_state),
+            _size((shapes.model_state, shapes.ema, shapes.loss_scale)),
         )
 
     def flops(self, batch: int) -> Counter[str]:
