@@ -77,11 +77,6 @@ add_extra() {
       "jax-cuda13-plugin==$jax.*" "jax-cuda13-pjrt==$jax.*"
     return
   fi
-  if ! grep -Eq "^$1( |=|$)" <(sed -n '/^\[options.extras_require\]/,/^\[tool/p' setup.cfg); then
-    echo "error: there is no extra '$1'" >&2
-    echo "  HINT: the extras are in setup.cfg; plan-gpu is the compiler for GPUs" >&2
-    exit 2
-  fi
   echo "adding the extra '$1' to $venv" >&2
   versions=$(mktemp)
   # The lock without its hashes, which what it does not hold could not have.
@@ -90,17 +85,27 @@ add_extra() {
   rm -f "$versions"
 }
 
-extras=("$@")
-if [[ ! -f $venv/podlift-setup || $(<"$venv/podlift-setup") != "$wanted" ]]; then
-  # What was added to the one that is replaced, or a run would be on the CPU after an update.
-  if [[ -f $venv/podlift-extras ]]; then
-    mapfile -t -O "${#extras[@]}" extras <"$venv/podlift-extras"
+# The extras that were ever asked for are noted beside the environment, which is made anew when
+# versions change; those that are in it, inside.
+known=$(sed -n '/^\[options.extras_require\]/,/^\[tool/s/^\([a-z0-9]*\) *=.*/\1/p' setup.cfg | tr '\n' ' ')
+for extra in "$@"; do
+  if [[ -z $extra || " $known plan-gpu " != *" $extra "* ]]; then
+    echo "error: there is no extra '$extra'" >&2
+    echo "  HINT: there are plan-gpu and those of setup.cfg: $known" >&2
+    exit 2
   fi
-  make_venv
-fi
-for extra in "${extras[@]+"${extras[@]}"}"; do
-  if ! grep -qsx -- "$extra" "$venv/podlift-extras"; then
-    add_extra "$extra"
-    printf '%s\n' "$extra" >>"$venv/podlift-extras"
+  if ! grep -Fqsx -- "$extra" "$venv.extras"; then
+    printf '%s\n' "$extra" >>"$venv.extras"
   fi
 done
+if [[ ! -f $venv/podlift-setup || $(<"$venv/podlift-setup") != "$wanted" ]]; then
+  make_venv
+fi
+if [[ -f $venv.extras ]]; then
+  while IFS= read -r extra; do
+    if ! grep -Fqsx -- "$extra" "$venv/podlift-extras"; then
+      add_extra "$extra"
+      printf '%s\n' "$extra" >>"$venv/podlift-extras"
+    fi
+  done <"$venv.extras"
+fi

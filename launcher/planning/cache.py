@@ -13,6 +13,10 @@ from typing import Any
 _VERSION = 1
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no size")
+
+
 class PlanCache:
     """JSON files in a folder of the user's; one that cannot be read is as good as none.
 
@@ -41,7 +45,8 @@ class PlanCache:
     def get(self, key: str) -> dict[str, Any] | None:
         """What was put under a key."""
         try:
-            found = json.loads((self._folder / f"{key}.json").read_text())
+            text = (self._folder / f"{key}.json").read_text()
+            found = json.loads(text, parse_constant=_refuse)
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None

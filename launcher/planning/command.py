@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -116,6 +117,9 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.USAGE
+    except BrokenPipeError:  # `| head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_codes.DONE
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -127,16 +131,21 @@ def parse(argv: Sequence[str]) -> tuple[list[Question], Options]:
     Raises:
         UserError: for anything a person got wrong.
     """
+    argv = _with_config(list(argv))
     command = read_command(["plan", *argv], _FLAGS)
     given = command.flags
     batch: int | str | None = given["batch"]
     if isinstance(batch, str) and batch != "auto":
-        if not batch.isdigit() or int(batch) < 1:
+        if not re.fullmatch("[1-9][0-9]{0,9}", batch):
             raise UserError(f"--batch={batch}", "a number of examples a device, or auto")
         batch = int(batch)
     if given["effort"] not in ("quick", "full"):
         raise UserError(f"--effort={given['effort']}", "quick or full")
+    if given["plot"] is not None and not given["plot"].lower().endswith(".png"):
+        raise UserError(f"--plot={given['plot']}", "the picture is a PNG: name it so")
     for name in ("json", "plot", "html"):
+        if given[name] == "" or os.path.isdir(given[name] or ""):
+            raise UserError(f"--{name}={given[name]} is no file")
         folder = os.path.dirname(given[name] or "") or "."
         if not os.path.isdir(folder):  # told now, not after a minute's compilation
             raise UserError(f"--{name}={given[name]}: there is no folder {folder}")
@@ -149,7 +158,7 @@ def parse(argv: Sequence[str]) -> tuple[list[Question], Options]:
         given["plot"],
         given["html"],
     )
-    return _questions(command, list(argv)), options
+    return _questions(command, argv), options
 
 
 def _questions(command: Command, argv: list[str]) -> list[Question]:
@@ -162,7 +171,9 @@ def _questions(command: Command, argv: list[str]) -> list[Question]:
         config = command.config
         if lift is not None:
             config.lift = lift
-        return Question(label, command.spec, check(config), parse_topology(topology, slices))
+        parsed = parse_topology(topology, slices)
+        label = parsed.label if label == topology else label
+        return Question(label, command.spec, check(config), parsed)
 
     if given["compare"] is None:
         topology = given["topology"]
@@ -170,10 +181,10 @@ def _questions(command: Command, argv: list[str]) -> list[Question]:
     asked = []
     for item in given["compare"].split(","):
         item = item.strip()
-        if is_topology(item):
-            asked.append(question(item, item, None, command))
-        elif item.partition(":")[0] in LIFTS:
+        if item.partition(":")[0] in LIFTS:
             asked.append(question(item, given["topology"], item, command))
+        elif is_topology(item):
+            asked.append(question(item, item, None, command))
         elif ".py" in item:
             rest = [argument for argument in argv if not argument.lstrip("-").startswith("config=")]
             other = read_command(["plan", f"--config={item}", *_without_config(rest)], _FLAGS)
@@ -184,6 +195,15 @@ def _questions(command: Command, argv: list[str]) -> list[Question]:
                 "for example v5e:4x4,v6e:4x4 or pmap,shard_map or configs/a.py,configs/b.py",
             )
     return asked
+
+
+def _with_config(argv: list[str]) -> list[str]:
+    """`--compare=a.py,b.py` names a config for the rest of the command line too."""
+    if any(re.match(r"--?config(=|$)", argument) for argument in argv):
+        return argv
+    compared = [re.match(r"--?compare=([^,]*\.py[^,]*)", argument) for argument in argv]
+    first = next((match[1] for match in compared if match), None)
+    return [f"--config={first}", *argv] if first else argv
 
 
 def _without_config(argv: Sequence[str]) -> list[str]:
@@ -207,6 +227,7 @@ def answer(
     from launcher.planning import figure, tell
     from launcher.planning.cache import PlanCache
     from launcher.planning.forecast import make_forecast
+    from launcher.planning.program import CompilerRefuses
 
     if options.plot or options.html:
         figure.check_available()
@@ -217,13 +238,17 @@ def answer(
             forecasts.append(make_forecast(question, options, cache, _progress))
         except UserError:
             raise
+        except CompilerRefuses as error:
+            name = question.topology.label
+            print(f"error: the compiler of {name} refuses the step: {error}", file=sys.stderr)
+            return exit_codes.FAILED
         except Exception as error:  # whatever a user's model does when it is traced
             print(tell.trace_failed(question.config_name, error), file=sys.stderr)
             if environ.get("PODLIFT_TRACEBACK"):
                 traceback.print_exception(error)
             return exit_codes.FAILED
     text = tell.one(forecasts[0]) if len(forecasts) == 1 else tell.several(forecasts)
-    print(text, end="")
+    print(text, end="", flush=True)
     writers: list[tuple[str | None, Callable[[str], Any]]] = [
         (options.json, lambda path: tell.write_json(path, forecasts)),
         (options.plot, lambda path: figure.write_png(path, forecasts)),

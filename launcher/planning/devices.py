@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from launcher import environment
 from launcher.planning.topology import Topology, unknown_topology
 from trainer.errors import UserError
 
-# Enough to cut a batch up; the program of a device does not depend on how many there are.
-_MOST_FAKE_DEVICES = 512
+# Enough to cut a batch up.
+_MOST_DEVICES = 512
 
 # Where scripts/setup.sh puts the GPU compiler: importable by a plan only, as jax would look for
 # CUDA's libraries at each start, and complain.
@@ -31,27 +31,24 @@ class Devices:
     """What a step is compiled for.
 
     Attributes:
-        devices: jax devices; of a compiler they can run nothing.
-        stands_for: the number of devices of the topology, where these are fewer.
-        note: what the plan leaves out because the compiler of the topology is not here; "" if it
-            is.
+        devices: jax devices; of a compiler they can run nothing. Perhaps fewer than the topology
+            has: the program of a device does not depend on how many others there are.
+        stands_for: the number of devices of the topology.
+        are_fake: whether CPU devices stand for others.
+        notes: what the plan leaves out on their account.
     """
 
     devices: Sequence[Any]
     stands_for: int
-    note: str = ""
-
-    @property
-    def are_fake(self) -> bool:
-        """Whether CPU devices stand for others."""
-        return bool(self.note)
+    are_fake: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def prepare(environ: MutableMapping[str, str], topologies: Sequence[Topology]) -> None:
     """Sets up jax for planning: nothing here is run, and only CPU devices are opened."""
     if GPU_COMPILER.is_dir() and str(GPU_COMPILER) not in sys.path:
         sys.path.append(str(GPU_COMPILER))
-    fakes = [min(t.num_devices, _MOST_FAKE_DEVICES) for t in topologies if not has_compiler(t)]
+    fakes = [min(t.num_devices, _MOST_DEVICES) for t in topologies if not has_compiler(t)]
     if fakes:
         environ.pop("XLA_FLAGS", None)
         environment.prepare(environ, max(fakes))
@@ -82,35 +79,59 @@ def find_devices(topology: Topology) -> Devices:
     import jax
 
     if topology.platform == "cpu" or not has_compiler(topology):
-        count = min(topology.num_devices, _MOST_FAKE_DEVICES)
-        return Devices(jax.devices("cpu")[:count], topology.num_devices, _note(topology, count))
-    from jax.experimental import topologies
-
-    options: dict[str, Any] = {}
+        count = min(topology.num_devices, _MOST_DEVICES)
+        devices: Sequence[Any] = jax.devices("cpu")[:count]
+        is_stand_in = topology.platform != "cpu"
+        notes = (_note(topology, count),) if is_stand_in else ()
+        return Devices(devices, topology.num_devices, is_stand_in, notes)
     if topology.platform == "tpu":
-        options["topology_name"] = topology.slice_name
+        devices = _tpu_devices(topology)
+        notes = ()
         if topology.num_slices > 1:
-            options["num_slices"] = topology.num_slices
-        if topology.chips_per_slice < 4:  # a host of one or two chips
-            options["chips_per_host_bounds"] = (*topology.shape, *([1] * (3 - len(topology.shape))))
-    else:
-        assert topology.chip is not None
-        options["target_config"] = (_TARGETS / f"{topology.chip.name}.pbtxt").read_text()
-        options["topology"] = topology.slice_name
-        options["topology_name"] = topology.name
-    try:
-        found = topologies.get_topology_desc(
-            platform="tpu" if topology.platform == "tpu" else "cuda", **options
-        ).devices
-    except Exception as error:  # jaxlib's own types of error
-        raise unknown_topology(topology.name, str(error).splitlines()[0]) from error
-    if len(found) != topology.num_devices:
+            notes = (
+                f"compiled for one of {topology.num_slices} slices; what the network between them "
+                "needs of the memory is left out",
+            )
+        return Devices(devices, topology.num_devices, notes=notes)
+    return Devices(_gpu_devices(topology), topology.num_devices)
+
+
+def _tpu_devices(topology: Topology) -> Sequence[Any]:
+    """Those of one slice. For several, XLA writes out how they are joined, in parts that have lost
+    their names; the model of time does that itself.
+    """
+    options: dict[str, Any] = {"topology_name": topology.slice_name}
+    if topology.chips_per_slice < 4:  # a host of one or two chips
+        options["chips_per_host_bounds"] = (*topology.shape, *([1] * (3 - len(topology.shape))))
+    found = _ask(topology.name, "tpu", options)
+    expected = topology.num_devices // topology.num_slices
+    if len(found) != expected:
         raise UserError(
-            f"--topology={topology.name}: the compiler sees {len(found)} devices where "
-            f"{topology.num_devices} were expected",
+            f"--topology={topology.name}: the compiler sees {len(found)} devices, not {expected}",
             "please report this with the output of: python -m launcher env",
         )
-    return Devices(found, len(found))
+    return found
+
+
+def _gpu_devices(topology: Topology) -> Sequence[Any]:
+    assert topology.chip is not None
+    _, gpus = topology.shape
+    hosts = max(1, min(topology.num_hosts, _MOST_DEVICES // gpus))
+    options = {
+        "topology_name": topology.name,
+        "target_config": (_TARGETS / f"{topology.chip.name}.pbtxt").read_text(),
+        "topology": f"1x{hosts}x{gpus}",
+    }
+    return _ask(topology.name, "cuda", options)
+
+
+def _ask(name: str, platform: str, options: Mapping[str, Any]) -> Sequence[Any]:
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform=platform, **options).devices
+    except Exception as error:  # jaxlib's own types of error
+        raise unknown_topology(name, str(error).splitlines()[0]) from error
 
 
 def _gpu_plugin() -> str | None:
@@ -123,8 +144,6 @@ def _gpu_plugin() -> str | None:
 
 
 def _note(topology: Topology, count: int) -> str:
-    if topology.platform == "cpu":
-        return ""
     what, extra = ("TPU", "tpu") if topology.platform == "tpu" else ("GPU", "plan-gpu")
     fewer = f"{count} of the " if count < topology.num_devices else ""
     return (

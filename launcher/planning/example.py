@@ -30,7 +30,7 @@ class ShapesOnly:
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         return {
-            name: np.zeros((*np.shape(indices), *shape), dtype)
+            name: np.broadcast_to(np.zeros((), dtype), (*np.shape(indices), *shape))
             for name, (dtype, shape) in self._shapes.items()
         }
 
@@ -51,7 +51,12 @@ def source(example: str) -> dict[str, ShapesOnly]:
             if match is None:
                 raise TypeError
             dims = tuple(int(d) for d in match[3].split(",") if d)
-            shapes[match[1]] = (np.dtype(match[2]), dims)
+            dtype = np.dtype(match[2])
+            if dtype.kind not in "biuf" and match[2] != "bfloat16":
+                raise TypeError
+            if 0 in dims:
+                raise TypeError
+            shapes[match[1]] = (dtype, dims)
         except TypeError as error:
             raise UserError(
                 f"--example: {item!r} is no shape", 'for example "x=uint8[224,224,3] y=int32[]"'

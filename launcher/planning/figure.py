@@ -44,7 +44,7 @@ def write_png(path: str, plans: Sequence[Forecast]) -> None:
 
 def write_html(path: str, plans: Sequence[Forecast], text: str) -> None:
     """The picture and the words, in one file that needs no other."""
-    title = f"Plan of {plans[0].config_name} on {', '.join(plan.topology.name for plan in plans)}"
+    title = f"Plan of {plans[0].config_name} on {', '.join(plan.topology.label for plan in plans)}"
     page = _PAGE.format(
         title=html.escape(title),
         alt="memory of a device, roofline and predicted scaling",

@@ -16,7 +16,8 @@ from launcher.planning.predict import Cluster, Prediction, Work, predict, scalin
 from launcher.planning.program import Program, State, Step
 from launcher.planning.topology import Topology
 from trainer.errors import UserError
-from trainer.job import Job, build_job
+from trainer.job import build_job
+from trainer.settings import Settings
 
 if TYPE_CHECKING:
     from launcher.planning.command import Options, Question
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 # Of a device's memory, in a search with quick compilations: one in full was found to need up to
 # 5.2 % more (docs/plan.md).
 _ROOM = 0.94
+
+# The length of a run whose length hangs on what is not known.
+_SOME_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Forecast:
         num_devices: as jax counts them, that take part; one under `vmap` in one process.
         num_hosts: processes of a run there.
         batch: examples of one device.
-        searched: whether that is the answer to "the most that fit".
+        searched: what is special about that, if it was searched for.
         state: what every device holds.
         program: the compiled step; of a smaller batch where this one does not fit.
         flops: of one step on one device.
@@ -46,11 +50,12 @@ class Forecast:
         needed: at its peak.
         prediction: of the time of a step; None where nothing is known of the chip, or it does not
             fit.
-        sync_bn_seconds: how much of it is for the collectives of batch normalisation.
+        sync_bn: whether the collectives of batch normalisation are in it.
+        sync_bn_seconds: what they take.
         scaling: the same for other numbers of chips.
         examples: in the training data; None if it was not loaded.
         num_steps: of the run.
-        note: what the plan leaves out.
+        notes: what the plan leaves out, and what would keep a run from starting.
         quick: whether the compiler was asked to save time.
     """
 
@@ -61,18 +66,19 @@ class Forecast:
     num_devices: int
     num_hosts: int
     batch: int
-    searched: bool
+    searched: str
     state: State
     program: Program
     flops: float
     memory_bytes: int | None
     needed: int
     prediction: Prediction | None
+    sync_bn: bool
     sync_bn_seconds: float
     scaling: Sequence[tuple[int, Prediction]]
     examples: int | None
     num_steps: int
-    note: str
+    notes: tuple[str, ...]
     quick: bool
 
     @property
@@ -96,6 +102,15 @@ class Forecast:
         return self.batch * self.num_devices
 
     @property
+    def note(self) -> str:
+        """All notes in one."""
+        return "; ".join(self.notes)
+
+    def is_batch_norm(self, collective: Collective) -> bool:
+        """Whether a collective belongs to a layer that keeps statistics of a batch."""
+        return collective.module in self.state.normalisations
+
+    @property
     def largest_arrays(self) -> Sequence[Array]:
         """The largest arrays of the step, at the planned batch."""
         scale = self.batch / self.program.batch
@@ -110,22 +125,27 @@ def make_forecast(
     Raises:
         UserError: a person has to change something; else whatever the user's code raises.
     """
-    topology, settings = question.topology, question.settings
-    if options.example is not None:
-        data = {"target": "launcher.planning.example:source", "example": options.example}
-        settings = dataclasses.replace(settings, data=data, augment=None, shuffle=False)
-    if options.batch is not None:  # instead of the config's, which may be more than there is data
-        settings = dataclasses.replace(settings, global_batch_size=1)
+    topology = question.topology
+    settings, notes = _for_planning(question.settings, options)
     devices = find_devices(topology)
+    if devices.are_fake and settings.lift.startswith("vmap") and topology.num_hosts > 1:
+        raise UserError(
+            f"config.lift={settings.lift!r} on several hosts needs the compiler to be planned",
+            "scripts/setup.sh tpu, or plan-gpu for GPUs; or another lift",
+        )
     job = build_job(settings)
     step = Step(settings, job, topology, devices, cache, options.quick)
+    # As many as there are, and not as many as it is compiled for.
+    used = devices.stands_for if step.lift.mesh.size > 1 else 1
+    shards = step.lift.num_shards // step.lift.mesh.size
     chip = topology.chip
     available = chip.memory_bytes // chip.devices_per_chip if chip else None
+    examples = None if options.example is not None else len(job.stream.source)
     compiled: dict[int, Program] = {}
 
     def compile_for(batch: int) -> Program:
         if batch not in compiled:
-            progress(f"compiling for {topology.name}, {batch} examples a device ...")
+            progress(f"compiling for {topology.label}, {batch * shards} examples a device ...")
             compiled[batch] = step.compile(batch)
         return compiled[batch]
 
@@ -134,51 +154,50 @@ def make_forecast(
         # A compiler that has run out says how much it asked for, which may not be all of it.
         return program.needed if program.fits else max(program.needed, (available or 0) + 1)
 
-    searched = options.batch == "auto"
-    if searched:
-        start = question.settings.global_batch_size // step.lift.num_shards
+    searched = ""
+    if options.batch == "auto":
         room = int(available * _ROOM) if available and options.quick else available
-        batch = _largest(needed, room, start, job, step)
+        start = question.settings.global_batch_size // (used * shards)
+        most = None if examples is None else examples // (used * shards)
+        batch = _largest(needed, room, start, most)
+        searched = "all the examples there are" if batch == most else "the most that fit"
     elif options.batch is not None:
         batch = int(options.batch)
     else:
-        step.lift.check_divides(settings.global_batch_size)
-        batch = settings.global_batch_size // step.lift.num_shards
+        whole = dataclasses.replace(step.lift, num_shards=used * shards)
+        whole.check_divides(settings.global_batch_size, settings.grad_accum_steps)
+        batch = settings.global_batch_size // (used * shards)
     program = compile_for(batch)
     total = needed(batch)
     if not program.fits:  # what is in the way is told from a program that can be looked at
         smaller = max(1, int(batch * (available or 0) / program.needed / 2))
         program = compile_for(smaller)
-    shards = step.lift.num_shards // step.lift.mesh.size
-    used = step.lift.mesh.size * topology.num_devices // len(devices.devices)
     flops = step.flops(batch)
-    work = Work(flops, program.bytes_accessed, program.collectives)
     fits = available is None or total <= available
     prediction, others, sync_bn = None, [], 0.0
     if chip is not None and fits:
+        work = Work(flops, program.bytes_accessed, program.collectives)
         cluster = _cluster(topology, chip) if used > 1 else Cluster(chip, (1,))
-        sync_bn = _sync_bn(work, cluster)
-        if not options.sync_bn:
-            kept = [c for c in work.collectives if not is_batch_norm(c)]
-            work = dataclasses.replace(work, collectives=kept)
-        prediction, others = predict(work, cluster), scaling(work, cluster)
+        without = dataclasses.replace(work, collectives=_without(work.collectives, step.state))
+        sync_bn = (
+            predict(work, cluster).collective_seconds - predict(without, cluster).collective_seconds
+        )
+        work = work if options.sync_bn else without
+        prediction = predict(work, cluster)
+        # The program of a single device has no collectives, and tells nothing of several.
+        others = scaling(work, cluster) if used > 1 else []
     size = batch * shards * used
-    note = devices.note
-    if size > len(job.stream.source):
-        note = f"{note}; " if note else ""
-        have = len(job.stream.source)
-        note += f"a run needs as many training examples as its batch, and there are {have:,}"
-    steps = settings.num_steps or (settings.num_epochs or 0) * max(
-        1, len(job.stream.source) // size
-    )
-    hosts = len({getattr(device, "process_index", 0) for device in devices.devices})
+    if examples is not None and size > examples:
+        notes.append(f"a run needs as many examples as its batch, and there are {examples:,}")
+    steps_per_epoch = max(1, (examples or 0) // size)
+    steps = question.settings.num_steps or (question.settings.num_epochs or 0) * steps_per_epoch
     return Forecast(
         label=question.label,
         config_name=question.config_name,
         lift=settings.lift,
         topology=topology,
         num_devices=used,
-        num_hosts=hosts,
+        num_hosts=topology.num_hosts if used > 1 else 1,
         batch=batch * shards,
         searched=searched,
         state=step.state,
@@ -187,22 +206,39 @@ def make_forecast(
         memory_bytes=available,
         needed=total,
         prediction=prediction,
+        sync_bn=options.sync_bn,
         sync_bn_seconds=sync_bn,
         scaling=others,
-        examples=None if options.example is not None else len(job.stream.source),
-        num_steps=steps,
-        note=note,
+        examples=examples,
+        num_steps=min(steps, question.settings.stop_at_step or steps),
+        notes=(*devices.notes, *notes),
         quick=options.quick,
     )
 
 
-def is_batch_norm(collective: Collective) -> bool:
-    """Whether a collective belongs to a layer of batch normalisation."""
-    return "BatchNorm" in collective.module
+def _for_planning(settings: Settings, options: Options) -> tuple[Settings, list[str]]:
+    """The settings of a run as a plan needs them, and what a person should know of the changes."""
+    notes = []
+    if options.example is not None:
+        data = {"target": "launcher.planning.example:source", "example": options.example}
+        settings = dataclasses.replace(settings, data=data, augment=None, shuffle=False)
+    if options.batch is not None:  # instead of the config's, which may be more than there is data
+        settings = dataclasses.replace(settings, global_batch_size=settings.grad_accum_steps)
+    if options.example is not None or options.batch is not None:
+        # Schedules are constants in the program; which ones does not matter.
+        settings = dataclasses.replace(settings, num_steps=settings.num_steps or _SOME_STEPS)
+    if settings.devices_per_process is not None:
+        settings = dataclasses.replace(settings, devices_per_process=None)
+        notes.append("config.devices_per_process is left out: the plan is for all devices")
+    return settings, notes
+
+
+def _without(collectives: Sequence[Collective], state: State) -> list[Collective]:
+    return [item for item in collectives if item.module not in state.normalisations]
 
 
 def _largest(
-    needed: Callable[[int], int], available: int | None, start: int, job: Job, step: Step
+    needed: Callable[[int], int], available: int | None, start: int, most: int | None
 ) -> int:
     """The most examples of one shard that fit into the bytes there are."""
     if available is None:
@@ -210,11 +246,9 @@ def _largest(
             "--batch=auto: nothing is known of the memory of cpu devices",
             "name a topology of TPUs or GPUs, or --batch=N",
         )
-    shards = step.lift.num_shards
-    most = len(job.stream.source) // shards
-    if most < 1:
+    if most == 0:
         raise UserError(
-            f"there are {len(job.stream.source)} training examples for {shards} devices",
+            "--batch=auto: there are more devices than training examples",
             "plan for fewer devices, or with --example",
         )
     batch = largest_batch(needed, available, max(1, start), most)
@@ -224,12 +258,6 @@ def _largest(
             "a device with more memory, a smaller model, or nn.remat around its blocks",
         )
     return batch
-
-
-def _sync_bn(work: Work, cluster: Cluster) -> float:
-    kept = [c for c in work.collectives if not is_batch_norm(c)]
-    without = predict(dataclasses.replace(work, collectives=kept), cluster)
-    return predict(work, cluster).step_seconds - without.step_seconds
 
 
 def _cluster(topology: Topology, chip: Chip) -> Cluster:

@@ -26,10 +26,11 @@ _COLLECTIVES = (
 )
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CALLS = ("while", "conditional", "call", "call-start", "async-start")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?([^,}\s]+)")
 
 # What the step itself reduces, under a name of its own.
@@ -90,11 +91,12 @@ def find_collectives(text: str) -> list[Collective]:
     counts: Counter[tuple[str, str, bool]] = Counter()
     sizes: Counter[tuple[str, str, bool]] = Counter()
     computations = _computations(text)
+    beside = _started(computations)
     for name, times in _calls(computations).items():
         lines = computations[name]
         readers = _readers(lines)
         for line in lines:
-            asynchronous = line.opcode.endswith("-start")
+            asynchronous = line.opcode.endswith("-start") or name in beside
             kind = line.opcode.removesuffix("-start")
             if kind not in _COLLECTIVES:
                 continue
@@ -141,9 +143,10 @@ def largest_arrays(text: str, count: int = 5) -> list[Array]:
 
 def module_of(op_name: str) -> str:
     """`jit(f)/shard_map/transpose(jvp(ResNet))/Block_0/BatchNorm_1/psum` to its module's path."""
-    parts = [part for part in _unwrapped(op_name)[:-1] if part]
-    if MEAN_SCOPE in parts:
+    if MEAN_SCOPE in op_name:
         return UPDATE
+    # Where XLA has joined several names, the first.
+    parts = [part for part in _unwrapped(op_name.split(":")[0])[:-1] if part]
     # The first part is the model itself, which a single name does not tell apart from others.
     return "/".join(parts[1:] or parts) or ELSEWHERE
 
@@ -167,8 +170,14 @@ def size_of(shape: str) -> int:
 
 
 def _elements(line: Instruction) -> list[str]:
-    """The results of a collective. A started all-gather also carries its operands, first."""
-    shapes = [match[0] for match in re.finditer(r"[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?", line.shape)]
+    """The results of a collective. What is started may also carry its operands, first."""
+    text = re.sub(r"\{[^}]*\}", "", line.shape)  # layouts
+    nested = line.opcode.endswith("-start") and text.startswith("((")
+    if nested:
+        text = text[text.index(")") :]
+    shapes = re.findall(r"[a-z]\w*\[[\d,]*\]", text)
+    if nested:
+        return shapes
     if line.opcode in ("all-gather-start", "collective-permute-start") and len(shapes) > 1:
         operands = line.rest.split(")")[0].count("%")
         return shapes[operands : 2 * operands] or shapes[-1:]
@@ -247,7 +256,7 @@ def _calls(computations: dict[str, list[Instruction]], *, multiply: bool = True)
     def run(name: str, count: int) -> None:
         times[name] += count
         for line in computations.get(name, []):
-            if line.opcode in ("while", "conditional", "call", "async-start"):
+            if line.opcode in _CALLS:
                 trips = _TRIPS.search(line.rest) if line.opcode == "while" and multiply else None
                 for called in _called(line):
                     if called in computations:
@@ -255,6 +264,17 @@ def _calls(computations: dict[str, list[Instruction]], *, multiply: bool = True)
 
     run("ENTRY", 1)
     return times
+
+
+def _started(computations: dict[str, list[Instruction]]) -> set[str]:
+    """Computations that are started and waited for later, such as those of a TPU's SparseCore."""
+    return {
+        called
+        for lines in computations.values()
+        for line in lines
+        if line.opcode.endswith("-start")
+        for called in _called(line)
+    }
 
 
 def _called(line: Instruction) -> Iterator[str]:

@@ -41,7 +41,8 @@ def largest_batch(
         if guess is not None and on_line < 2:
             on_line += 1
         else:  # the line has not led there at once
-            guess, on_line = (16 * low if high is None else (low + high) // 2), 0
+            unknown = high is None or (high == beyond and low)
+            guess, on_line = (16 * low if unknown or high is None else (low + high) // 2), 0
         batch = max(low + step, guess)
         if high is not None:
             batch = min(batch, high - margin)

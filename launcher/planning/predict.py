@@ -175,7 +175,7 @@ def of_size(cluster: Cluster, num_chips: int) -> Cluster:
     if num_chips == cluster.num_chips:
         return cluster
     if chip.torus_axes == 0:
-        near = min(num_chips, cluster.chips_per_domain)
+        near = min(num_chips, max(chip.chips_per_host, cluster.chips_per_domain))
         return Cluster(chip, (near,), math.ceil(num_chips / near))
     near = min(num_chips, max(chip.max_chips, cluster.chips_per_domain))
     return Cluster(chip, _box(near, chip.torus_axes), math.ceil(num_chips / near))

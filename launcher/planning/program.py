@@ -11,7 +11,7 @@ import importlib.metadata
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,11 @@ from trainer.state import count_params, name_leaves
 from trainer.step import AXIS
 
 # XLA:TPU then takes no time to search for faster code; collectives and FLOPs are the same, and the
-# memory within 2 % (docs/plan.md).
-_QUICK = {"exec_time_optimization_effort": -1.0}
+# memory is nearly so (docs/plan.md). What the option is called: until jax 0.10, and since.
+_QUICK: tuple[dict[str, Any] | None, ...] = (
+    {"exec_time_optimization_effort": -1.0},
+    {"optimization_level": "O0"},
+)
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 
@@ -45,12 +48,14 @@ class State:
 
     Attributes:
         parameters: how many numbers.
+        normalisations: paths of the modules that keep statistics of a batch.
         parameter_bytes: of these.
         optimizer_bytes: of the optimizer's state.
         model_bytes: of other state, such as statistics.
     """
 
     parameters: int
+    normalisations: frozenset[str]
     parameter_bytes: int
     optimizer_bytes: int
     model_bytes: int
@@ -108,7 +113,7 @@ class Step:
         cache: PlanCache,
         quick: bool = True,
     ) -> None:
-        ordered = order_devices(devices.devices, settings.lift, settings.devices_per_process)
+        ordered = order_devices(devices.devices, settings.lift)
         self.lift: Lift = make_lift(settings.lift, Mesh(np.array(ordered), (AXIS,)))
         # What a call with several steps adds is their batches; one step is what is compiled.
         self._settings = dataclasses.replace(settings, steps_per_call=1)
@@ -116,15 +121,17 @@ class Step:
         self._job = job
         self._topology = topology
         self._cache = cache
-        self._options = _QUICK if quick and self.lift.platform == "tpu" else None
+        self._options = _QUICK if quick and self.lift.platform == "tpu" else (None,)
         self._shapes = jax.eval_shape(make_init(job, settings.seed))
 
     @functools.cached_property
     def state(self) -> State:
         """What every device holds."""
         shapes = self._shapes
+        statistics = shapes.model_state.get("batch_stats", {})
         return State(
             count_params(shapes.params),
+            frozenset(name.rpartition("/")[0] for name in name_leaves(statistics)),
             _size(shapes.params),
             _size(shapes.opt_state),
             _size((shapes.model_state, shapes.ema, shapes.loss_scale)),
@@ -149,56 +156,80 @@ class Step:
         lowered = lowerable.lower(
             self.lift.state_shapes(self._shapes), self.lift.batch_shapes(rows)
         )
-        names = list(name_leaves(self._shapes))
-        versions = [_version(package) for package in _PACKAGES]
-        target = [str(device) for device in self.lift.mesh.devices.flat[:1]]
         asked = [
             lowered.as_text(),
-            names,
-            self._topology.slice_name if self._topology.platform != "cpu" else "cpu",
-            self._topology.num_slices,
-            target,
+            sorted(set(_NAMES.findall(lowered.as_text(debug_info=True)))),
+            list(name_leaves(self._shapes)),
+            self._topology.platform,
+            self._topology.chip,
+            self._topology.shape,
             self._options,
-            versions,
+            [_version(package) for package in _PACKAGES],
         ]
         key = self._cache.key(asked)
-        found = self._cache.get(key)
-        if found is None:
+        kept = self._cache.get(key)
+        program = self._program(batch, kept, cached=True) if kept is not None else None
+        if program is None:
             started = time.monotonic()
-            found = _describe(lambda: lowered.compile(compiler_options=self._options))
+            found = _describe(lowered, self._options)
             found["compile_seconds"] = time.monotonic() - started
             self._cache.put(key, found)
-            cached = False
-        else:
-            cached = True
-        return self._program(batch, found, cached)
+            program = self._program(batch, found, cached=False)
+            assert program is not None
+        return program
 
-    def _program(self, batch: int, found: dict[str, Any], cached: bool) -> Program:
+    def _program(self, batch: int, found: dict[str, Any], *, cached: bool) -> Program | None:
+        """What a compiler has said, in this batch's terms; None if it is not what one says."""
         more = self._extra_batches * _size(dict(self._rows(batch)))
-        return Program(
-            **{
-                **found,
-                "collectives": tuple(Collective(**item) for item in found["collectives"]),
-                "largest": tuple(Array(**item) for item in found["largest"]),
-                "needed": found["needed"] + more,
-                "arguments": found["arguments"] + more,
-            },
-            batch=batch,
-            cached=cached,
-        )
+        try:
+            program = Program(
+                **{
+                    **found,
+                    "collectives": tuple(Collective(**item) for item in found["collectives"]),
+                    "largest": tuple(Array(**item) for item in found["largest"]),
+                    "needed": int(found["needed"]) + more,
+                    "arguments": int(found["arguments"]) + more,
+                },
+                batch=batch,
+                cached=cached,
+            )
+        except (TypeError, KeyError, ValueError):
+            return None
+        return program
 
     def _rows(self, rows: int) -> Any:
         return self._job.stream.shapes(rows).items()
 
 
-def _describe(compile_step: Callable[[], Any]) -> dict[str, Any]:
+# Of functions and modules, in a lowered program's locations.
+_NAMES = re.compile(r'"(jit[^"]*)"')
+
+
+class CompilerRefuses(Exception):
+    """A compiler has refused a program, for another reason than its size."""
+
+
+def _compile(lowered: Any, options: Sequence[dict[str, Any] | None]) -> Any:
+    """Compiles with the first of some options that the compiler knows, or with none."""
+    for option in options:
+        try:
+            return lowered.compile(compiler_options=option)
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+        except TypeError:  # an option of another type than this jax has
+            continue
+    return lowered.compile()
+
+
+def _describe(lowered: Any, options: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     """Compiles, and says what came of it in plain values."""
     try:
-        compiled = compile_step()
+        compiled = _compile(lowered, options)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
-            raise
+            raise CompilerRefuses(str(error).strip().splitlines()[0]) from error
         return {
             "fits": False,
             "needed": needed,
@@ -264,7 +295,8 @@ def _needed(message: str) -> int | None:
 
 def _size(tree: Any) -> int:
     return sum(
-        int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+        int(np.prod(leaf.shape)) * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 

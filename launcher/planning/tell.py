@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.planning.forecast import Forecast, is_batch_norm
+from launcher.planning.forecast import Forecast
 from launcher.planning.hlo import Collective
 
 _MOST_LINES = 14
@@ -24,12 +24,12 @@ def one(plan: Forecast) -> str:
     hosts = f", {plan.num_hosts} hosts" if plan.num_hosts > 1 else ""
     kind = plan.topology.chip.device_kind if plan.topology.chip else "CPU, virtual"
     lines = [
-        f"plan of {plan.config_name} on {plan.topology.name}: {plan.num_devices:,} devices "
+        f"plan of {plan.config_name} on {plan.topology.label}: {plan.num_devices:,} "
+        f"device{'s' * (plan.num_devices > 1)} "
         f"({kind}{hosts}), lift {plan.lift}"
     ]
-    if plan.note:
-        lines.append(f"note: {plan.note}")
-    searched = ", the most that fit" if plan.searched else ""
+    lines += [f"note: {note}" for note in plan.notes]
+    searched = f", {plan.searched}" if plan.searched else ""
     state = plan.state
     lines += [
         f"batch            {plan.global_batch:,} examples, {plan.batch:,} a device{searched}",
@@ -41,10 +41,13 @@ def one(plan: Forecast) -> str:
         "",
         *_work(plan),
         "",
-        *_collectives(plan.program.collectives),
+        *_collectives(plan),
     ]
     if plan.prediction is not None:
-        lines += ["", *_prediction(plan), "", *_scaling(plan)]
+        lines += ["", *_prediction(plan)]
+        lines += ["", *_scaling(plan)] if plan.scaling else []
+        if not plan.scaling:
+            lines.append("  one device: nothing is said of more")
     elif plan.fits:
         lines += ["", "no prediction: nothing is known of the speed of these devices"]
     lines += ["", _compiled(plan)]
@@ -93,7 +96,7 @@ def several(plans: Sequence[Forecast]) -> str:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         text += "  ".join(cells).rstrip() + "\n"
-    for note in dict.fromkeys(f"note on {p.topology.name}: {p.note}" for p in plans if p.note):
+    for note in dict.fromkeys(f"note on {p.topology.label}: {p.note}" for p in plans if p.note):
         text += f"{note}\n"
     return text
 
@@ -105,6 +108,7 @@ def to_json(plan: Forecast) -> dict[str, Any]:
         "label": plan.label,
         "config": plan.config_name,
         "topology": plan.topology.name,
+        "num_slices": plan.topology.num_slices,
         "lift": plan.lift,
         "devices": plan.num_devices,
         "hosts": plan.num_hosts,
@@ -136,6 +140,7 @@ def to_json(plan: Forecast) -> dict[str, Any]:
             "memory_seconds": prediction.memory_seconds if prediction else None,
             "collective_seconds": prediction.collective_seconds if prediction else None,
             "straggler_seconds": prediction.straggler_seconds if prediction else None,
+            "sync_bn": plan.sync_bn,
             "sync_bn_seconds": plan.sync_bn_seconds if prediction else None,
         },
         "scaling": [
@@ -167,7 +172,8 @@ def trace_failed(config_name: str, error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     told = f"error: {config_name} does not trace: {type(error).__name__}: {lines[0]}"
     # With nothing of the user's on the way, the last line of podlift's own models is the nearest.
-    models = [f for f in frames if f"{os.sep}trainer{os.sep}models{os.sep}" in f.filename]
+    parts = [os.sep.join(("", "trainer", part)) for part in ("models", "losses", "metrics")]
+    models = [f for f in frames if any(part in f.filename for part in parts)]
     for frame in (own or models)[-1:]:
         source = linecache.getline(frame.filename, frame.lineno or 0).strip()
         told += (
@@ -240,7 +246,8 @@ def _work(plan: Forecast) -> list[str]:
     ]
 
 
-def _collectives(collectives: Sequence[Collective]) -> list[str]:
+def _collectives(plan: Forecast) -> list[str]:
+    collectives = plan.program.collectives
     lines = [f"collectives      {'count':>7}  {'bytes':>10}"]
     if not collectives:
         return ["collectives      none"]
@@ -258,7 +265,7 @@ def _collectives(collectives: Sequence[Collective]) -> list[str]:
         rest = [item for _, items in shown[_MOST_LINES:] for item in items]
         lines.append(_line_of(f"{len(shown) - _MOST_LINES} more", rest))
     lines.append(_line_of("together", list(collectives)))
-    batch_norm = [item for item in collectives if is_batch_norm(item)]
+    batch_norm = [item for item in collectives if plan.is_batch_norm(item)]
     if batch_norm:
         lines.append(_line_of("of which batch normalisation", batch_norm))
     return lines
@@ -266,7 +273,8 @@ def _collectives(collectives: Sequence[Collective]) -> list[str]:
 
 def _line_of(name: str, items: Sequence[Collective]) -> str:
     count = sum(item.count for item in items)
-    return f"  {'':14} {count:>7,}  {_bytes(sum(item.bytes for item in items)):>10}  {name}"
+    size = _bytes(sum(item.bytes for item in items))
+    return f"  {'':14} {count:>7,}  {size:>10}  {name if len(name) < 60 else f'{name[:57]}...'}"
 
 
 def _prediction(plan: Forecast) -> list[str]:
@@ -281,18 +289,17 @@ def _prediction(plan: Forecast) -> list[str]:
     def row(name: str, seconds: float, note: str = "") -> str:
         return f"  {name:14} {_seconds(seconds):>9}  {'#' * round(24 * seconds / longest)}{note}"
 
-    sync = [item for item in plan.program.collectives if is_batch_norm(item)]
+    sync = [item for item in plan.program.collectives if plan.is_batch_norm(item)]
     lines = [
         "predicted, not measured (docs/plan.md says how well):",
         row("compute", prediction.compute_seconds),
         row("memory", prediction.memory_seconds),
         row("collectives", prediction.collective_seconds),
     ]
-    if sync:
-        lines.append(
-            f"    sync BN      {_seconds(plan.sync_bn_seconds):>9}  "
-            f"{sum(item.count for item in sync)} small ones, one after another: latency, not bytes"
-        )
+    if sync and plan.sync_bn_seconds:
+        small = f"{sum(item.count for item in sync)} small ones, one after another"
+        what = f"{small}: latency, not bytes" if plan.sync_bn else "left out: --nosync_bn"
+        lines.append(f"    sync BN      {_seconds(plan.sync_bn_seconds):>9}  {what}")
     if prediction.straggler_seconds:
         lines.append(row("stragglers", prediction.straggler_seconds))
     lines.append(

@@ -27,7 +27,11 @@ _SHAPES: dict[str, tuple[str, ...]] = {
 }
 _GPUS = ("h100", "a100", "l4")
 # What is sold under a count of chips or cores: `v5e-256`.
-_COUNTED = re.compile(r"(v5e|v6e|v5litepod)-(\d+)")
+_COUNTED = re.compile(r"(v2|v3|v4|v5p|v5e|v6e|v5litepod)-([1-9][0-9]*)")
+# Of which the older ones count cores, two to a chip.
+_CORES = ("v2", "v3", "v4", "v5p")
+# More than anybody has, and few enough to answer about.
+_MOST_DEVICES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,24 @@ class Topology:
 
     @property
     def slice_name(self) -> str:
-        """A TPU slice as its compiler names it, a GPU cluster as slices x hosts x GPUs."""
-        dims = "x".join(map(str, self.shape))
-        if self.platform == "gpu":
-            return f"{self.num_slices}x{dims}"
+        """A TPU slice as its compiler names it."""
         assert self.chip is not None
-        return f"{self.chip.name}:{dims}"
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def label(self) -> str:
+        """Its name, with the slices that were asked for beside it."""
+        slices = self.num_slices > 1 and self.platform == "tpu"
+        return f"{self.num_slices} x {self.name}" if slices else self.name
+
+    @property
+    def num_hosts(self) -> int:
+        """Processes of a run there."""
+        if self.chip is None:
+            return 1
+        if self.platform == "gpu":
+            return self.num_slices * self.shape[0]
+        return self.num_slices * max(1, self.chips_per_slice // self.chip.chips_per_host)
 
 
 def known_topologies() -> list[str]:
@@ -100,18 +116,26 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
     if counted:
         kind = "v5e" if counted[1] == "v5litepod" else counted[1]
         by_count = {math.prod(_dims(shape)): shape for shape in _SHAPES[kind]}
-        if int(counted[2]) in by_count:
-            name = f"{kind}:{by_count[int(counted[2])]}"
+        chips = int(counted[2]) // 2 if kind in _CORES else int(counted[2])
+        if chips in by_count:
+            name = f"{kind}:{by_count[chips]}"
     name = name.replace("v7x:", "tpu7x:") if name.startswith("v7x:") else name
     kind, _, rest = name.partition(":")
-    if kind == "cpu" and rest.isdigit() and int(rest) > 0:
-        return Topology(text, "cpu", None, (int(rest),))
+    if kind == "cpu" and len(_dims(rest)) == 1:
+        if num_slices > 1:
+            raise UserError(f"--num_slices={num_slices}: cpu devices have no slices")
+        return _checked(Topology(text, "cpu", None, _dims(rest)))
     if kind == "gpu":
         gpu, _, dims = rest.partition(":")
         sizes = _dims(dims)
         if gpu in _GPUS and len(sizes) in (2, 3):
+            if len(sizes) == 3 and num_slices > 1:
+                raise UserError(
+                    f"--num_slices={num_slices} and --topology={text} both say how many clusters",
+                    "leave one of them out",
+                )
             slices = sizes[0] if len(sizes) == 3 else num_slices
-            return Topology(text, "gpu", CHIPS[gpu], sizes[-2:], slices)
+            return _checked(Topology(text, "gpu", CHIPS[gpu], sizes[-2:], slices))
     elif kind in _SHAPES:
         sizes = _dims(rest)
         if len(sizes) == len(_dims(_SHAPES[kind][0])):
@@ -122,8 +146,17 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
                     "most",
                     f"--topology={kind}:{_SHAPES[kind][-1]} --num_slices=N joins several",
                 )
-            return topology
+            return _checked(topology)
     raise unknown_topology(text)
+
+
+def _checked(topology: Topology) -> Topology:
+    if topology.num_devices > _MOST_DEVICES:
+        raise UserError(
+            f"--topology={topology.name} has {topology.num_devices:,} devices",
+            f"{_MOST_DEVICES:,} are the most",
+        )
+    return topology
 
 
 def unknown_topology(text: str, why: str = "") -> UserError:

@@ -108,10 +108,12 @@ def test_a_second_plan_asks_no_compiler_and_the_lifts_are_alike(plan):
     assert again == first
     _, _, _, other = plan(DIGITS, "--topology=v5e:2x2", "--config.model.hidden_size=100")
     assert not other["cached"]
-    code, out, err, found = plan(DIGITS, "--topology=v5e:2x2", "--compare=pmap,shard_map")
+    code, out, err, found = plan(DIGITS, "--topology=v5e:2x2", "--compare=pmap,shard_map,vmap:4")
     assert code == 0, err
-    assert out.splitlines()[0].split() == ["pmap", "shard_map"]
-    one, two = found["plans"]
+    assert out.splitlines()[0].split() == ["pmap", "shard_map", "vmap:4"]
+    one, two, simulated = found["plans"]
+    assert (simulated["devices"], simulated["collectives"], simulated["scaling"]) == (1, [], [])
+    assert simulated["flops"] == 4 * one["flops"]
     assert (one["flops"], one["collectives"]) == (two["flops"], two["collectives"])
     assert one["peak_bytes"] == pytest.approx(two["peak_bytes"], rel=0.05)
 
@@ -128,6 +130,27 @@ def test_gpus_of_several_hosts(plan):
     assert all(c["asynchronous"] for c in found["collectives"])
     assert found["bytes_accessed"] > 0
     assert found["peak_bytes"] > found["argument_bytes"]
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1", "v3:2x2"])
+def test_every_chip_reduces_the_same_bytes(plan, topology):
+    code, _, err, found = plan(DIGITS, f"--topology={topology}", "--batch=512")
+    assert code == 0, err
+    # An MLP of 26,634 parameters with 2 * 128 normalised features, and three sums.
+    assert bytes_of(found, "gradients, statistics, metrics") == 4 * (26_634 + 2 * 256 + 3)
+
+
+@needs_tpu_compiler
+def test_several_slices_cost_what_scaling_says_and_have_their_names(plan):
+    _, _, _, one = plan(RESNET, "--topology=v5e:16x16", "--batch=4")
+    code, out, err, two = plan(RESNET, "--topology=v5e:16x16", "--batch=4", "--num_slices=2")
+    assert code == 0, err
+    assert (two["devices"], two["hosts"], two["num_slices"]) == (512, 128, 2)
+    assert two["collectives"] == one["collectives"]
+    beyond = next(row for row in one["scaling"] if row["chips"] == 512)
+    assert two["predicted"]["step_seconds"] == pytest.approx(beyond["step_seconds"])
+    assert "one of 2 slices" in out
 
 
 @slow
@@ -235,6 +258,79 @@ def test_pictures(plan, tmp_path):
     assert f"wrote {tmp_path}/plan.png" in out
 
 
+def test_more_devices_than_are_faked(plan):
+    code, out, err, found = plan(
+        DIGITS, "--topology=cpu:1024", "--config.global_batch_size=1024", compilers=False
+    )
+    assert code == 0, err
+    assert (found["devices"], found["batch_per_device"], found["global_batch_size"]) == (
+        1024,
+        1,
+        1024,
+    )
+    assert "1,024 examples, 1 a device" in out
+
+
+def test_shapes_alone_with_a_schedule_over_epochs(plan):
+    code, _, err, found = plan(
+        RESNET,
+        "--topology=v5e:2x2",
+        "--example=x=float32[8,8,1] y=int32[]",
+        "--batch=16",
+        "--config.steps_per_call=10",
+        "--nosync_bn",
+        compilers=False,
+    )
+    assert code == 0, err
+    assert found["predicted"]["sync_bn"] is False
+    assert found["predicted"]["sync_bn_seconds"] > 0
+    assert found["argument_bytes"] > 10 * 16 * 64 * 4
+
+
+def test_a_damaged_cache_is_no_cache(plan, tmp_path):
+    cache = tmp_path / "cache"
+    _, _, _, first = plan(DIGITS, "--topology=cpu:2", compilers=False)
+    (entry,) = (cache / "podlift/plan").iterdir()
+    for text in ("", "{}", "[]", entry.read_text().replace('"bytes_accessed": ', '"x": NaN, "y":')):
+        entry.write_text(text)
+        code, _, err, again = plan(DIGITS, "--topology=cpu:2", compilers=False)
+        assert code == 0, err
+        assert not again["cached"]
+        assert again["peak_bytes"] == first["peak_bytes"]
+
+
+NAMED = """
+import flax.linen as nn
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = x.reshape(x.shape[0], -1)
+        x = nn.BatchNorm(use_running_average=not train, axis_name="batch", name="norm1")(x)
+        return nn.Dense(10)(x)
+"""
+
+
+def test_normalisation_is_known_by_its_statistics_and_not_by_its_name(plan, tmp_path):
+    (tmp_path / "mine.py").write_text(NAMED)
+    own(tmp_path)
+    code, out, err, found = plan(
+        "--config=own.py", "--topology=v5e:2x2", cwd=tmp_path, compilers=False
+    )
+    assert code == 0, err
+    assert "of which batch normalisation" in out
+    assert found["predicted"]["sync_bn_seconds"] > 0
+
+
+def own(folder):
+    """A config like that of the digits, with a model of the user's."""
+    (folder / "own.py").write_text(
+        f"import runpy\nbase = runpy.run_path({str(ROOT / 'configs/digits.py')!r})\n"
+        "def get_config():\n    config = base['get_config']()\n"
+        "    config.model = {'target': 'mine:Model'}\n    return config\n"
+    )
+
+
 MODEL = """
 import flax.linen as nn
 
@@ -256,11 +352,7 @@ def test_a_model_that_does_not_trace_shows_its_line(plan, tmp_path):
         cwd=tmp_path,
     )
     assert code == 2, err  # a keyword that the model does not take is told first
-    (tmp_path / "own.py").write_text(
-        f"import runpy\nbase = runpy.run_path({str(ROOT / 'configs/digits.py')!r})\n"
-        "def get_config():\n    config = base['get_config']()\n"
-        "    config.model = {'target': 'mine:Model'}\n    return config\n"
-    )
+    own(tmp_path)
     code, _, err, _ = plan("--config=own.py", "--topology=cpu:4", cwd=tmp_path)
     assert code == 1
     assert "mine.py:8, in __call__: return y @ y  # a mistake" in err
@@ -274,6 +366,13 @@ def test_a_model_that_does_not_trace_shows_its_line(plan, tmp_path):
         (["--topology=v5e:16x61"], "v5e:16x16"),
         (["--topology=v5e:2x4", "--config.global_batch_size=100"], "sizes that do: 96 or 104"),
         (["--topology=cpu:4", "--batch=lots"], "--batch=lots"),
+        (["--topology=cpu:4", "--batch=²"], "--batch=²"),
+        (["--topology=cpu:²"], "there is no topology"),
+        (["--topology=cpu:4", "--num_slices=2"], "cpu devices have no slices"),
+        (["--topology=gpu:h100:2x1x4", "--num_slices=2"], "leave one of them out"),
+        (["--topology=gpu:h100:999999x8"], "devices"),
+        (["--topology=cpu:4", "--example=x=object[3] y=int32[]"], "--example"),
+        (["--topology=cpu:4", "--plot=a.jpg"], "PNG"),
         (["--topology=cpu:4", "--batch=auto"], "nothing is known of the memory"),
         (["--topology=cpu:4", "--example=x=[3]"], "--example"),
         (["--topology=cpu:4", "--compare=v5e:2x2,nonsense"], "'nonsense' is no topology"),
