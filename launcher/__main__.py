@@ -25,6 +25,10 @@ def main() -> None:
         from launcher.planning.command import main as plan
 
         sys.exit(plan(sys.argv[2:]))
+    if sys.argv[1:2] == ["report"]:
+        from launcher.reporting.command import main as report
+
+        sys.exit(report(sys.argv[2:]))
     from absl import app
 
     from launcher import flags

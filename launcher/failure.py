@@ -120,6 +120,27 @@ def of_exit(
     return Failure(rank, code, message, step=step, log=log, weight=weight)
 
 
+# Messages of jax, gloo and NCCL when another process went away or does not answer.
+_LOST_PEER = (
+    "gloo all",
+    "gloo context",
+    "gloo collective",
+    "nccl",
+    "connection closed by peer",
+    "connection reset by peer",
+    "coordination service",
+    "coordinationservice",
+    "waiting for async_write_complete barrier",
+    "deadline_exceeded",
+    "unavailable:",
+)
+
+
+def is_of_a_lost_peer(message: str) -> bool:
+    """By the words: jax raises several types for it, ValueError among them."""
+    return any(sign in message.lower() for sign in _LOST_PEER)
+
+
 def write_failure(
     folder: Path, failure: Failure | Outcome, *, rank: int, log: Path | str, attempt: int = 1
 ) -> None:

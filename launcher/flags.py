@@ -61,6 +61,8 @@ What happens when something fails:
 
 Also: python -m launcher plan   does it fit a TPU or GPU topology, how fast: without one; see its
                                 --help
+      python -m launcher report WORKDIR ...
+                                runs as one page of HTML: curves, config, faults; see its --help
       python -m launcher env    versions, devices and variables, for a bug report
 
 Exit codes: 0 done, 1 the program failed, 2 usage, 42 start it again (asked to stop and saved,
@@ -207,17 +209,43 @@ def read_command(argv: Sequence[str], defined: Flags) -> Command:
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
-        for name, (define, default, lowest) in defined.items():
-            bound = {} if lowest is None else {"lower_bound": lowest}
-            define(name, default, "", flag_values=values, **bound)
-        left = values(rest)[1:]
+        left = _read_flags(rest, defined, values)
     except flags.UnrecognizedFlagError as error:
-        raise _unknown_flag(error.flagname, defined) from error
+        raise _unknown_flag(error.flagname, ["config", *defined]) from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(_first_line(error), "see --help and --print_config") from error
     if left:
         raise UserError(f"unexpected argument {left[0]!r}", "flags are written --name=value")
     return Command(path, spec, values.config, {name: values[name].value for name in defined})
+
+
+def read_arguments(argv: Sequence[str], defined: Flags) -> tuple[list[str], dict[str, Any]]:
+    """Reads a command line without a config: its arguments, and the value of every flag.
+
+    Args:
+        argv: what to call the program in messages, and its arguments.
+        defined: the flags, by name.
+
+    Raises:
+        UserError: for anything a person got wrong.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt()  # flags may come after arguments
+    try:
+        arguments = _read_flags(argv, defined, values)
+    except flags.UnrecognizedFlagError as error:
+        raise _unknown_flag(error.flagname, [*defined]) from error
+    except (flags.Error, ValueError) as error:
+        raise UserError(_first_line(error), "see --help") from error
+    return arguments, {name: values[name].value for name in defined}
+
+
+def _read_flags(argv: Sequence[str], defined: Flags, values: flags.FlagValues) -> list[str]:
+    """Defines and reads flags; returns the other arguments."""
+    for name, (define, default, lowest) in defined.items():
+        bound = {} if lowest is None else {"lower_bound": lowest}
+        define(name, default, "", flag_values=values, **bound)
+    return list(values(argv)[1:])
 
 
 def format_config(config: ConfigDict) -> str:
@@ -244,8 +272,9 @@ def _take_config(argv: list[str], defined: Flags) -> tuple[str, list[str]]:
         known = ("config.", "noconfig.", *defined, *(f"no{name}" for name in defined))
         for argument in rest[1:]:
             if argument.startswith("-") and not argument.lstrip("-").startswith(known):
-                raise _unknown_flag(argument.lstrip("-").split("=")[0], defined)
-        near = difflib.get_close_matches(rest[1] if len(rest) > 1 else "", ["env", "plan"], n=1)
+                raise _unknown_flag(argument.lstrip("-").split("=")[0], ["config", *defined])
+        commands = ["env", "plan", "report"]
+        near = difflib.get_close_matches(rest[1] if len(rest) > 1 else "", commands, n=1)
         if near:
             raise UserError(f"there is no command {rest[1]!r}", f"did you mean {near[0]}?")
         if len(rest) > 1 and not rest[1].startswith("-"):
@@ -258,8 +287,8 @@ def _take_config(argv: list[str], defined: Flags) -> tuple[str, list[str]]:
     return found[0], rest
 
 
-def _unknown_flag(name: str, defined: Flags) -> UserError:
-    near = difflib.get_close_matches(name, ["config", *defined, "help"], n=1)
+def _unknown_flag(name: str, known: Sequence[str]) -> UserError:
+    near = difflib.get_close_matches(name, [*known, "help"], n=1)
     return UserError(
         f"there is no flag --{name}", f"did you mean --{near[0]}?" if near else "see --help"
     )

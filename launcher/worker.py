@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from launcher import exit_codes
 from launcher.assignment import Assignment, Outcome
-from launcher.failure import forget_failure, write_failure
+from launcher.failure import forget_failure, is_of_a_lost_peer, write_failure
 from launcher.plan import Plan
 from launcher.progress import ProgressPage
 from launcher.rank_log import RankLog
@@ -44,21 +44,6 @@ from trainer.errors import (
     UserError,
 )
 from trainer.workdir import config_from_json
-
-# Messages of jax, gloo and NCCL when another process went away or does not answer.
-_LOST_PEER = (
-    "gloo all",
-    "gloo context",
-    "gloo collective",
-    "nccl",
-    "connection closed by peer",
-    "connection reset by peer",
-    "coordination service",
-    "coordinationservice",
-    "waiting for async_write_complete barrier",
-    "deadline_exceeded",
-    "unavailable:",
-)
 
 
 def run_here(plan: Plan) -> int:
@@ -193,13 +178,8 @@ def _outcome_of(
         except Exception:
             text = trace.splitlines()[-1]
         message = f"{type(error).__name__} on rank {rank}: {text}"
-        return Outcome(exit_codes.FAILED, message, trace, step(), _is_of_a_lost_peer(text))
+        return Outcome(exit_codes.FAILED, message, trace, step(), is_of_a_lost_peer(text))
     return Outcome(exit_codes.DONE)
-
-
-def _is_of_a_lost_peer(message: str) -> bool:
-    """By the words: jax raises several types for it, ValueError among them."""
-    return any(sign in message.lower() for sign in _LOST_PEER)
 
 
 def _die_with(parent: int) -> None:

@@ -9,6 +9,8 @@ from etils import epath
 from object_store import BUCKET, object_store  # noqa: F401 (a fixture)
 from test_report import read_tensorboard
 
+from launcher.reporting.command import main as make_page
+from trainer.paths import local_folder
 from trainer.report import Report
 from trainer.workdir import Workdir
 
@@ -110,3 +112,24 @@ def test_a_run(launch, object_store):  # noqa: F811
     rows = object_store.objects[f"{BUCKET}/run/metrics.jsonl"].decode().splitlines()
     assert [json.loads(row)["step"] for row in rows][-1] == 6
     assert any(name.startswith("checkpoints/6/") for name in object_store.names(run))
+
+
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+def test_a_page_of_runs(folder, object_store, tmp_path, capsys):  # noqa: F811
+    object_store.put(f"{BUCKET}/run/metrics.jsonl", b'{"step": 3, "train/loss": 0.5}\n{"step"')
+    object_store.put(f"{BUCKET}/run/config.json", b'{"num_steps": 3}')
+    place = f"gs://{BUCKET}/run"
+    log = local_folder(place, str(tmp_path)) / "logs/attempt-1/rank-0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("2026-01-01 00:00:00 finished: 3 steps in 0:00:09\n")
+    options = [f"--local_dir={tmp_path}", f"--out=gs://{BUCKET}/r.html"]
+    assert make_page([place, *options]) == 0
+    page = object_store.objects[f"{BUCKET}/r.html"].decode()
+    assert "0:00:09" in page
+    assert "train/loss" in page
+    assert capsys.readouterr().out == f"run: finished, 3 steps\nwrote gs://{BUCKET}/r.html\n"
+    assert make_page([f"gs://{BUCKET}/rum", *options]) == 2
+    assert f"did you mean gs://{BUCKET}/run?" in capsys.readouterr().err
+    object_store.refuse = lambda method, path: 403
+    assert make_page([place, *options]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
