@@ -213,6 +213,7 @@ _MACHINERY = (
     "cond",
     "checkpoint",
     "closed_call",
+    "eval_jaxpr",
     "rematted_computation",
 )
 

@@ -127,7 +127,7 @@ def test_gpus_of_several_hosts(plan):
     assert bytes_of(found, "gradients, statistics, metrics") == pytest.approx(
         UPDATE_BYTES, rel=0.01
     )
-    assert all(c["asynchronous"] for c in found["collectives"])
+    assert any(c["asynchronous"] for c in found["collectives"])
     assert found["bytes_accessed"] > 0
     assert found["peak_bytes"] > found["argument_bytes"]
 
