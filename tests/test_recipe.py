@@ -20,7 +20,9 @@ from trainer.losses import softmax_cross_entropy, squared_error
 from trainer.mixup import mix
 from trainer.models.mlp import MLP
 from trainer.models.resnet import ResNet
+from trainer.optimizers import adamw
 from trainer.precision import DTYPES, LossScale
+from trainer.schedules import step_decay
 from trainer.settings import check
 from trainer.state import name_leaves
 from trainer.step import Recipe, Task, init_state, make_eval_step, make_update_step
@@ -258,3 +260,18 @@ def test_a_batch_that_does_not_divide_into_parts_is_refused(tmp_path):
 def test_values_that_make_no_sense_are_refused(key, value):
     with pytest.raises(UserError, match=key):
         check(config(**{key: value}))
+
+
+def test_the_rate_falls_in_steps_after_a_warm_up():
+    rate = step_decay(0.4, 100, fractions=(0.5, 0.8), factor=0.1, warmup_fraction=0.1)
+    found = [float(rate(jnp.int32(step))) for step in (0, 5, 10, 49, 51, 79, 81)]
+    np.testing.assert_allclose(found, [0, 0.2, 0.4, 0.4, 0.04, 0.04, 0.004], rtol=1e-6)
+
+
+def test_weights_decay_and_biases_do_not():
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    optimizer = adamw(0.1, weight_decay=0.5)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.05)
+    np.testing.assert_allclose(updates["bias"], 0)

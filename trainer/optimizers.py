@@ -31,6 +31,20 @@ def sgd(
     )
 
 
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-4,
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (arXiv:1711.05101), of kernels only; see `is_kernel`.
+
+    `optax:adamw` decays every parameter.
+    """
+    return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=is_kernel)
+
+
 def is_kernel(params: Any) -> Any:
     """True for each leaf with more than one axis: no bias, and no scale of a normalisation."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

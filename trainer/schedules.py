@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -22,3 +26,32 @@ def warmup_cosine(
 def onecycle(peak_value: float, num_steps: int) -> optax.Schedule:
     """The cosine one-cycle policy of Smith and Topin (arXiv:1708.07120) over the run."""
     return optax.cosine_onecycle_schedule(max(num_steps, 4), peak_value)
+
+
+def step_decay(
+    peak_value: float,
+    num_steps: int,
+    fractions: Sequence[float] = (0.5, 0.75),
+    factor: float = 0.1,
+    warmup_fraction: float = 0.0,
+) -> optax.Schedule:
+    """`peak_value`, times `factor` from each fraction of the run on, after a linear warm-up.
+
+    Args:
+        peak_value: the rate at first.
+        num_steps: of the run.
+        fractions: where it falls, ascending, in (0, 1).
+        factor: by how much each time.
+        warmup_fraction: of the run, from 0 to `peak_value`.
+    """
+    falls = optax.piecewise_constant_schedule(
+        peak_value, {round(fraction * num_steps): factor for fraction in fractions}
+    )
+    warmup_steps = round(warmup_fraction * num_steps)
+    if not warmup_steps:
+        return falls
+
+    def schedule(step: jax.Array) -> jax.Array:
+        return falls(step) * jnp.minimum(1.0, step / warmup_steps)
+
+    return schedule
