@@ -20,6 +20,7 @@ from trainer.console import Bar, open_terminal, say
 from trainer.data.prefetch import depth_for, prefetch
 from trainer.errors import NonFiniteLoss, Preempted
 from trainer.evaluate import Evaluator
+from trainer.goodput import Goodput
 from trainer.job import Job, build_job, make_init
 from trainer.lift import Lift, make_lift
 from trainer.lifted import lift_update_step
@@ -131,6 +132,7 @@ class _Run:
         self.bar: Bar | None = None
         self.metrics: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []  # that a copy in memory knows of, and perhaps no file
+        self.goodput = Goodput(time.monotonic)
         self.step = 0
         # An evaluation that was due when the run was asked to stop; a resume makes up for it.
         self.evaluation_pending = False
@@ -181,17 +183,22 @@ class _Run:
         if self.folder.exists:
             self.shared.record(self.saver.run)
         warn_of_unsynced_state(self.lift, self.job, state)
+        self.goodput.begin_steps()
         update = lift_update_step(self.settings, self.job, self.lift, state)
         started = time.monotonic()
         with closing(self._batches(step)) as batches:
-            for steps, batch in batches:
+            for steps, batch in self.goodput.waiting(batches):
                 if self.stop_requested(step, "compile" if step == first_step else "train"):
                     self._stop(step, state)
                 before = self.step = step
-                state, values = update(state, batch)
+                compiles = before == first_step
+                with self.goodput.spending("compile" if compiles else "step"):
+                    state, values = update(state, batch)
+                    if compiles:
+                        jax.block_until_ready(state)
                 step += steps
                 self._add(self.in_flight.push(before, values))
-                if before == first_step:
+                if compiles:
                     self._after_first_call(state, before, step, time.monotonic() - started)
                 last = step == self.job.stop
                 if last or is_due(self.settings.log_every_steps, before, step):
@@ -213,12 +220,14 @@ class _Run:
             self._stop(step, state)
         self._save(state, step)
         self.stop_requested(step, "save")
-        self.saver.finish()
+        with self.goodput.spending("save"):
+            self.saver.finish()
         assert self.report is not None
+        self.report.times(step, self.goodput.seconds())
         self.report.hparams(self.metrics)
         self.report.close()
         self.lift.gather(0)  # whoever leaves early would be taken for lost
-        say_end(self.about, self.saver, step, time.monotonic() - began)
+        say_end(self.about, self.saver, self.goodput, step, time.monotonic() - began)
         return Result(state, self.metrics)
 
     def close(self) -> None:
@@ -263,6 +272,7 @@ class _Run:
         meta = restored.meta
         self.rows = meta.get("rows", [])
         self.log.from_json(meta["log"])
+        self.goodput.go_on_from(meta.get("goodput"))
         done = has_row(self.folder, restored.step, "eval/loss")
         pending = meta["evaluation_pending"] and not done
         self.evaluation_pending = bool(self.lift.gather(int(pending))[0])
@@ -285,7 +295,6 @@ class _Run:
         return prefetch(make, calls, self.prefetch_depth)
 
     def _after_first_call(self, state: TrainState, before: int, step: int, seconds: float) -> None:
-        jax.block_until_ready(state)
         self.lift.examine(state)
         say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
         self._begin_folder()
@@ -339,7 +348,8 @@ class _Run:
         assert self.report is not None
         self._drain()
         began = time.monotonic()
-        metrics = self.evaluator(state, lambda: self.stop_requested(step, "evaluate"))
+        with self.goodput.spending("evaluate"):
+            metrics = self.evaluator(state, lambda: self.stop_requested(step, "evaluate"))
         self.evaluation_pending = metrics is None
         if metrics is not None:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
@@ -353,8 +363,10 @@ class _Run:
         self._drain()  # a loss that is not finite is found before it is saved
         self.stop_requested(step, "save")
         began = time.monotonic()
-        self.saver.save(step, state, self._meta())
+        with self.goodput.spending("save"):
+            self.saver.save(step, state, self._meta())
         if self.report is not None:
+            self.report.times(step, self.goodput.seconds())
             self.report.flush()
         self.log.exclude(time.monotonic() - began)
 
@@ -364,7 +376,8 @@ class _Run:
         jax.block_until_ready(state)
         held_up = time.monotonic()  # until here the devices had steps to take
         rows = self.report.unwritten() if self.report is not None else []
-        self.saver.copy(step, state, {**self._meta(), "rows": rows}, held_up)
+        with self.goodput.spending("save"):
+            self.saver.copy(step, state, {**self._meta(), "rows": rows}, held_up)
         self.log.exclude(time.monotonic() - began)
 
     def _meta(self) -> dict[str, Any]:
@@ -372,6 +385,7 @@ class _Run:
         return {
             "log": self.log.to_json(),
             "num_steps": self.job.num_steps,
+            "goodput": self.goodput.to_json(),
             "evaluation_pending": self.evaluation_pending,
         }
 

@@ -39,6 +39,10 @@ class Report:
         self._rows.add({"step": step, **dict.fromkeys(values), **finite})
         self._curves.scalars(step, finite)
 
+    def times(self, step: int, seconds: Mapping[str, float]) -> None:
+        """Writes what time was spent on, for TensorBoard only: no two runs agree about it."""
+        self._curves.scalars(step, {f"goodput/{kind}": spent for kind, spent in seconds.items()})
+
     def hparams(self, metrics: Mapping[str, float]) -> None:
         """Writes the run's settings and closing metrics for TensorBoard's HPARAMS tab."""
         self._curves.hparams({tag: v for tag, v in metrics.items() if math.isfinite(v)})
@@ -62,6 +66,9 @@ class NoReport:
     """What the processes that do not write have in place of a report."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes nothing."""
+
+    def times(self, step: int, seconds: Mapping[str, float]) -> None:
         """Writes nothing."""
 
     def hparams(self, metrics: Mapping[str, float]) -> None:

@@ -8,12 +8,22 @@ from dataclasses import dataclass
 
 from trainer.checkpoints.saver import Saver
 from trainer.console import duration, say, warn
+from trainer.goodput import Goodput
 from trainer.job import Job
 from trainer.lift import Lift, unsynced_state
 from trainer.progress import LogRow
 from trainer.settings import Settings
 from trainer.state import TrainState, count_params
 from trainer.workdir import Workdir
+
+# What time is spent on, for a person.
+_KINDS = {
+    "step": "steps",
+    "data": "waiting for data",
+    "evaluate": "evaluation",
+    "save": "saving",
+    "compile": "compilation",
+}
 
 
 @dataclass(frozen=True)
@@ -98,12 +108,15 @@ def say_finished_before(about: About, step: int) -> None:
     say(f"to go on: {_how_to_go_on(about, step)}")
 
 
-def say_end(about: About, saver: Saver, step: int, seconds: float) -> None:
+def say_end(about: About, saver: Saver, goodput: Goodput, step: int, seconds: float) -> None:
     """What came of it, where it is, and how to go on."""
     if step < about.job.num_steps:
         say(f"stopped at step {step} of {about.job.num_steps} (config.stop_at_step)")
     else:
         say(f"finished: {_steps(step)} in {duration(seconds)}")
+    shares = [f"{_KINDS.get(kind, kind)} {share:.0%}" for kind, share in goodput.shares().items()]
+    starts = f", of {goodput.starts} starts" if goodput.starts > 1 else ""
+    say(f"time{starts}: {', '.join(share for share in shares if not share.endswith(' 0%'))}")
     if saver.best_value is not None:
         say(
             f"best {about.settings.best_metric} {saver.best_value:.4g} at step "

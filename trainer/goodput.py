@@ -1,0 +1,83 @@
+"""Where the time of a run goes, over all its starts: the part that is steps is its goodput."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any
+
+# Everything that is none of these is steps.
+KINDS = ("start", "restart", "compile", "data", "evaluate", "save")
+
+
+class Goodput:
+    """Adds up seconds by what they were spent on.
+
+    What a killed attempt did after its newest state is not in it: nobody was left to tell.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._since = clock()
+        self._kind = "start"
+        self._spent = dict.fromkeys((*KINDS, "step"), 0.0)
+        self.starts = 1
+
+    @contextlib.contextmanager
+    def spending(self, kind: str) -> Generator[None]:
+        """The time of a block is of this kind; that of blocks within it is of theirs."""
+        outer = self._kind
+        self._switch(kind)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def begin_steps(self) -> None:
+        """All is ready: what is not said to be of another kind is steps from now on."""
+        self._switch("step")
+
+    def waiting(self, batches: Iterable[Any]) -> Generator[Any]:
+        """The same batches; the wait for each is for data."""
+        iterator = iter(batches)
+        while True:
+            with self.spending("data"):
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+    def seconds(self) -> dict[str, float]:
+        """By kind, until now, with those of earlier starts."""
+        self._switch(self._kind)
+        return dict(self._spent)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"seconds": self.seconds(), "starts": self.starts}
+
+    def go_on_from(self, saved: Mapping[str, Any] | None) -> None:
+        """Adds what `to_json` gave in an earlier start; what this start has taken is a restart."""
+        self._switch("restart")
+        self._spent["restart"] += self._spent["start"]
+        self._spent["start"] = 0.0
+        if saved is None:  # a checkpoint from before there was an account
+            return
+        for kind, seconds in saved["seconds"].items():
+            self._spent[kind] = self._spent.get(kind, 0.0) + seconds
+        self.starts += saved["starts"]
+
+    def shares(self) -> dict[str, float]:
+        """Of the whole time, by kind, largest first, without those that took none."""
+        seconds = self.seconds()
+        total = sum(seconds.values()) or 1.0
+        shares = {kind: spent / total for kind, spent in seconds.items() if spent > 0}
+        return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+    def _switch(self, kind: str) -> None:
+        now = self._clock()
+        self._spent[self._kind] += now - self._since
+        self._kind, self._since = kind, now
