@@ -17,18 +17,32 @@ def main() -> None:
     # -m` puts that folder first already; the installed command does not.
     if "" not in sys.path:
         sys.path.insert(0, "")
-    if sys.argv[1:2] == ["env"]:
-        from launcher.bug_report import print_environment
+    arguments = sys.argv[2:]
+    match sys.argv[1:2]:
+        case ["env"]:
+            from launcher.bug_report import print_environment
 
-        sys.exit(print_environment())
-    if sys.argv[1:2] == ["plan"]:
-        from launcher.planning.command import main as plan
+            sys.exit(print_environment())
+        case ["eval"]:
+            from launcher.using.evaluate import main as evaluate
 
-        sys.exit(plan(sys.argv[2:]))
-    if sys.argv[1:2] == ["report"]:
-        from launcher.reporting.command import main as report
+            sys.exit(evaluate(arguments))
+        case ["export"]:
+            from launcher.using.export import main as export
 
-        sys.exit(report(sys.argv[2:]))
+            sys.exit(export(arguments))
+        case ["plan"]:
+            from launcher.planning.command import main as plan
+
+            sys.exit(plan(arguments))
+        case ["predict"]:
+            from launcher.using.predict import main as predict
+
+            sys.exit(predict(arguments))
+        case ["report"]:
+            from launcher.reporting.command import main as report
+
+            sys.exit(report(arguments))
     from absl import app
 
     from launcher import flags

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,13 @@ What happens when something fails:
   --log_ranks=0          whose output is shown: 0, all, or 1,3; all of it is in WORKDIR/logs
   --local_dir=DIR        for logs and locks if the workdir is remote
 
-Also: python -m launcher plan   does it fit a TPU or GPU topology, how fast: without one; see its
-                                --help
-      python -m launcher report WORKDIR ...
-                                runs as one page of HTML: curves, config, faults; see its --help
-      python -m launcher env    versions, devices and variables, for a bug report
+Also, each with a --help of its own:
+  python -m launcher eval      a saved state on the held-out data, on any devices
+  python -m launcher predict   the model's outputs for a data set, as a file
+  python -m launcher export    the trained model as a file that needs jax only
+  python -m launcher report    runs as one page of HTML: curves, config, faults
+  python -m launcher plan      does it fit a TPU or GPU topology, how fast: without one
+  python -m launcher env       versions, devices and variables, for a bug report (no --help)
 
 Exit codes: 0 done, 1 the program failed, 2 usage, 42 start it again (asked to stop and saved,
 killed from outside, a host lost, no progress).
@@ -116,6 +118,9 @@ class Options:
     dry_run: bool
     print_config: bool
 
+
+# What `python -m launcher` takes in place of flags.
+COMMANDS = ("env", "eval", "export", "plan", "predict", "report")
 
 # Flags by name: how each is defined, its default and its lowest value.
 Flags = Mapping[str, tuple[Any, Any, float | None]]
@@ -196,15 +201,31 @@ class Command:
     flags: dict[str, Any]
 
 
-def read_command(argv: Sequence[str], defined: Flags) -> Command:
+def read_command(
+    argv: Sequence[str],
+    defined: Flags,
+    otherwise: Callable[[Sequence[str]], tuple[str, ConfigDict]] | None = None,
+) -> Command:
     """Reads `--config`, its overrides and the given flags; anything else is a UserError.
 
     Args:
         argv: what to call the program in messages, and its arguments.
         defined: the flags beside --config, by name.
+        otherwise: gives a config, and what to call it, where there is no --config; called with the
+            other arguments. Where None, --config has to be there.
     """
-    spec, rest = _take_config(list(argv), defined)
-    path, config = load_config(spec)
+    found, rest = take_flag("config", argv)
+    if len(found) > 1:
+        raise UserError("--config is given twice")
+    if found and found[0]:
+        spec = found[0]
+        path, config = load_config(spec)
+    else:
+        _check_flags(rest, defined)
+        if otherwise is None:
+            raise _missing_config(rest)
+        spec, config = otherwise(rest)
+        path = Path(spec)
     _check_keys(config, rest)
     values = flags.FlagValues()
     try:
@@ -255,36 +276,40 @@ def format_config(config: ConfigDict) -> str:
     return "".join(f"{key:{width}} = {flat[key]!r}\n" for key in sorted(flat))
 
 
-def _take_config(argv: list[str], defined: Flags) -> tuple[str, list[str]]:
-    """The value of --config, and the arguments without it."""
+def take_flag(name: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values that a flag is given, and the arguments without it."""
     found: list[str] = []
     rest: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
-        match = re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL)
+        match = re.fullmatch(rf"--?{name}(?:=(.*))?", argument, re.DOTALL)
         if match is None:
             rest.append(argument)
         else:
             found.append(match[1] if match[1] is not None else next(arguments, ""))
-    if len(found) > 1:
-        raise UserError("--config is given twice")
-    if not found or not found[0]:
-        known = ("config.", "noconfig.", *defined, *(f"no{name}" for name in defined))
-        for argument in rest[1:]:
-            if argument.startswith("-") and not argument.lstrip("-").startswith(known):
-                raise _unknown_flag(argument.lstrip("-").split("=")[0], ["config", *defined])
-        commands = ["env", "plan", "report"]
-        near = difflib.get_close_matches(rest[1] if len(rest) > 1 else "", commands, n=1)
-        if near:
-            raise UserError(f"there is no command {rest[1]!r}", f"did you mean {near[0]}?")
-        if len(rest) > 1 and not rest[1].startswith("-"):
-            raise UserError("--config is missing", f"did you mean --config={rest[1]}?")
-        files = ", ".join(str(path) for path in sorted(Path("configs").glob("*.py"))[:8])
-        raise UserError(
-            "--config is missing",
-            f"--config=FILE; here are {files}" if files else "--config=FILE, see --help",
-        )
-    return found[0], rest
+    return found, rest
+
+
+def _check_flags(argv: Sequence[str], defined: Flags) -> None:
+    """Raises a UserError for the first flag that there is not, which needs no config."""
+    known = ("config.", "noconfig.", *defined, *(f"no{name}" for name in defined))
+    for argument in argv[1:]:
+        if argument.startswith("-") and not argument.lstrip("-").startswith(known):
+            raise _unknown_flag(argument.lstrip("-").split("=")[0], ["config", *defined])
+
+
+def _missing_config(argv: Sequence[str]) -> UserError:
+    first = argv[1] if len(argv) > 1 else ""
+    near = difflib.get_close_matches(first, COMMANDS, n=1)
+    if near:
+        return UserError(f"there is no command {first!r}", f"did you mean {near[0]}?")
+    if first and not first.startswith("-"):
+        return UserError("--config is missing", f"did you mean --config={first}?")
+    files = ", ".join(str(path) for path in sorted(Path("configs").glob("*.py"))[:8])
+    return UserError(
+        "--config is missing",
+        f"--config=FILE; here are {files}" if files else "--config=FILE, see --help",
+    )
 
 
 def _unknown_flag(name: str, known: Sequence[str]) -> UserError:
@@ -355,15 +380,19 @@ def _line_in(error: BaseException, path: Path) -> str:
     return f" (line {lines[-1]})" if lines else ""
 
 
+def overridden_keys(argv: Sequence[str]) -> list[str]:
+    """The keys of the config that arguments change."""
+    matches = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv[1:])
+    return [match[1] for match in matches if match]
+
+
 def _check_keys(config: ConfigDict, argv: Sequence[str]) -> None:
     """Raises a UserError for the first override of a key that the config lacks."""
     leaves = list(flatten(config))
     blocks = {leaf[:i] for leaf in leaves for i in range(len(leaf)) if leaf[i] == "."}
-    for argument in argv[1:]:
-        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
-        if match is None or match[1] in blocks or match[1] in leaves:
+    for key in overridden_keys(argv):
+        if key in blocks or key in leaves:
             continue
-        key = match[1]
         near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.6) or [
             leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]
         ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 
+import numpy as np
 import pytest
 from etils import epath
 from object_store import BUCKET, object_store  # noqa: F401 (a fixture)
@@ -112,6 +114,18 @@ def test_a_run(launch, object_store):  # noqa: F811
     rows = object_store.objects[f"{BUCKET}/run/metrics.jsonl"].decode().splitlines()
     assert [json.loads(row)["step"] for row in rows][-1] == 6
     assert any(name.startswith("checkpoints/6/") for name in object_store.names(run))
+    # One that is on its way there has no manifest yet.
+    object_store.put(f"{BUCKET}/run/checkpoints/7/state/d/0", b"x")
+    before = object_store.names(run)
+    out_file = f"gs://{BUCKET}/outputs.npz"
+    code, out, err = launch(
+        "predict", f"--workdir={run}", "--split=train", f"--out={out_file}", "--fake_devices=2"
+    )
+    assert code == 0, out + err
+    assert "restored step 6 from " in out
+    with np.load(io.BytesIO(object_store.objects[f"{BUCKET}/outputs.npz"])) as found:
+        assert found["outputs"].shape == (128, 1)
+    assert object_store.names(run) == before
 
 
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")

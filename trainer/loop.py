@@ -32,6 +32,7 @@ from trainer.state import TrainState
 from trainer.summary import (
     About,
     say_end,
+    say_evaluation,
     say_finished_before,
     say_row,
     say_start,
@@ -352,8 +353,7 @@ class _Run:
             metrics = self.evaluator(state, lambda: self.stop_requested(step, "evaluate"))
         self.evaluation_pending = metrics is None
         if metrics is not None:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            say(f"step {step}/{self.job.stop}  {shown}")
+            say_evaluation(step, self.job.stop, metrics)
             self._write(step, metrics)
             self.saver.save_if_best(step, state, metrics)
             self.report.flush()

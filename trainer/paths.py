@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from etils import epath
 
@@ -37,21 +40,35 @@ def keep_no_listings() -> None:
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new, never a part."""
+@contextlib.contextmanager
+def opened_whole(path: epath.Path) -> Iterator[IO[bytes]]:
+    """A file to write, which is there when all of it is: a reader sees the old one or the new."""
     if is_local(path):
         part = path.parent / f".{path.name}.part"
         try:
-            with open(part, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
+            with open(part, "wb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())  # a rename may outlive a power failure that bytes do not
-        except OSError:
+        except BaseException:
             with contextlib.suppress(OSError):
                 part.unlink()
             raise
         part.replace(path)
     else:  # an object appears when all of it is there
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            with path.open("wb") as target:
+                shutil.copyfileobj(file, target)
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new, never a part."""
+    if is_local(path):
+        with opened_whole(path) as file:
+            file.write(text.encode())
+    else:
         path.write_text(text)
 
 

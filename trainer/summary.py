@@ -84,13 +84,8 @@ def say_row(about: About, row: LogRow, tags: Mapping[str, float]) -> None:
 def say_start(about: About, state: TrainState, seconds: float) -> None:
     """What is trained on what; `seconds` is how long the state took."""
     lift, settings, job = about.lift, about.settings, about.job
-    device = lift.mesh.devices.flat[0]
-    shards = "" if lift.kind != "vmap" else f" as {lift.num_shards} shards"
-    processes = "" if lift.num_processes == 1 else f" in {lift.num_processes} processes"
     say(
-        f"{lift.mesh.size} {device.device_kind} device{'s' * (lift.mesh.size > 1)}{processes}"
-        f"{shards}, "
-        f"lift {lift.kind}, global batch {settings.global_batch_size} "
+        f"{describe_devices(lift)}, global batch {settings.global_batch_size} "
         f"({settings.global_batch_size // lift.num_shards} a shard)"
     )
     held_out = f", {len(job.held_out):,} held out" if job.held_out is not None else ""
@@ -100,6 +95,23 @@ def say_start(about: About, state: TrainState, seconds: float) -> None:
         f"{seconds:.2f} s"
     )
     say(f"workdir {about.folder.path}")
+
+
+def describe_devices(lift: Lift) -> str:
+    """`8 cpu devices, lift pmap`."""
+    device = lift.mesh.devices.flat[0]
+    shards = "" if lift.kind != "vmap" else f" as {lift.num_shards} shards"
+    processes = "" if lift.num_processes == 1 else f" in {lift.num_processes} processes"
+    return (
+        f"{lift.mesh.size} {device.device_kind} device{'s' * (lift.mesh.size > 1)}{processes}"
+        f"{shards}, lift {lift.kind}"
+    )
+
+
+def say_evaluation(step: int, stop: int, metrics: Mapping[str, float]) -> None:
+    """What an evaluation gave, as a line; `stop` is the step at which the run is to stop."""
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    say(f"step {step}/{stop}  {shown}")
 
 
 def say_finished_before(about: About, step: int) -> None:

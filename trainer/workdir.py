@@ -87,6 +87,37 @@ def config_from_json(text: str) -> ConfigDict:
     return ConfigDict(revive(stored, ""))
 
 
+def read_config(folder: epath.Path) -> ConfigDict:
+    """The config of the run in a folder, with all defaults in it.
+
+    Raises:
+        UserError: it is of another podlift, or cannot be read.
+    """
+    try:
+        layout = json.loads((folder / "env.json").read_text())["layout_version"]
+    except (OSError, ValueError, KeyError):
+        layout = LAYOUT_VERSION
+    if layout > LAYOUT_VERSION:
+        raise UserError(
+            f"{folder} was written by a newer podlift (layout {layout}, this one knows "
+            f"{LAYOUT_VERSION})",
+            "upgrade podlift, or name another --workdir",
+        )
+    if layout < LAYOUT_VERSION:
+        raise UserError(
+            f"{folder} was written by an older podlift (layout {layout}; this one knows "
+            f"{LAYOUT_VERSION})",
+            "go on with the version in its env.json, or name another --workdir",
+        )
+    try:
+        return with_defaults(config_from_json((folder / "config.json").read_text()))
+    except (OSError, ValueError, AttributeError, TypeError, UserError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} cannot be read: {error}",
+            "restore the file, or name another --workdir",
+        ) from error
+
+
 @dataclass(frozen=True)
 class Workdir:
     """A run's folder that has been found to be free or to belong to this config.
@@ -163,30 +194,7 @@ class Workdir:
         return workdir
 
     def _with_changes(self) -> Workdir:
-        try:
-            layout = json.loads((self.path / "env.json").read_text())["layout_version"]
-        except (OSError, ValueError, KeyError):
-            layout = LAYOUT_VERSION
-        if layout > LAYOUT_VERSION:
-            raise UserError(
-                f"{self.path} was written by a newer podlift (layout {layout}, this one knows "
-                f"{LAYOUT_VERSION})",
-                "upgrade podlift, or name another --workdir",
-            )
-        if layout < LAYOUT_VERSION:
-            raise UserError(
-                f"{self.path} was written by an older podlift (layout {layout}; this one knows "
-                f"{LAYOUT_VERSION})",
-                "go on with the version in its env.json, or name another --workdir",
-            )
-        try:
-            stored = config_from_json((self.path / "config.json").read_text())
-            before = _plain(flatten(with_defaults(stored)))
-        except (OSError, ValueError, AttributeError, TypeError, UserError) as error:
-            raise UserError(
-                f"{self.path / 'config.json'} cannot be read: {error}",
-                "restore the file, or name another --workdir",
-            ) from error
+        before = _plain(flatten(read_config(self.path)))
         after = _plain(flatten(self.config))
         absent = object()
         changed = [

@@ -6,14 +6,13 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from absl import flags as absl_flags
 
-from launcher import exit_codes
+from launcher import exit_codes, users_code
 from launcher.flags import Command, Flags, read_command
 from launcher.planning.topology import Topology, is_topology, parse_topology
 from trainer.errors import UserError
@@ -243,9 +242,8 @@ def answer(
             print(f"error: the compiler of {name} refuses the step: {error}", file=sys.stderr)
             return exit_codes.FAILED
         except Exception as error:  # whatever a user's model does when it is traced
-            print(tell.trace_failed(question.config_name, error), file=sys.stderr)
-            if environ.get("PODLIFT_TRACEBACK"):
-                traceback.print_exception(error)
+            what = f"{question.config_name} does not trace"
+            print(users_code.describe(what, error, environ), file=sys.stderr)
             return exit_codes.FAILED
     text = tell.one(forecasts[0]) if len(forecasts) == 1 else tell.several(forecasts)
     print(text, end="", flush=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 import numpy as np
 
 from trainer.errors import UserError
+from trainer.settings import Settings
 
 _ITEM = re.compile(r"(\w+)=(\w+)\[((?:\d+(?:,\d+)*)?)\]")
 
@@ -64,3 +66,9 @@ def source(example: str) -> dict[str, ShapesOnly]:
     if "x" not in shapes:
         raise UserError("--example names no x", 'for example "x=uint8[224,224,3] y=int32[]"')
     return {"train": ShapesOnly(shapes)}
+
+
+def in_place_of_data(settings: Settings, example: str) -> Settings:
+    """The same settings with `source` as their data."""
+    data = {"target": f"{__name__}:source", "example": example}
+    return dataclasses.replace(settings, data=data, augment=None, shuffle=False)

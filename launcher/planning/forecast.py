@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from launcher.planning.cache import PlanCache
 from launcher.planning.chips import Chip
 from launcher.planning.devices import find_devices
+from launcher.planning.example import in_place_of_data
 from launcher.planning.hlo import Array, Collective
 from launcher.planning.largest import largest_batch
 from launcher.planning.predict import Cluster, Prediction, Work, predict, scaling
@@ -220,8 +221,7 @@ def _for_planning(settings: Settings, options: Options) -> tuple[Settings, list[
     """The settings of a run as a plan needs them, and what a person should know of the changes."""
     notes = []
     if options.example is not None:
-        data = {"target": "launcher.planning.example:source", "example": options.example}
-        settings = dataclasses.replace(settings, data=data, augment=None, shuffle=False)
+        settings = in_place_of_data(settings, options.example)
     if options.batch is not None:  # instead of the config's, which may be more than there is data
         settings = dataclasses.replace(settings, global_batch_size=settings.grad_accum_steps)
     if options.example is not None or options.batch is not None:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import linecache
-import os
-import sysconfig
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,6 @@ from launcher.planning.forecast import Forecast
 from launcher.planning.hlo import Collective
 
 _MOST_LINES = 14
-_PACKAGE_FOLDERS = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "trainer")]
 
 
 def one(plan: Forecast) -> str:
@@ -162,24 +157,6 @@ def write_json(path: str, plans: Sequence[Forecast]) -> None:
     found = [to_json(plan) for plan in plans]
     value = found[0] if len(found) == 1 else {"plans": found}
     Path(path).write_text(json.dumps(value, indent=1) + "\n")
-
-
-def trace_failed(config_name: str, error: Exception) -> str:
-    """What went wrong in a user's code, and in which of its lines."""
-    frames = traceback.extract_tb(error.__traceback__)
-    libraries = [sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"), *_PACKAGE_FOLDERS]
-    own = [f for f in frames if not f.filename.startswith((*libraries, "<"))]
-    lines = str(error).strip().splitlines() or [""]
-    told = f"error: {config_name} does not trace: {type(error).__name__}: {lines[0]}"
-    # With nothing of the user's on the way, the last line of podlift's own models is the nearest.
-    parts = [os.sep.join(("", "trainer", part)) for part in ("models", "losses", "metrics")]
-    models = [f for f in frames if any(part in f.filename for part in parts)]
-    for frame in (own or models)[-1:]:
-        source = linecache.getline(frame.filename, frame.lineno or 0).strip()
-        told += (
-            f"\n  at {os.path.relpath(frame.filename)}:{frame.lineno}, in {frame.name}: {source}"
-        )
-    return f"{told}\n  HINT: PODLIFT_TRACEBACK=1 shows the whole traceback"
 
 
 def _memory(plan: Forecast) -> list[str]:

@@ -79,17 +79,30 @@ def check_allowed(differences: Sequence[Difference], allow: Sequence[str], where
         UserError: listing them.
     """
     kinds = sorted({d.kind for d in differences} - set(allow))
-    if not kinds:
-        return
-    refused = [d for d in differences if d.kind in kinds]
     together = ",".join([*allow, *kinds])
-    raise UserError(
-        f"the state in {where} is not the one this code and config ask for (saved -> wanted):\n"
-        f"{show(refused)}",
+    refuse(
+        [d for d in differences if d.kind in kinds],
+        where,
         "go back to the code and config it was saved with, or "
         f"--config.checkpoint.allow={together} goes on all the same: leaves that were not saved "
         "or have another shape start afresh, other dtypes are cast, extra ones are left out",
     )
+
+
+def refuse(differences: Sequence[Difference], where: str, hint: str) -> None:
+    """Raises a UserError that lists the differences, if there are any.
+
+    Args:
+        differences: between what was saved and what is wanted.
+        where: the checkpoint.
+        hint: what to do.
+    """
+    if differences:
+        raise UserError(
+            f"the state in {where} is not the one this code and config ask for "
+            f"(saved -> wanted):\n{show(differences)}",
+            hint,
+        )
 
 
 def adapt(
