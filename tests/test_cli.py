@@ -27,6 +27,7 @@ WITHOUT_JAX = [
     (["report", "x", "--otu=y.html"], 2, "did you mean --out?"),
     ([MLP, "--worjdir=x"], 2, "did you mean --workdir?"),
     ([MLP, "surplus"], 2, "unexpected argument 'surplus'"),
+    (["plna", MLP], 2, "did you mean the command plan?"),
     ([MLP, MLP], 2, "given twice"),
     (["--config=configs/mpl.py"], 2, "did you mean configs/mlp.py?"),
     (["--config=configs/digits.py:restnet"], 2, "there is no model 'restnet'"),

@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from launcher import exit_codes, users_code
-from launcher.flags import Command, Flags, read_command
+from launcher.command_line import Command, Flags, read_command
 from launcher.planning.topology import Topology, is_topology, parse_topology
 from trainer.errors import UserError
 from trainer.settings import LIFTS, Settings, check

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from absl import flags as absl_flags
 
 from launcher import exit_codes
-from launcher.flags import Flags, read_arguments
+from launcher.command_line import Flags, read_arguments
 from trainer.errors import UserError, first_line
 from trainer.paths import absolute, write_whole
 from trainer.version import __version__

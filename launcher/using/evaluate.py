@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
-from launcher.flags import Flags
+from launcher.command_line import Flags
 from launcher.using.request import (
     EXIT_CODES,
     FAKE_DEVICES,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import flags as absl_flags
 
 from launcher import environment, users_code
-from launcher.flags import Flags
+from launcher.command_line import Flags
 from launcher.using.request import (
     EXIT_CODES,
     WHICH_STATE,

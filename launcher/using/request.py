@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from launcher import environment, exit_codes, users_code
-from launcher.flags import Flags, overridden_keys, read_command, take_flag
+from launcher.command_line import Flags, overridden_keys, read_command, take_flag
 from trainer.console import open_terminal, say
 from trainer.errors import UserError
 from trainer.paths import absolute, is_local
