@@ -12,6 +12,7 @@ from trainer.errors import NonFiniteLoss
 from trainer.goodput import Goodput
 from trainer.progress import LogRow
 from trainer.report import NoReport, Report, last_values
+from trainer.speed import Speed
 from trainer.summary import About, say_end, say_evaluation, say_row
 from trainer.workdir import Workdir
 
@@ -31,6 +32,7 @@ class Account:
         self._about = about
         self._report: Report | NoReport | None = None
         self._bar: Bar | None = None
+        self._speed: Speed | None = None
         self._rows: Sequence[Mapping[str, Any]] = ()
         self.metrics: dict[str, float] = {}
         self.goodput = Goodput(time.monotonic)
@@ -58,8 +60,11 @@ class Account:
             writes = self._about.lift.writes
             self._report = Report(self._folder, step, self._rows) if writes else NoReport()
 
-    def begin_steps(self, step: int) -> None:
+    def begin_steps(self, step: int, state: Any) -> None:
         """From here on there is a live bar, where there is a terminal."""
+        about = self._about
+        if about.lift.writes:
+            self._speed = Speed(about.settings, about.job, about.lift, state)
         self._bar = Bar(step, self._about.job.stop)
 
     def progress(self, step: int) -> None:
@@ -79,8 +84,14 @@ class Account:
             tags |= {"train/examples_per_second": rate, "train/step_seconds": row.step_seconds}
         if skipped:
             tags["train/skipped"] = skipped
-        say_row(self._about, row, tags)
+        speed: dict[str, float] = {}
+        if self._speed is not None and row.step_seconds > 0:
+            speed = self._speed.tags(row.step_seconds)
+        say_row(self._about, row, tags | speed)
         self._write(row.step, tags)
+        if speed:
+            assert self._report is not None
+            self._report.curves_only(row.step, speed)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """What an evaluation gave, by tag."""

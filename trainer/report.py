@@ -43,6 +43,10 @@ class Report:
         """Writes what time was spent on, for TensorBoard only: no two runs agree about it."""
         self._curves.scalars(step, {f"goodput/{kind}": spent for kind, spent in seconds.items()})
 
+    def curves_only(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes finite values, by tag, for TensorBoard only: no two runs agree about them."""
+        self._curves.scalars(step, values)
+
     def hparams(self, metrics: Mapping[str, float]) -> None:
         """Writes the run's settings and closing metrics for TensorBoard's HPARAMS tab."""
         self._curves.hparams({tag: v for tag, v in metrics.items() if math.isfinite(v)})
@@ -69,6 +73,9 @@ class NoReport:
         """Writes nothing."""
 
     def times(self, step: int, seconds: Mapping[str, float]) -> None:
+        """Writes nothing."""
+
+    def curves_only(self, step: int, values: Mapping[str, float]) -> None:
         """Writes nothing."""
 
     def hparams(self, metrics: Mapping[str, float]) -> None:

@@ -74,11 +74,33 @@ def say_row(about: About, row: LogRow, tags: Mapping[str, float]) -> None:
     ]
     if row.step_seconds > 0:
         eta = (about.job.stop - row.step) * row.step_seconds
-        shown += [f"{tags['train/examples_per_second']:,.0f} examples/s"]
-        shown += [f"{1000 * row.step_seconds:.3g} ms/step", f"eta {duration(eta)}"]
+        shown += [describe_rate(tags, about.lift.mesh.size)]
+        shown += [f"{1000 * row.step_seconds:.3g} ms/step"]
+        shown += describe_chips(tags)
+        shown += [f"eta {duration(eta)}"]
     if "train/skipped" in tags:
         shown += [f"skipped {tags['train/skipped']}"]
     say("  ".join(shown))
+
+
+def describe_rate(tags: Mapping[str, float], num_devices: int) -> str:
+    """`8,000 examples/s (1,000 a device)`."""
+    rate = f"{tags['train/examples_per_second']:,.0f} examples/s"
+    if num_devices == 1 or "train/examples_per_second_per_device" not in tags:
+        return rate
+    return f"{rate} ({tags['train/examples_per_second_per_device']:,.0f} a device)"
+
+
+def describe_chips(tags: Mapping[str, float]) -> list[str]:
+    """`["mfu 41.0%", "memory 12.1/79.1 GiB"]`, as far as they are known."""
+    shown = []
+    if "train/mfu" in tags:
+        shown += [f"mfu {tags['train/mfu']:.1%}"]
+    if "memory/peak_bytes_in_use" in tags:
+        peak = tags["memory/peak_bytes_in_use"] / 2**30
+        limit = tags.get("memory/bytes_limit", 0) / 2**30
+        shown += [f"memory {peak:.1f}{f'/{limit:.1f}' if limit else ''} GiB"]
+    return shown
 
 
 def say_start(about: About, state: TrainState, seconds: float) -> None:

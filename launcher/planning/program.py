@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from launcher.mesh import order_devices
 from launcher.planning.cache import PlanCache
 from launcher.planning.devices import Devices
-from launcher.planning.flops import count_flops
 from launcher.planning.hlo import Array, Collective, find_collectives, largest_arrays, loop_factor
 from launcher.planning.topology import Topology
+from trainer.flops import flops_of_step
 from trainer.job import Job, make_init
 from trainer.lift import Lift, make_lift
 from trainer.lifted import lift_update_step, make_job_step
@@ -140,10 +140,8 @@ class Step:
     def flops(self, batch: int) -> Counter[str]:
         """Of one step on one device, by dtype."""
         step = make_job_step(self._settings, self._job, self._topology.platform)
-        mapped = jax.vmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
-        one = {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in self._rows(batch)}
         shards = self.lift.num_shards // self.lift.mesh.size
-        flops = count_flops(jax.make_jaxpr(mapped)(self._shapes, one))
+        flops = flops_of_step(step, self._shapes, dict(self._rows(batch)))
         return Counter({dtype: shards * count for dtype, count in flops.items()})
 
     def compile(self, batch: int) -> Program:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+
+from trainer.step import AXIS
 
 
 def count_flops(jaxpr: Any) -> Counter[str]:
@@ -35,6 +38,21 @@ def count_flops(jaxpr: Any) -> Counter[str]:
             for inner in _inner(params):
                 total += Counter({dtype: times * n for dtype, n in count_flops(inner).items()})
     return total
+
+
+def flops_of_step(
+    step: Callable[[Any, Any], Any], state: Any, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> Counter[str]:
+    """The same of a step of one shard, traced on shapes: nothing is compiled or run.
+
+    Args:
+        step: written for one shard, as for `Lift.__call__`.
+        state: a state, or its shapes.
+        batch: the shapes of one shard of a batch.
+    """
+    mapped = jax.vmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+    one = {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in batch.items()}
+    return count_flops(jax.make_jaxpr(mapped)(state, one))
 
 
 def _inner(params: Any) -> list[Any]:
