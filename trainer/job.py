@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -17,7 +18,7 @@ from trainer.precision import DTYPES
 from trainer.settings import Settings
 from trainer.state import TrainState
 from trainer.step import Recipe, Task, init_state
-from trainer.targets import bind, build
+from trainer.targets import bind, build, takes
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def build_job(settings: Settings) -> Job:
     metrics = {
         name: bind(block, f"config.metrics.{name}") for name, block in settings.metrics.items()
     }
-    model = build(settings.model, "config.model")
+    model = _build_model(settings.model)
     sources = build(settings.data, "config.data", seed=settings.seed)
     if not isinstance(sources, Mapping) or "train" not in sources:
         raise UserError(
@@ -98,6 +99,21 @@ def build_job(settings: Settings) -> Job:
         num_steps=num_steps,
         stop=min(num_steps, settings.stop_at_step or num_steps),
     )
+
+
+def _build_model(block: Mapping[str, Any]) -> nn.Module:
+    if takes(block, "config.model", "rngs"):
+        from trainer.nnx import from_nnx
+
+        return from_nnx(lambda rngs: build(block, "config.model", rngs=rngs), "config.model")
+    model = build(block, "config.model")
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"config.model.target={block['target']!r} built a {type(model).__name__}, not a Linen "
+            "module",
+            "name its class; what is NNX takes rngs, and podlift makes it",
+        )
+    return model
 
 
 def _build_optimizer(

@@ -41,7 +41,8 @@ class Task:
     """What is trained: a model, its loss and metrics, and the optimizer.
 
     Attributes:
-        model: a Flax Linen module, called with `batch["x"]` and, where it takes it, `train`.
+        model: a Flax Linen module (`trainer.nnx` makes one of an NNX module), called with
+            `batch["x"]` and, where it takes it, `train`.
         loss: `(outputs, batch) -> (examples,)`, the loss of each example.
         optimizer: an optax transformation.
         learning_rate: a number or a schedule, for reporting only.
