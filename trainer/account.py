@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trainer.checkpoints.saver import Saver
-from trainer.console import Bar, say
+from trainer.console import say
 from trainer.errors import NonFiniteLoss
 from trainer.goodput import Goodput
+from trainer.live import LiveView
 from trainer.progress import LogRow
 from trainer.report import NoReport, Report, last_values
 from trainer.speed import Speed
@@ -31,7 +32,7 @@ class Account:
     def __init__(self, about: About) -> None:
         self._about = about
         self._report: Report | NoReport | None = None
-        self._bar: Bar | None = None
+        self._view: LiveView | None = None
         self._speed: Speed | None = None
         self._rows: Sequence[Mapping[str, Any]] = ()
         self.metrics: dict[str, float] = {}
@@ -60,17 +61,25 @@ class Account:
             writes = self._about.lift.writes
             self._report = Report(self._folder, step, self._rows) if writes else NoReport()
 
-    def begin_steps(self, step: int, state: Any) -> None:
-        """From here on there is a live bar, where there is a terminal."""
+    def begin_steps(self, step: int, state: Any, newest: Callable[[], Mapping[str, float]]) -> None:
+        """From here on there is a live view, where there is a terminal.
+
+        Args:
+            step: steps taken so far.
+            state: the state, or its shapes.
+            newest: gives the metrics of the newest step that is known to be done.
+        """
         about = self._about
         if about.lift.writes:
             self._speed = Speed(about.settings, about.job, about.lift, state)
-        self._bar = Bar(step, self._about.job.stop)
+            devices = about.lift.mesh.size
+            self._view = LiveView(step, about.job.stop, devices, newest, self.goodput)
+            self._view.start()
 
     def progress(self, step: int) -> None:
         """So many steps have been dispatched."""
-        assert self._bar is not None
-        self._bar.update(step)
+        if self._view is not None:
+            self._view.step = step
 
     def epoch(self, epoch: int, loss: float) -> None:
         """An epoch is over; `loss` is the mean over its steps."""
@@ -92,10 +101,14 @@ class Account:
         if speed:
             assert self._report is not None
             self._report.curves_only(row.step, speed)
+        if speed and self._view is not None:
+            self._view.speed = tags | speed
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """What an evaluation gave, by tag."""
         say_evaluation(step, self._about.job.stop, metrics)
+        if self._view is not None:
+            self._view.evaluation = metrics
         self._write(step, metrics)
 
     def not_finite(self, error: NonFiniteLoss) -> None:
@@ -106,6 +119,8 @@ class Account:
 
     def saved(self, step: int) -> None:
         """A state of this step is on its way to the disk, and so should be what came before it."""
+        if self._view is not None:
+            self._view.saved = (step, time.monotonic())
         if self._report is not None:
             self._report.times(step, self.goodput.seconds())
             self._report.flush()
@@ -131,9 +146,9 @@ class Account:
         say_end(self._about, saver, self.goodput, step, seconds)
 
     def close(self) -> None:
-        """Takes the bar off the screen and closes the files, also where the run has failed."""
-        if self._bar is not None:
-            self._bar.close()
+        """Takes the view off the screen and closes the files, also where the run has failed."""
+        if self._view is not None:
+            self._view.close()
         if self._report is not None:
             self._report.close()
 

@@ -52,8 +52,10 @@ class Goodput:
 
     def seconds(self) -> dict[str, float]:
         """By kind, until now, with those of earlier starts."""
-        self._switch(self._kind)
-        return dict(self._spent)
+        # Nothing is changed: a thread that shows it asks too.
+        spent = dict(self._spent)
+        spent[self._kind] += self._clock() - self._since
+        return spent
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -283,7 +283,7 @@ class _Run:
         say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
         self._begin_folder()
         self.account.open(before)
-        self.account.begin_steps(step, state)
+        self.account.begin_steps(step, state, self.log.newest)
         self._drain()
 
     # In the loop

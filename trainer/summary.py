@@ -103,6 +103,12 @@ def describe_chips(tags: Mapping[str, float]) -> list[str]:
     return shown
 
 
+def describe_shares(goodput: Goodput) -> str:
+    """`steps 91%, compilation 7%, saving 2%`."""
+    shares = [f"{_KINDS.get(kind, kind)} {share:.0%}" for kind, share in goodput.shares().items()]
+    return ", ".join(share for share in shares if not share.endswith(" 0%"))
+
+
 def say_start(about: About, state: TrainState, seconds: float) -> None:
     """What is trained on what; `seconds` is how long the state took."""
     lift, settings, job = about.lift, about.settings, about.job
@@ -148,9 +154,8 @@ def say_end(about: About, saver: Saver, goodput: Goodput, step: int, seconds: fl
         say(f"stopped at step {step} of {about.job.num_steps} (config.stop_at_step)")
     else:
         say(f"finished: {_steps(step)} in {duration(seconds)}")
-    shares = [f"{_KINDS.get(kind, kind)} {share:.0%}" for kind, share in goodput.shares().items()]
     starts = f", of {goodput.starts} starts" if goodput.starts > 1 else ""
-    say(f"time{starts}: {', '.join(share for share in shares if not share.endswith(' 0%'))}")
+    say(f"time{starts}: {describe_shares(goodput)}")
     if saver.best_value is not None:
         say(
             f"best {about.settings.best_metric} {saver.best_value:.4g} at step "
