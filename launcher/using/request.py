@@ -203,7 +203,8 @@ def open_model(request: Request, fake_devices: int | None) -> tuple[Trained, Lif
     from trainer.lift import make_lift
     from trainer.summary import describe_devices
 
-    lift = make_lift(request.settings.lift, build_mesh(request.settings.lift))
+    settings = request.settings
+    lift = make_lift(settings.lift, build_mesh(settings.lift), settings.state_sharding)
     say(describe_devices(lift))
     trained = read_model(request)
     return dataclasses.replace(trained, state=lift.put_state(trained.state)), lift
