@@ -285,7 +285,7 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         raise UserError(
             f"config.state_sharding={config.state_sharding!r} needs the lift shard_map, and "
             f"config.lift is {config.lift!r}",
-            "add --config.lift=shard_map",
+            "add --config.lift=shard_map, or --config.state_sharding=replicated",
         )
     prefetch = config.data.prefetch
     if prefetch is not None and prefetch < 0:

@@ -49,7 +49,15 @@ _FLAGS: Flags = {
 FAKE_DEVICES: Flags = {"fake_devices": (absl_flags.DEFINE_integer, None, 1)}
 
 # What may be changed about a run's config: not its model, which is the one that was trained.
-_CHANGEABLE = ("data", "eval", "global_batch_size", "lift", "loss", "metrics")
+_CHANGEABLE = (
+    "data",
+    "eval",
+    "global_batch_size",
+    "lift",
+    "loss",
+    "metrics",
+    "state_sharding",
+)
 
 
 @dataclass(frozen=True)
