@@ -204,8 +204,9 @@ def _what_would_help(plan: Forecast) -> list[str]:
     fixed = plan.state.parameter_bytes + plan.state.optimizer_bytes
     if fixed > plan.memory_bytes / 2:
         hints.append(
-            f"parameters and optimizer alone take {_bytes(fixed)} of every device: an optimizer "
-            "with less state, or a chip with more memory"
+            f"parameters and optimizer alone take {_bytes(fixed)} of every device: "
+            "config.state_sharding=zero1 or fsdp, an optimizer with less state, or a chip with "
+            "more memory"
         )
     if plan.batch > 1:
         guess = max(1, int(plan.batch * plan.memory_bytes / plan.needed * 0.9))
