@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainer.step import AXIS
+from trainer.task import AXIS
 
 
 def count_flops(jaxpr: Any) -> Counter[str]:

@@ -90,7 +90,7 @@ def train(
     open_terminal()
     settings = check(config)
     folder = Workdir.check(workdir, settings.config)
-    lift = make_lift(settings.lift, mesh)
+    lift = make_lift(settings.lift, mesh, settings.state_sharding)
     lift.check_divides(settings.global_batch_size, settings.grad_accum_steps)
     job = build_job(settings)
     if folder.refused:
@@ -251,7 +251,7 @@ class _Run:
                 self._go_on_from(restored)
                 return restored.state
             say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
-        return self.lift.put_state(init())
+        return self.lift.make_state(init)
 
     def _go_on_from(self, restored: Restored) -> None:
         meta = restored.meta

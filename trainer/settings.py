@@ -15,6 +15,7 @@ from ml_collections.config_dict import placeholder
 from trainer.errors import UserError
 
 LIFTS = ("pmap", "shard_map", "vmap")
+STATE_SHARDINGS = ("replicated", "zero1", "fsdp")
 REDUCES = ("auto", "flat", "leaves")
 NANS = ("stop", "skip")
 PRECISIONS = ("model", "bf16", "fp16")
@@ -47,6 +48,7 @@ RESUMABLE = (
     "replica_check_every_steps",
     # These give the same numbers: docs/numbers.md.
     "lift",
+    "state_sharding",
     "reduce",
     "steps_per_call",
     "data.prefetch",
@@ -63,6 +65,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "global_batch_size": (int, "examples a step, over all devices; must divide by them"),
     "steps_per_call": (1, "steps in one dispatch; all `every_steps` round up to a whole call"),
     "lift": ("pmap", '"pmap", "shard_map" or "vmap"; "vmap:8" simulates 8 chips on one'),
+    "state_sharding": (
+        "replicated",
+        'a whole state on each device, or cut over them: the optimizer\'s ("zero1"), or the params '
+        'too ("fsdp"); `lift="shard_map"` only',
+    ),
     "devices_per_process": (int, "use only so many devices of each process; None: all"),
     "reduce": (
         "auto",
@@ -177,6 +184,7 @@ class Settings:
     global_batch_size: int
     steps_per_call: int
     lift: str
+    state_sharding: str
     devices_per_process: int | None
     reduce: str
     precision: str
@@ -273,6 +281,12 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
             f"config.lift={config.lift!r} is not one of {', '.join(LIFTS)}",
             'or "vmap:8", to simulate 8 chips on one',
         )
+    if config.state_sharding != "replicated" and lift != "shard_map":
+        raise UserError(
+            f"config.state_sharding={config.state_sharding!r} needs the lift shard_map, and "
+            f"config.lift is {config.lift!r}",
+            "add --config.lift=shard_map, or --config.state_sharding=replicated",
+        )
     prefetch = config.data.prefetch
     if prefetch is not None and prefetch < 0:
         raise UserError(f"config.data.prefetch={prefetch} should be 0 or more")
@@ -286,6 +300,7 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         global_batch_size=positive("global_batch_size"),
         steps_per_call=positive("steps_per_call"),
         lift=config.lift,
+        state_sharding=one_of("state_sharding", config.state_sharding, STATE_SHARDINGS),
         devices_per_process=positive_or_none("devices_per_process"),
         reduce=one_of("reduce", config.reduce, REDUCES),
         precision=one_of("precision", config.precision, PRECISIONS),

@@ -10,10 +10,11 @@ from trainer.checkpoints.saver import Saver
 from trainer.console import duration, say, warn
 from trainer.goodput import Goodput
 from trainer.job import Job
-from trainer.lift import Lift, unsynced_state
+from trainer.lift import Lift
 from trainer.progress import LogRow
 from trainer.settings import Settings
 from trainer.state import TrainState, count_params
+from trainer.tracing import unsynced_state
 from trainer.workdir import Workdir
 
 # What time is spent on, for a person.
