@@ -41,6 +41,7 @@ RESUMABLE = (
     "num_epochs",
     "stop_at_step",
     "log_every_steps",
+    "model_table",
     "devices_per_process",
     "checkpoint.",
     "eval.",
@@ -88,6 +89,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "ema_decay": (float, "of an average of the params, which is evaluated and saved; 0.999, say"),
     "mixup": (0.0, "alpha of mixup: examples are blended in pairs, share Beta(alpha, alpha)"),
     "log_every_steps": (100, "steps from one log row to the next"),
+    "model_table": (0, "show the model's modules, so many levels of them, before the first step"),
     "nan": ("stop", 'a loss or gradient that is not finite: "stop", or "skip" its update'),
     "nan_limit": (10, "updates that may be skipped in a run"),
     "replica_check_every_steps": (
@@ -211,6 +213,7 @@ class Settings:
     fast_dir: str
     best_metric: str
     best_mode: str
+    model_table: int
     nan: str
     nan_limit: int
     replica_check_every_steps: int
@@ -327,6 +330,7 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         fast_dir=config.checkpoint.fast_dir,
         best_metric=config.checkpoint.best_metric,
         best_mode=one_of("checkpoint.best_mode", config.checkpoint.best_mode, ("min", "max")),
+        model_table=int(not_negative("model_table")),
         nan=one_of("nan", config.nan, NANS),
         nan_limit=positive("nan_limit"),
         replica_check_every_steps=positive("replica_check_every_steps"),

@@ -6,11 +6,14 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import jax
+
 from trainer.checkpoints.saver import Saver
 from trainer.console import duration, say, warn
 from trainer.goodput import Goodput
 from trainer.job import Job
 from trainer.lift import Lift
+from trainer.model_table import draw_table, model_rows
 from trainer.progress import LogRow
 from trainer.settings import Settings
 from trainer.state import TrainState, count_params
@@ -123,7 +126,18 @@ def say_start(about: About, state: TrainState, seconds: float) -> None:
         f"{held_out}, {_steps(job.stream.steps_per_epoch)} an epoch; state ready in "
         f"{seconds:.2f} s"
     )
+    if settings.model_table:
+        _say_model(job, state, settings.model_table)
     say(f"workdir {about.folder.path}")
+
+
+def _say_model(job: Job, state: TrainState, depth: int) -> None:
+    example = job.stream.shapes(1)["x"]
+    x = jax.ShapeDtypeStruct(example.shape[1:], example.dtype)
+    try:
+        say(draw_table(model_rows(job.task, state, x, depth)))
+    except Exception as error:  # no reason not to train: a model may not take one example alone
+        warn(f"no table of the model: {type(error).__name__}: {error}")
 
 
 def describe_devices(lift: Lift) -> str:
