@@ -21,10 +21,11 @@ import optax
 from jax import lax
 
 from trainer.errors import UserError
+from trainer.freezing import leave_out
 from trainer.mixup import mix
 from trainer.precision import LossScale, to_dtype, to_float32
 from trainer.reduce import global_norm, mean_over_axis
-from trainer.state import TrainState, name_leaves
+from trainer.state import TrainState, fill_in, name_leaves
 
 Batch = Mapping[str, jax.Array]
 PerExample = Callable[[Any, Batch], jax.Array]
@@ -47,6 +48,8 @@ class Task:
         learning_rate: a number or a schedule, for reporting only.
         metrics: more functions of the form of `loss`, by name.
         dtype: what the model computes in, bfloat16 or float16; its own choice where None.
+        frozen: parts of the params that are not trained, by path; the optimizer is one that
+            `trainer.freezing.hold` has made for them.
     """
 
     model: nn.Module
@@ -55,6 +58,11 @@ class Task:
     learning_rate: float | Callable[[jax.Array], Any] = float("nan")
     metrics: Mapping[str, PerExample] = field(default_factory=dict)
     dtype: Any = None
+    frozen: tuple[str, ...] = ()
+
+    def trained(self, params: Any) -> Any:
+        """Params, or what is shaped like them, without the frozen leaves."""
+        return leave_out(params, self.frozen)
 
     def apply(self, params: Any, model_state: Any, batch: Batch, *, train: bool, rng: Any) -> Any:
         """Runs the model; returns (outputs, new model state), both without 16-bit casts in them."""
@@ -174,8 +182,10 @@ def make_update_step(
             state, params=params, model_state=model_state, opt_state=opt_state
         )
         if state.ema is not None:
-            ema = optax.incremental_update(params, state.ema, 1 - (recipe.ema_decay or 0.0))
-            updated = dataclasses.replace(updated, ema=ema)
+            ema = optax.incremental_update(
+                task.trained(params), task.trained(state.ema), 1 - (recipe.ema_decay or 0.0)
+            )
+            updated = dataclasses.replace(updated, ema=fill_in(params, ema))
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         if recipe.skip_nonfinite or state.loss_scale is not None:
             updated = jax.tree.map(functools.partial(jnp.where, good), updated, state)
@@ -200,7 +210,8 @@ def _gradients(
     weight = _weight(batch, axis)
 
     def part(model_state: Any, rng: jax.Array, batch: Batch, others: Batch | None) -> Any:
-        def objective(params: Any) -> tuple[jax.Array, Any]:
+        def objective(trained: Any) -> tuple[jax.Array, Any]:
+            params = fill_in(state.params, trained)
             outputs, updated = task.apply(params, model_state, batch, train=True, rng=rng)
             losses = _per_example(task.loss, outputs, batch, "config.loss")
             if others is not None:
@@ -211,7 +222,9 @@ def _gradients(
                 total = total * state.loss_scale.scale
             return total, (outputs, updated, losses)
 
-        grads, (outputs, updated, losses) = jax.grad(objective, has_aux=True)(state.params)
+        grads, (outputs, updated, losses) = jax.grad(objective, has_aux=True)(
+            task.trained(state.params)
+        )
         sums = {"loss": _sums(losses, batch)} | _metric_sums(task, outputs, batch)
         return grads, updated, sums
 
