@@ -10,6 +10,7 @@ from conftest import mesh_of
 from test_resume import assert_bitwise_equal, config_of, digits, steps_of, without_speed
 
 import trainer
+from launcher.reporting.read import read_runs
 from trainer.early_stop import EarlyStop
 from trainer.errors import Preempted, UserError
 
@@ -157,4 +158,6 @@ def test_two_processes_end_together(launch, tmp_path):
     code, out, err = launch(*arguments)
     assert (code, err) == (0, "")
     assert "nothing to do: stopped early at step 15 of 440" in out
+    (told,) = read_runs([str(tmp_path / "run")])
+    assert (told.state, told.told) == ("finished", "stopped early at step 15 of 440")
     assert steps_of(tmp_path / "run/checkpoints") == [15]
