@@ -73,7 +73,7 @@ def run_here(plan: Plan) -> int:
             f"{how_to_go_on(workdir)}"
         )
         with contextlib.suppress(OSError):
-            write_failure(local_dir, outcome, rank=0, log=path)
+            write_failure(local_dir, outcome, rank=0, log=path, attempt=rank_log.attempt)
         return outcome.exit_code
     if outcome.exit_code == exit_codes.USAGE:
         _report(f"error: {outcome.message}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Generator
@@ -19,13 +20,15 @@ from trainer.checkpoints.restoring import Restored
 from trainer.checkpoints.saver import Saver
 from trainer.console import open_terminal, say
 from trainer.data.prefetch import depth_for, prefetch
+from trainer.early_stop import EarlyStop
 from trainer.errors import NonFiniteLoss, Preempted
 from trainer.evaluate import Evaluator
+from trainer.init_from import begin_from
 from trainer.job import Job, build_job, make_init
 from trainer.lift import Lift, make_lift
 from trainer.lifted import lift_update_step
 from trainer.progress import InFlight, TrainLog, is_due
-from trainer.report import has_row
+from trainer.report import evaluation_at
 from trainer.settings import Settings, check
 from trainer.shared_folder import SharedFolder, refuse_changes
 from trainer.state import TrainState
@@ -131,6 +134,7 @@ class _Run:
         self.step = 0
         # An evaluation that was due when the run was asked to stop; a resume makes up for it.
         self.evaluation_pending = False
+        self.early_stop = EarlyStop.of(settings)
         self.scan = settings.steps_per_call > 1
         self.eval_every_steps = settings.eval_every_steps or job.stream.steps_per_epoch
         self.prefetch_depth = depth_for(settings.prefetch, lift.platform)
@@ -166,14 +170,14 @@ class _Run:
         if self.evaluation_pending and self.evaluator:
             self.account.open(step)
             self._evaluate(state, step)
-        if step >= self.job.stop:
+        if step >= self.job.stop or self.early_stop.reason:
             if self.evaluation_pending:
                 self._stop(step, state)
             if self.saver.is_unsaved(step):  # it was only in memory
                 self.shared.record(self.saver.run)
                 self._save(state, step)
             self.saver.finish()
-            say_finished_before(self.about, step)
+            say_finished_before(self.about, step, self.early_stop.reason)
             return Result(state, self.account.metrics)
         if self.folder.exists:
             self.shared.record(self.saver.run)
@@ -202,6 +206,8 @@ class _Run:
                 self.account.progress(step)
                 if self.evaluator and (last or is_due(self.eval_every_steps, before, step)):
                     self._evaluate(state, step)
+                    if self.early_stop.reason:
+                        break
                 if is_due(self.settings.checkpoint_every_steps, before, step):
                     self._save(state, step)
                 elif is_due(self.settings.replica_check_every_steps, before, step):
@@ -218,7 +224,8 @@ class _Run:
             self.saver.finish()
         self.account.finish(step)
         self.lift.gather(0)  # whoever leaves early would be taken for lost
-        self.account.say_end(self.saver, step, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self.account.say_end(self.saver, step, seconds, self.early_stop.reason)
         return Result(state, self.account.metrics)
 
     def close(self) -> None:
@@ -251,15 +258,21 @@ class _Run:
                 self._go_on_from(restored)
                 return restored.state
             say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
+        if self.settings.init_from:
+            return self.lift.put_state(begin_from(self.settings, self.lift, init()))
         return self.lift.make_state(init)
 
     def _go_on_from(self, restored: Restored) -> None:
         meta = restored.meta
         self.log.from_json(meta["log"])
         self.account.go_on_from(meta)
-        done = has_row(self.folder, restored.step, "eval/loss")
-        pending = meta["evaluation_pending"] and not done
-        self.evaluation_pending = bool(self.lift.gather(int(pending))[0])
+        self.early_stop.from_json(meta.get("early_stop"))
+        if meta["evaluation_pending"]:
+            found = json.dumps(evaluation_at(self.folder, restored.step))
+            done = json.loads(self.lift.tell(found))
+            self.evaluation_pending = done is None
+            if done is not None:  # by an attempt that did not get to save again
+                self.early_stop.add(restored.step, done)
         warn_of_changes(self.about, meta["num_steps"])
 
     def _batches(self, step: int) -> Generator[tuple[int, Any]]:
@@ -318,6 +331,7 @@ class _Run:
         self.evaluation_pending = metrics is None
         if metrics is not None:
             self.account.evaluation(step, metrics)
+            self.early_stop.add(step, metrics)
             self.saver.save_if_best(step, state, metrics)
             self.account.flush()
         self.log.exclude(time.monotonic() - began)
@@ -348,6 +362,7 @@ class _Run:
             "num_steps": self.job.num_steps,
             "goodput": self.goodput.to_json(),
             "evaluation_pending": self.evaluation_pending,
+            "early_stop": self.early_stop.to_json(),
         }
 
     def _stop(self, step: int, state: TrainState) -> None:
