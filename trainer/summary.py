@@ -23,6 +23,7 @@ _KINDS = {
     "evaluate": "evaluation",
     "save": "saving",
     "compile": "compilation",
+    "profile": "profiling",
 }
 
 
