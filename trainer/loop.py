@@ -27,6 +27,7 @@ from trainer.init_from import begin_from
 from trainer.job import Job, build_job, make_init
 from trainer.lift import Lift, make_lift
 from trainer.lifted import lift_update_step
+from trainer.profiling import Profile, Profiler, annotated
 from trainer.progress import InFlight, TrainLog, is_due
 from trainer.report import evaluation_at
 from trainer.settings import Settings, check
@@ -66,6 +67,7 @@ def train(
     *,
     stop_requested: StopRequested = lambda step, phase: False,
     local_dir: str | None = None,
+    profile: Profile | str | None = None,
 ) -> Result:
     """Trains what `config` describes, going on from the newest checkpoint in `workdir`.
 
@@ -81,9 +83,11 @@ def train(
             on to do so; the state is saved and Preempted raised. Also told, at any time, that this
             process is about to "wait" for data or devices: then the answer does not count.
         local_dir: where what needs a local folder goes if `workdir` is remote.
+        profile: which steps to trace, as "START:STEPS"; each process to which it is given writes
+            its own trace into `workdir`.
 
     Raises:
-        UserError: the config, its targets or the workdir are not as they should be.
+        UserError: the config, its targets, the workdir or the profile are not as they should be.
         NonFiniteLoss: the loss is no longer a number.
         Preempted: asked to stop, and saved.
         CheckpointsUnreadable: the workdir has held checkpoints and none is whole.
@@ -98,7 +102,7 @@ def train(
     job = build_job(settings)
     if folder.refused:
         refuse_changes(settings, folder, job)
-    run = _Run(settings, folder, lift, job, stop_requested, local_dir)
+    run = _Run(settings, folder, lift, job, stop_requested, local_dir, profile)
     try:
         return run.train()
     finally:
@@ -120,6 +124,7 @@ class _Run:
         job: Job,
         stop_requested: StopRequested,
         local_dir: str | None,
+        profile: Profile | str | None,
     ) -> None:
         self.shared = SharedFolder(folder, lift, local_dir)
         self.settings = settings
@@ -148,6 +153,16 @@ class _Run:
             on_epoch=self.account.epoch,
             on_row=lambda row: self.account.row(row, self.log.skipped),
             skip_limit=settings.nan_limit if settings.nan == "skip" else 0,
+        )
+        self.profiler = Profiler(
+            profile,
+            folder,
+            lift.process,
+            per_call=settings.steps_per_call,
+            stop=job.stop,
+            log=self.log,
+            goodput=self.goodput,
+            drain=self._drain,
         )
         self.evaluator: Evaluator | None = None
         if job.held_out is not None:
@@ -184,6 +199,7 @@ class _Run:
         warn_of_unsynced_state(self.lift, self.job, state)
         self.goodput.begin_steps()
         update = lift_update_step(self.settings, self.job, self.lift, state)
+        self.profiler.before(step)
         started = time.monotonic()
         with closing(self._batches(step)) as batches:
             for steps, batch in self.goodput.waiting(batches):
@@ -191,7 +207,7 @@ class _Run:
                     self._stop(step, state)
                 before = self.step = step
                 compiles = before == first_step
-                with self.goodput.spending("compile" if compiles else "step"):
+                with self.goodput.spending("compile" if compiles else "step"), annotated(before):
                     state, values = update(state, batch)
                     if compiles:
                         jax.block_until_ready(state)
@@ -199,6 +215,7 @@ class _Run:
                 self._add(self.in_flight.push(before, values))
                 if compiles:
                     self._after_first_call(state, before, step, time.monotonic() - started)
+                self.profiler.after(step)
                 last = step == self.job.stop
                 if last or is_due(self.settings.log_every_steps, before, step):
                     self._drain()  # so that a row's time is that of its own steps
@@ -215,6 +232,7 @@ class _Run:
                 self.saver.check()
                 if self.saver.copy_is_due:
                     self._copy(state, step)
+                self.profiler.before(step)
                 self.stop_requested(step, "wait")
         if self.evaluation_pending:
             self._stop(step, state)
@@ -226,10 +244,12 @@ class _Run:
         self.lift.gather(0)  # whoever leaves early would be taken for lost
         seconds = time.monotonic() - began
         self.account.say_end(self.saver, step, seconds, self.early_stop.reason)
+        self.profiler.say_end()
         return Result(state, self.account.metrics)
 
     def close(self) -> None:
         """Lets go of everything, also where the run has failed; never hides why it did."""
+        self.profiler.close(self.step)
         with suppress(Exception):
             self.saver.close()
         self.account.close()
@@ -368,6 +388,7 @@ class _Run:
     def _stop(self, step: int, state: TrainState) -> None:
         say(f"asked to stop: saving at step {step}")
         self._begin_folder()
+        self.profiler.close(step)
         self._save(state, step)
         self.account.close()
         self.saver.finish()

@@ -27,6 +27,7 @@ _KINDS = {
     "evaluate": "evaluation",
     "save": "saving",
     "compile": "compilation",
+    "profile": "profiling",
 }
 
 
