@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tracemalloc
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import pytest
 from conftest import mesh_of
+from jax.sharding import NamedSharding, PartitionSpec
 
 import trainer
 from trainer.cutting import cut_dimension
@@ -20,7 +23,7 @@ from trainer.lifted import make_cut_step
 from trainer.losses import softmax_cross_entropy, squared_error
 from trainer.models.mlp import MLP
 from trainer.models.transformer import Transformer
-from trainer.state import checksum_of, name_leaves
+from trainer.state import checksum_of, checksums, name_leaves
 from trainer.step import PLAIN, Recipe, Task, init_state, make_update_step
 
 CUT = ["zero1", "fsdp"]
@@ -156,6 +159,39 @@ def test_on_cpu_nothing_is_scattered_and_one_buffer_is_gathered(sharding):
     assert found == ["all-gather"]
 
 
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        for _ in range(4):
+            x = x + nn.tanh(nn.Dense(64)(x))
+        return x, None
+
+
+class Layers(nn.Module):
+    """Eight layers, of which only the inputs are kept for the backward pass."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.remat(Layer, prevent_cse=False)
+        scan = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=8)
+        return nn.Dense(1)(scan()(x, None)[0])
+
+
+@pytest.mark.slow
+def test_what_a_model_computes_anew_is_not_kept():
+    task = Task(Layers(), squared_error, optax.sgd(0.1), 0.1)
+    batch = {name: np.zeros((8 * 512, *array.shape[1:])) for name, array in BATCH.items()}
+    held = []
+    for sharding in ("zero1", "fsdp"):
+        lift = make_lift("shard_map", mesh_of(8), sharding)
+        shapes = jax.eval_shape(init(task, PLAIN))
+        step = lift.compile(make_cut_step(task, PLAIN, lift, shapes), shapes)
+        args = lift.state_shapes(shapes), lift.batch_shapes(batch)
+        held.append(step.lower(*args).compile().memory_analysis().temp_size_in_bytes)
+    layers = 8 * 4 * 64 * 64 * 4  # bytes of params, which may be held once more
+    assert held[1] < held[0] + 2 * layers
+
+
 @pytest.mark.parametrize("sharding", CUT)
 def test_checksums_are_those_of_the_whole_leaves(sharding):
     lift, state, _ = run(NORMALISED, sharding=sharding, steps=1)
@@ -166,6 +202,27 @@ def test_checksums_are_those_of_the_whole_leaves(sharding):
     assert examined.not_finite == []
     bad = dataclasses.replace(state, opt_state=jax.tree.map(lambda leaf: leaf / 0, state.opt_state))
     assert "opt_state" in lift.examine(bad).not_finite[0]
+
+
+def test_no_leaf_is_put_together_to_be_examined():
+    lift = make_lift("shard_map", mesh_of(8), "fsdp")
+    sharding = NamedSharding(lift.mesh, PartitionSpec(None, "batch"))
+    leaf = jax.ShapeDtypeStruct((65, 64), np.float32, sharding=sharding)
+    text = jax.jit(checksums).lower([leaf]).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-reduce" in text
+
+
+def test_a_host_copy_of_a_cut_leaf_is_one_copy():
+    lift = make_lift("shard_map", mesh_of(8), "fsdp")
+    sharding = NamedSharding(lift.mesh, PartitionSpec(None, "batch"))
+    leaf = jax.device_put(np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024), sharding)
+    tracemalloc.start()
+    copied = lift.host_copy({"leaf": leaf})
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert leaf.nbytes <= held < 1.5 * leaf.nbytes
+    np.testing.assert_array_equal(copied["leaf"], leaf)
 
 
 @pytest.mark.parametrize("sharding", CUT)

@@ -20,6 +20,7 @@ from trainer.mixup import mix
 from trainer.reduce import global_norm, mean_over_axis
 from trainer.state import TrainState, fill_in, name_leaves
 from trainer.task import AXIS, PLAIN, Batch, Metrics, PerExample, Recipe, Task
+from trainer.tracing import rematerialises
 
 # What profiles and plans call the step's own collectives.
 MEAN_SCOPE = "mean_over_axis"
@@ -101,8 +102,10 @@ def _whole(
     """Params to differentiate by, and how the model is applied to them.
 
     Cut params are put together for the forward pass and, so that they need not be held in between,
-    once more for the backward pass, whose gradients come out cut and summed over the shards. Where
-    one buffer is cheaper, that is done once and for both.
+    once more for the backward pass, whose gradients come out cut and summed over the shards. That
+    is done once and for both where one buffer is cheaper, and where the model has a
+    `jax.checkpoint` of its own: jax asks the outermost policy alone what is kept, and it would keep
+    all that the model means to compute anew.
     """
     if cuts is None or not cuts.params:
         return params, task.apply
@@ -116,7 +119,14 @@ def _whole(
         return task.apply(params, model_state, batch, train=True, rng=rng)
 
     again = jax.checkpoint(gathered, policy=lambda prim, *_, **__: prim.name not in _NOT_KEPT)
-    return params, lambda *args, train, rng: again(*args, rng)
+
+    def apply(
+        params: Any, model_state: Any, batch: Batch, *, train: bool, rng: Any
+    ) -> tuple[Any, Any]:
+        args = params, model_state, batch, rng
+        return (gathered if rematerialises(gathered, *args) else again)(*args)
+
+    return params, apply
 
 
 def _gradients(

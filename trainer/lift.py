@@ -309,8 +309,7 @@ class Lift(Peers):
         for name, leaf in name_leaves(state).items():
             whole = leaf if self.is_whole_here else self._put_together(leaf)
             if self.is_whole_here or self.writes:
-                one = whole.addressable_data(0) if whole.is_fully_replicated else whole
-                copied[name] = np.array(one)
+                copied[name] = _to_host(whole)
         return copied
 
     @functools.cached_property
@@ -444,6 +443,16 @@ def _spec(dimension: int | None) -> P:
 
 def _is_spec(leaf: Any) -> bool:
     return isinstance(leaf, P)
+
+
+def _to_host(leaf: jax.Array) -> np.ndarray:
+    """A copy of an array all of which is here; `np.array` of a cut one would leave a second."""
+    if leaf.is_fully_replicated:
+        return np.array(leaf.addressable_data(0))
+    whole = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        whole[shard.index] = shard.data
+    return whole
 
 
 def _from_host(leaf: Any, sharding: NamedSharding) -> jax.Array:

@@ -97,9 +97,13 @@ def _checksum(leaf: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(leaf, jnp.uint16).astype(jnp.uint32)
     else:  # 64-bit values gain a trailing axis of two words
         words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-    words = words.ravel()
-    weights = 2 * jax.lax.iota(jnp.uint32, words.size) + 1
-    return jnp.sum(words * weights, dtype=jnp.uint32)
+    # Not raveled: a leaf that is cut along another than its first dimension would be put together.
+    place, stride = jnp.zeros((), jnp.uint32), 1
+    for dimension in reversed(range(words.ndim)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, dimension)
+        place = place + np.uint32(stride % 2**32) * along
+        stride *= words.shape[dimension]
+    return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
 
 
 def _is_narrow(dtype: Any) -> bool:

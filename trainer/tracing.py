@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,16 @@ def has_convolution(function: Callable[[Any, Any], Any], state: Any, batch: Any)
     """
     mapped = jax.vmap(function, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
     return "conv_general_dilated" in str(jax.make_jaxpr(mapped)(state, batch))
+
+
+def rematerialises(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether a function contains a `jax.checkpoint` (`nn.remat`), from tracing it.
+
+    Args:
+        function: of arrays; may use axes that are bound where this is called.
+        args: arrays, tracers or shapes.
+    """
+    return re.search(r"\b(remat2?|checkpoint)\[", str(jax.make_jaxpr(function)(*args))) is not None
 
 
 def unsynced_state(task: Task, state: TrainState, batch: Any, num_shards: int) -> list[str]:
