@@ -60,7 +60,7 @@ def run_here(plan: Plan) -> int:
 
     def train() -> None:
         os.environ.update(plan.workers[0].environ)
-        _train(plan.settings.config, workdir, plan.local_base, stop_requested)
+        _train(plan.settings.config, workdir, plan.local_base, stop_requested, plan.profile)
 
     outcome = _outcome_of(train, rank=0)
     if outcome.is_failure and outcome.exit_code != exit_codes.USAGE:
@@ -73,7 +73,7 @@ def run_here(plan: Plan) -> int:
             f"{how_to_go_on(workdir)}"
         )
         with contextlib.suppress(OSError):
-            write_failure(local_dir, outcome, rank=0, log=path)
+            write_failure(local_dir, outcome, rank=0, log=path, attempt=rank_log.attempt)
         return outcome.exit_code
     if outcome.exit_code == exit_codes.USAGE:
         _report(f"error: {outcome.message}")
@@ -118,7 +118,7 @@ def main() -> None:
         config = config_from_json(assignment.config)
         asked = SyncPoint() if several else stop_requested
         stop = asked_in_turn(asked, page.write)
-        _train(config, assignment.workdir, assignment.local_dir, stop)
+        _train(config, assignment.workdir, assignment.local_dir, stop, assignment.profile)
 
     outcome = _outcome_of(train, assignment.rank, lambda: page.read().step)
     if os.getpid() != me:  # a fork of user code that was not kept from coming back here
@@ -142,12 +142,20 @@ def _train(
     workdir: str,
     local_dir: str | None,
     stop_requested: Callable[[int, str], bool],
+    profile: str | None,
 ) -> None:
     from launcher.mesh import build_mesh
     from trainer.loop import train
 
     mesh = build_mesh(config.get("lift", "pmap"), config.get("devices_per_process"))
-    train(config, workdir, mesh, stop_requested=stop_requested, local_dir=local_dir)
+    train(
+        config,
+        workdir,
+        mesh,
+        stop_requested=stop_requested,
+        local_dir=local_dir,
+        profile=profile,
+    )
 
 
 def _outcome_of(

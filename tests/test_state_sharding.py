@@ -14,6 +14,7 @@ from conftest import mesh_of
 import trainer
 from trainer.cutting import cut_dimension
 from trainer.evaluate import Evaluator
+from trainer.freezing import hold
 from trainer.lift import make_lift
 from trainer.lifted import make_cut_step
 from trainer.losses import softmax_cross_entropy, squared_error
@@ -47,7 +48,7 @@ CHARACTERS = Task(
 
 
 def init(task, recipe, dtype=np.float32):
-    example = (BATCH if task is NORMALISED else TEXT)["x"][0]
+    example = (TEXT if task is CHARACTERS else BATCH)["x"][0]
 
     def widen(leaf):
         return leaf.astype(dtype) if leaf.dtype == np.float32 else leaf
@@ -60,7 +61,7 @@ def run(
 ):
     """The lift, and the state and metrics on the devices after some steps."""
     lift = make_lift("shard_map", mesh_of(devices), sharding)
-    batch = BATCH if task is NORMALISED else TEXT
+    batch = TEXT if task is CHARACTERS else BATCH
     start = init(task, recipe, dtype)
     shapes = jax.eval_shape(start)
     if lift.cut:
@@ -111,6 +112,15 @@ def compare(task, sharding, recipe, dtype=np.float32):
     cut_lift, cut_state, cut_metrics = run(task, recipe, sharding, dtype=dtype)
     assert_close(cut_lift.host_copy(cut_state), lift.host_copy(state))
     assert_close(cut_lift.read(cut_metrics), lift.read(metrics))
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "leaves"])
+@pytest.mark.parametrize("sharding", CUT)
+def test_a_part_that_is_frozen_is_cut_and_stays(sharding, flat):
+    frozen = ("Dense_0",)
+    optimizer = hold(NORMALISED.optimizer, frozen)
+    task = dataclasses.replace(NORMALISED, optimizer=optimizer, frozen=frozen)
+    compare(task, sharding, Recipe(flat=flat, ema_decay=0.9))
 
 
 @pytest.mark.parametrize("sharding", CUT)

@@ -80,11 +80,13 @@ class Cuts:
         parts: shards of the axis.
         like: the dimension that each leaf of the params is cut along, in the order of
             `jax.tree.leaves`.
+        grads: the same of the gradients, which only some of the params may have.
         params: whether the params come in cut; their gradients leave so in any case.
     """
 
     parts: int
     like: tuple[int | None, ...]
+    grads: tuple[int | None, ...]
     params: bool
 
 
@@ -135,7 +137,7 @@ def own_part(tree: Any, axis: str | None, cuts: Cuts) -> Any:
 
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(
-        structure, [part(*pair) for pair in zip(leaves, cuts.like, strict=True)]
+        structure, [part(*pair) for pair in zip(leaves, cuts.grads, strict=True)]
     )
 
 
@@ -154,7 +156,7 @@ def scatter_mean(tree: Any, axis: str | None, cuts: Cuts) -> Any:
 
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(
-        structure, [mean(*pair) for pair in zip(leaves, cuts.like, strict=True)]
+        structure, [mean(*pair) for pair in zip(leaves, cuts.grads, strict=True)]
     )
 
 
@@ -162,9 +164,9 @@ def norm_of_parts(tree: Any, axis: str | None, cuts: Cuts) -> jax.Array:
     """The 2-norm of all leaves together, of which each shard has its part, shape ()."""
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
     here = sum(
-        (s for s, cut in zip(squares, cuts.like, strict=True) if cut is not None), jnp.zeros(())
+        (s for s, cut in zip(squares, cuts.grads, strict=True) if cut is not None), jnp.zeros(())
     )
     whole = sum(
-        (s for s, cut in zip(squares, cuts.like, strict=True) if cut is None), jnp.zeros(())
+        (s for s, cut in zip(squares, cuts.grads, strict=True) if cut is None), jnp.zeros(())
     )
     return jnp.sqrt(lax.psum(here, axis) + whole)

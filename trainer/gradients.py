@@ -18,7 +18,7 @@ from trainer.cutting import Cuts, gather, norm_of_parts, own_part, scatter_mean
 from trainer.errors import UserError
 from trainer.mixup import mix
 from trainer.reduce import global_norm, mean_over_axis
-from trainer.state import TrainState, name_leaves
+from trainer.state import TrainState, fill_in, name_leaves
 from trainer.task import AXIS, PLAIN, Batch, Metrics, PerExample, Recipe, Task
 
 # What profiles and plans call the step's own collectives.
@@ -135,7 +135,8 @@ def _gradients(
     weight = _weight(batch, axis)
 
     def part(model_state: Any, rng: jax.Array, batch: Batch, others: Batch | None) -> Any:
-        def objective(params: Any) -> tuple[jax.Array, Any]:
+        def objective(trained: Any) -> tuple[jax.Array, Any]:
+            params = fill_in(state.params, trained)
             outputs, updated = apply(params, model_state, batch, train=True, rng=rng)
             losses = per_example(task.loss, outputs, batch, "config.loss")
             if others is not None:
@@ -146,7 +147,9 @@ def _gradients(
                 total = total * state.loss_scale.scale
             return total, (outputs, updated, losses)
 
-        grads, (outputs, updated, losses) = jax.grad(objective, has_aux=True)(state.params)
+        grads, (outputs, updated, losses) = jax.grad(objective, has_aux=True)(
+            task.trained(state.params)
+        )
         sums = {"loss": sums_of(losses, batch)} | metric_sums(task, outputs, batch)
         return grads, updated, sums
 

@@ -14,6 +14,7 @@ import optax
 
 from trainer.data.stream import Source, TrainStream, as_source
 from trainer.errors import UserError
+from trainer.freezing import hold
 from trainer.precision import DTYPES
 from trainer.settings import Settings
 from trainer.state import TrainState
@@ -82,10 +83,24 @@ def build_job(settings: Settings) -> Job:
         held_out = as_source(sources["eval"], 'config.data: what it returned as "eval"')
         if not len(held_out):
             raise UserError("config.data: there is no example to evaluate on", 'leave "eval" out')
+    if held_out is None and settings.early_stop_patience is not None:
+        raise UserError(
+            "config.early_stop.patience is set, and there are no examples to evaluate on",
+            'let config.data.target return some as "eval", or leave it out',
+        )
     num_steps = settings.num_steps or (settings.num_epochs or 0) * stream.steps_per_epoch
     optimizer, learning_rate = _build_optimizer(settings.optimizer, num_steps)
+    optimizer = hold(optimizer, settings.freeze)
     return Job(
-        task=Task(model, loss, optimizer, learning_rate, metrics, DTYPES.get(settings.precision)),
+        task=Task(
+            model,
+            loss,
+            optimizer,
+            learning_rate,
+            metrics,
+            DTYPES.get(settings.precision),
+            settings.freeze,
+        ),
         stream=stream,
         held_out=held_out,
         recipe=Recipe(

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trainer.cutting import FIELDS, map_cuts
+from trainer.cutting import FIELDS, cuts_of, map_cuts
 from trainer.errors import ReplicasDiffer, UserError
 from trainer.peers import Peers
 from trainer.state import TrainState, are_finite, checksums, name_leaves
@@ -77,6 +77,12 @@ class Lift(Peers):
         """
         fields = self.cut if cut is None else cut
         return map_cuts(state, fields, self.num_shards, _spec)
+
+    def specs_of(self, tree: Any) -> Any:
+        """How the leaves of a tree lie over the axis if all that can be is cut."""
+        leaves, structure = jax.tree.flatten(tree)
+        specs = map(_spec, cuts_of(leaves, self.num_shards))
+        return jax.tree.unflatten(structure, list(specs))
 
     def _shardings(self, state: Any) -> Any:
         """The same, on the devices; anything but a state that is cut is replicated."""

@@ -77,13 +77,19 @@ def make_cut_step(
         state: a state, or its shapes.
     """
     params_are_cut = "params" in lift.cut
-    cuts = Cuts(lift.num_shards, tuple(cuts_of(state.params, lift.num_shards)), params_are_cut)
+    parts, trained = lift.num_shards, task.trained(state.params)
+    cuts = Cuts(
+        parts,
+        tuple(cuts_of(state.params, parts)),
+        tuple(cuts_of(trained, parts)),
+        params_are_cut,
+    )
     all_cut = lift.specs(state, FIELDS["fsdp"])
     specs = lift.specs(state)
     gradients = lift.over_axis(
         make_gradient_step(task, recipe, cuts=cuts),
         (dataclasses.replace(specs, opt_state=P(), ema=P()), P(AXIS)),
-        Gradients(all_cut.params, P(), cast(Any, P())),
+        Gradients(lift.specs_of(trained), P(), cast(Any, P())),
     )
 
     def put_together(params: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Generator
@@ -19,13 +20,16 @@ from trainer.checkpoints.restoring import Restored
 from trainer.checkpoints.saver import Saver
 from trainer.console import open_terminal, say
 from trainer.data.prefetch import depth_for, prefetch
+from trainer.early_stop import EarlyStop
 from trainer.errors import NonFiniteLoss, Preempted
 from trainer.evaluate import Evaluator
+from trainer.init_from import begin_from
 from trainer.job import Job, build_job, make_init
 from trainer.lift import Lift, make_lift
 from trainer.lifted import lift_update_step
+from trainer.profiling import Profile, Profiler, annotated
 from trainer.progress import InFlight, TrainLog, is_due
-from trainer.report import has_row
+from trainer.report import evaluation_at
 from trainer.settings import Settings, check
 from trainer.shared_folder import SharedFolder, refuse_changes
 from trainer.state import TrainState
@@ -63,6 +67,7 @@ def train(
     *,
     stop_requested: StopRequested = lambda step, phase: False,
     local_dir: str | None = None,
+    profile: Profile | str | None = None,
 ) -> Result:
     """Trains what `config` describes, going on from the newest checkpoint in `workdir`.
 
@@ -78,9 +83,11 @@ def train(
             on to do so; the state is saved and Preempted raised. Also told, at any time, that this
             process is about to "wait" for data or devices: then the answer does not count.
         local_dir: where what needs a local folder goes if `workdir` is remote.
+        profile: which steps to trace, as "START:STEPS"; each process to which it is given writes
+            its own trace into `workdir`.
 
     Raises:
-        UserError: the config, its targets or the workdir are not as they should be.
+        UserError: the config, its targets, the workdir or the profile are not as they should be.
         NonFiniteLoss: the loss is no longer a number.
         Preempted: asked to stop, and saved.
         CheckpointsUnreadable: the workdir has held checkpoints and none is whole.
@@ -95,7 +102,7 @@ def train(
     job = build_job(settings)
     if folder.refused:
         refuse_changes(settings, folder, job)
-    run = _Run(settings, folder, lift, job, stop_requested, local_dir)
+    run = _Run(settings, folder, lift, job, stop_requested, local_dir, profile)
     try:
         return run.train()
     finally:
@@ -117,6 +124,7 @@ class _Run:
         job: Job,
         stop_requested: StopRequested,
         local_dir: str | None,
+        profile: Profile | str | None,
     ) -> None:
         self.shared = SharedFolder(folder, lift, local_dir)
         self.settings = settings
@@ -131,6 +139,7 @@ class _Run:
         self.step = 0
         # An evaluation that was due when the run was asked to stop; a resume makes up for it.
         self.evaluation_pending = False
+        self.early_stop = EarlyStop.of(settings)
         self.scan = settings.steps_per_call > 1
         self.eval_every_steps = settings.eval_every_steps or job.stream.steps_per_epoch
         self.prefetch_depth = depth_for(settings.prefetch, lift.platform)
@@ -144,6 +153,16 @@ class _Run:
             on_epoch=self.account.epoch,
             on_row=lambda row: self.account.row(row, self.log.skipped),
             skip_limit=settings.nan_limit if settings.nan == "skip" else 0,
+        )
+        self.profiler = Profiler(
+            profile,
+            folder,
+            lift.process,
+            per_call=settings.steps_per_call,
+            stop=job.stop,
+            log=self.log,
+            goodput=self.goodput,
+            drain=self._drain,
         )
         self.evaluator: Evaluator | None = None
         if job.held_out is not None:
@@ -166,20 +185,21 @@ class _Run:
         if self.evaluation_pending and self.evaluator:
             self.account.open(step)
             self._evaluate(state, step)
-        if step >= self.job.stop:
+        if step >= self.job.stop or self.early_stop.reason:
             if self.evaluation_pending:
                 self._stop(step, state)
             if self.saver.is_unsaved(step):  # it was only in memory
                 self.shared.record(self.saver.run)
                 self._save(state, step)
             self.saver.finish()
-            say_finished_before(self.about, step)
+            say_finished_before(self.about, step, self.early_stop.reason)
             return Result(state, self.account.metrics)
         if self.folder.exists:
             self.shared.record(self.saver.run)
         warn_of_unsynced_state(self.lift, self.job, state)
         self.goodput.begin_steps()
         update = lift_update_step(self.settings, self.job, self.lift, state)
+        self.profiler.before(step)
         started = time.monotonic()
         with closing(self._batches(step)) as batches:
             for steps, batch in self.goodput.waiting(batches):
@@ -187,7 +207,7 @@ class _Run:
                     self._stop(step, state)
                 before = self.step = step
                 compiles = before == first_step
-                with self.goodput.spending("compile" if compiles else "step"):
+                with self.goodput.spending("compile" if compiles else "step"), annotated(before):
                     state, values = update(state, batch)
                     if compiles:
                         jax.block_until_ready(state)
@@ -195,6 +215,7 @@ class _Run:
                 self._add(self.in_flight.push(before, values))
                 if compiles:
                     self._after_first_call(state, before, step, time.monotonic() - started)
+                self.profiler.after(step)
                 last = step == self.job.stop
                 if last or is_due(self.settings.log_every_steps, before, step):
                     self._drain()  # so that a row's time is that of its own steps
@@ -202,6 +223,8 @@ class _Run:
                 self.account.progress(step)
                 if self.evaluator and (last or is_due(self.eval_every_steps, before, step)):
                     self._evaluate(state, step)
+                    if self.early_stop.reason:
+                        break
                 if is_due(self.settings.checkpoint_every_steps, before, step):
                     self._save(state, step)
                 elif is_due(self.settings.replica_check_every_steps, before, step):
@@ -209,6 +232,7 @@ class _Run:
                 self.saver.check()
                 if self.saver.copy_is_due:
                     self._copy(state, step)
+                self.profiler.before(step)
                 self.stop_requested(step, "wait")
         if self.evaluation_pending:
             self._stop(step, state)
@@ -218,11 +242,14 @@ class _Run:
             self.saver.finish()
         self.account.finish(step)
         self.lift.gather(0)  # whoever leaves early would be taken for lost
-        self.account.say_end(self.saver, step, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self.account.say_end(self.saver, step, seconds, self.early_stop.reason)
+        self.profiler.say_end()
         return Result(state, self.account.metrics)
 
     def close(self) -> None:
         """Lets go of everything, also where the run has failed; never hides why it did."""
+        self.profiler.close(self.step)
         with suppress(Exception):
             self.saver.close()
         self.account.close()
@@ -251,15 +278,21 @@ class _Run:
                 self._go_on_from(restored)
                 return restored.state
             say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
+        if self.settings.init_from:
+            return self.lift.put_state(begin_from(self.settings, self.lift, init()))
         return self.lift.make_state(init)
 
     def _go_on_from(self, restored: Restored) -> None:
         meta = restored.meta
         self.log.from_json(meta["log"])
         self.account.go_on_from(meta)
-        done = has_row(self.folder, restored.step, "eval/loss")
-        pending = meta["evaluation_pending"] and not done
-        self.evaluation_pending = bool(self.lift.gather(int(pending))[0])
+        self.early_stop.from_json(meta.get("early_stop"))
+        if meta["evaluation_pending"]:
+            found = json.dumps(evaluation_at(self.folder, restored.step))
+            done = json.loads(self.lift.tell(found))
+            self.evaluation_pending = done is None
+            if done is not None:  # by an attempt that did not get to save again
+                self.early_stop.add(restored.step, done)
         warn_of_changes(self.about, meta["num_steps"])
 
     def _batches(self, step: int) -> Generator[tuple[int, Any]]:
@@ -318,6 +351,7 @@ class _Run:
         self.evaluation_pending = metrics is None
         if metrics is not None:
             self.account.evaluation(step, metrics)
+            self.early_stop.add(step, metrics)
             self.saver.save_if_best(step, state, metrics)
             self.account.flush()
         self.log.exclude(time.monotonic() - began)
@@ -348,11 +382,13 @@ class _Run:
             "num_steps": self.job.num_steps,
             "goodput": self.goodput.to_json(),
             "evaluation_pending": self.evaluation_pending,
+            "early_stop": self.early_stop.to_json(),
         }
 
     def _stop(self, step: int, state: TrainState) -> None:
         say(f"asked to stop: saving at step {step}")
         self._begin_folder()
+        self.profiler.close(step)
         self._save(state, step)
         self.account.close()
         self.saver.finish()

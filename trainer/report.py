@@ -102,6 +102,10 @@ def last_values(workdir: Workdir, step: int) -> dict[str, float]:
     return values
 
 
-def has_row(workdir: Workdir, step: int, tag: str) -> bool:
-    """Whether `metrics.jsonl` holds a value of a tag at a step."""
-    return any(row["step"] == step and tag in row for row in read_rows(workdir.metrics, step))
+def evaluation_at(workdir: Workdir, step: int) -> dict[str, float] | None:
+    """What `metrics.jsonl` has of the evaluation of a step, but for `null`; None if it has none."""
+    found = [row for row in read_rows(workdir.metrics, step) if row["step"] == step]
+    found = [row for row in found if "eval/loss" in row]
+    if not found:
+        return None
+    return {tag: value for row in found for tag, value in row.items() if value is not None}

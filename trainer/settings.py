@@ -47,6 +47,10 @@ RESUMABLE = (
     "eval.",
     "nan",
     "replica_check_every_steps",
+    "early_stop.",
+    # Of a fresh run only.
+    "init_from",
+    "init_map",
     # These give the same numbers: docs/numbers.md.
     "lift",
     "state_sharding",
@@ -88,6 +92,17 @@ KEYS: dict[str, tuple[Any, str]] = {
     "clip_norm": (float, "the largest 2-norm of the gradient, which is scaled down to it"),
     "ema_decay": (float, "of an average of the params, which is evaluated and saved; 0.999, say"),
     "mixup": (0.0, "alpha of mixup: examples are blended in pairs, share Beta(alpha, alpha)"),
+    "init_from": (
+        str,
+        "a fresh run begins with the params and model state of this run (its folder) or of one of "
+        "its checkpoints (`RUN/best`, `RUN/checkpoints/120`)",
+    ),
+    "init_map": (
+        "",
+        "how names there become names here, with commas between: `old->new` renames a part of the "
+        "model, `!part` leaves a part as it is initialised",
+    ),
+    "freeze": ("", "parts of the params that are not trained, with commas between: `Dense_0`, say"),
     "log_every_steps": (100, "steps from one log row to the next"),
     "model_table": (0, "show the model's modules, so many levels of them, before the first step"),
     "nan": ("stop", 'a loss or gradient that is not finite: "stop", or "skip" its update'),
@@ -120,6 +135,12 @@ KEYS: dict[str, tuple[Any, str]] = {
     "checkpoint.keep": (3, "how many of the newest to keep"),
     "checkpoint.best_metric": ("eval/loss", "the tag that decides which state is kept in `best/`"),
     "checkpoint.best_mode": ("min", '"min" or "max"'),
+    "early_stop.patience": (
+        int,
+        "evaluations in a row without a better `checkpoint.best_metric` that end the run; None: it "
+        "goes on",
+    ),
+    "early_stop.min_delta": (0.0, "better means better by more than this"),
     "data.shuffle": (True, "a new order of the training examples each epoch"),
     "data.prefetch": (int, "batches made ahead in a thread; None: 2, and 0 on CPU"),
 }
@@ -214,6 +235,11 @@ class Settings:
     best_metric: str
     best_mode: str
     model_table: int
+    early_stop_patience: int | None
+    early_stop_min_delta: float
+    init_from: str | None
+    init_map: tuple[str, ...]
+    freeze: tuple[str, ...]
     nan: str
     nan_limit: int
     replica_check_every_steps: int
@@ -331,6 +357,11 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         best_metric=config.checkpoint.best_metric,
         best_mode=one_of("checkpoint.best_mode", config.checkpoint.best_mode, ("min", "max")),
         model_table=int(not_negative("model_table")),
+        early_stop_patience=positive_or_none("early_stop.patience"),
+        early_stop_min_delta=not_negative("early_stop.min_delta"),
+        init_from=config.init_from or None,
+        init_map=_parts(config.init_map),
+        freeze=_parts(config.freeze),
         nan=one_of("nan", config.nan, NANS),
         nan_limit=positive("nan_limit"),
         replica_check_every_steps=positive("replica_check_every_steps"),
@@ -344,9 +375,14 @@ def _hint(name: str, known: Sequence[str], prefix: str, otherwise: str) -> str:
     return f"did you mean {prefix}{near[0]}?" if near else otherwise
 
 
+def _parts(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def _allowed(config: ConfigDict) -> tuple[str, ...]:
     """The parts of `checkpoint.allow`."""
-    names = tuple(name.strip() for name in config.checkpoint.allow.split(",") if name.strip())
+    names = _parts(config.checkpoint.allow)
     known = [*LEAF_CHANGES]
     for key in flatten(config):
         parts = key.split(".")

@@ -18,7 +18,7 @@ from jax import lax
 
 from trainer.gradients import Gradients, make_gradient_step, metric_sums, per_example, sums_of
 from trainer.precision import LossScale
-from trainer.state import TrainState
+from trainer.state import TrainState, fill_in
 from trainer.task import AXIS, PLAIN, Batch, Metrics, PerExample, Recipe, Task
 
 __all__ = [
@@ -108,8 +108,10 @@ def apply_gradients(
         state, params=params, model_state=found.model_state, opt_state=opt_state
     )
     if state.ema is not None:
-        ema = optax.incremental_update(params, state.ema, 1 - (recipe.ema_decay or 0.0))
-        updated = dataclasses.replace(updated, ema=ema)
+        ema = optax.incremental_update(
+            task.trained(params), task.trained(state.ema), 1 - (recipe.ema_decay or 0.0)
+        )
+        updated = dataclasses.replace(updated, ema=fill_in(params, ema))
     good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     if recipe.skip_nonfinite or state.loss_scale is not None:
         updated = jax.tree.map(functools.partial(jnp.where, good), updated, state)

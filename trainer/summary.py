@@ -27,6 +27,7 @@ _KINDS = {
     "evaluate": "evaluation",
     "save": "saving",
     "compile": "compilation",
+    "profile": "profiling",
 }
 
 
@@ -157,15 +158,31 @@ def say_evaluation(step: int, stop: int, metrics: Mapping[str, float]) -> None:
     say(f"step {step}/{stop}  {shown}")
 
 
-def say_finished_before(about: About, step: int) -> None:
-    """The run had nothing left to do."""
-    say(f"nothing to do: this run has taken {_steps(step)}, and is to stop at {about.job.stop}")
-    say(f"to go on: {_how_to_go_on(about, step)}")
+def say_finished_before(about: About, step: int, early: str = "") -> None:
+    """The run had nothing left to do; `early` is as for `say_end`."""
+    if early and step < about.job.stop:
+        say(f"nothing to do: stopped early at step {step} of {about.job.num_steps}: {early}")
+    else:
+        say(f"nothing to do: this run has taken {_steps(step)}, and is to stop at {about.job.stop}")
+    say(f"to go on: {_how_to_go_on(about, step, early)}")
 
 
-def say_end(about: About, saver: Saver, goodput: Goodput, step: int, seconds: float) -> None:
-    """What came of it, where it is, and how to go on."""
-    if step < about.job.num_steps:
+def say_end(
+    about: About, saver: Saver, goodput: Goodput, step: int, seconds: float, early: str = ""
+) -> None:
+    """What came of it, where it is, and how to go on.
+
+    Args:
+        about: what the run is.
+        saver: which knows the best state.
+        goodput: which knows where the time went.
+        step: that it has come to.
+        seconds: that it took.
+        early: why it ends before its time, if evaluations have stopped getting better.
+    """
+    if early and step < about.job.stop:
+        say(f"stopped early at step {step} of {about.job.num_steps}: {early}")
+    elif step < about.job.num_steps:
         say(f"stopped at step {step} of {about.job.num_steps} (config.stop_at_step)")
     else:
         say(f"finished: {_steps(step)} in {duration(seconds)}")
@@ -177,7 +194,7 @@ def say_end(about: About, saver: Saver, goodput: Goodput, step: int, seconds: fl
             f"{saver.best_step}, in {about.folder.best}"
         )
     say(f"last checkpoint: {about.folder.checkpoints / str(step)}")
-    say(f"to go on: {_how_to_go_on(about, step)}")
+    say(f"to go on: {_how_to_go_on(about, step, early)}")
     say(f"curves: tensorboard --logdir {shlex.quote(str(about.folder.path))}")
 
 
@@ -185,9 +202,11 @@ def _steps(count: int) -> str:
     return f"{count} step{'s' * (count != 1)}"
 
 
-def _how_to_go_on(about: About, step: int) -> str:
+def _how_to_go_on(about: About, step: int, early: str) -> str:
     settings = about.settings
-    if step < about.job.num_steps:
+    if early and step < about.job.stop:
+        change = f"and --config.early_stop.patience={2 * (settings.early_stop_patience or 1)}"
+    elif step < about.job.num_steps:
         change = "without config.stop_at_step"
     elif settings.num_steps is not None:
         change = f"and --config.num_steps={2 * step}"

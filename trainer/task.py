@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import optax
 
+from trainer.freezing import leave_out
 from trainer.precision import to_dtype, to_float32
 
 Batch = Mapping[str, jax.Array]
@@ -32,6 +33,8 @@ class Task:
         learning_rate: a number or a schedule, for reporting only.
         metrics: more functions of the form of `loss`, by name.
         dtype: what the model computes in, bfloat16 or float16; its own choice where None.
+        frozen: parts of the params that are not trained, by path; the optimizer is one that
+            `trainer.freezing.hold` has made for them.
     """
 
     model: nn.Module
@@ -40,6 +43,11 @@ class Task:
     learning_rate: float | Callable[[jax.Array], Any] = float("nan")
     metrics: Mapping[str, PerExample] = field(default_factory=dict)
     dtype: Any = None
+    frozen: tuple[str, ...] = ()
+
+    def trained(self, params: Any) -> Any:
+        """Params, or what is shaped like them, without the frozen leaves."""
+        return leave_out(params, self.frozen)
 
     def apply(self, params: Any, model_state: Any, batch: Batch, *, train: bool, rng: Any) -> Any:
         """Runs the model; returns (outputs, new model state), both without 16-bit casts in them."""
