@@ -107,9 +107,7 @@ class Bench:
 
     def contestants(self, *, keep: Any = lambda contestant: True) -> list[Contestant]:
         of_torch = ("ddp", "fabric", "one")
-        return [
-            c for c in CONTESTANTS if keep(c) and (self.torch_python or c.who not in of_torch)
-        ]
+        return [c for c in CONTESTANTS if keep(c) and (self.torch_python or c.who not in of_torch)]
 
     def examples(self, model: str) -> tuple[str, str]:
         """The files of examples and weights, made once."""
