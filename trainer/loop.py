@@ -366,14 +366,13 @@ class _Run:
         self.log.exclude(time.monotonic() - began)
 
     def _copy(self, state: TrainState, step: int) -> None:
-        began = time.monotonic()
         self._drain()  # as for a save
         jax.block_until_ready(state)
         held_up = time.monotonic()  # until here the devices had steps to take
         meta = {**self._meta(), "rows": self.account.unwritten()}
         with self.goodput.spending("save"):
             self.saver.copy(step, state, meta, held_up)
-        self.log.exclude(time.monotonic() - began)
+        self.log.exclude(time.monotonic() - held_up)  # the steps before it were steps
 
     def _meta(self) -> dict[str, Any]:
         """What a resume needs beside the state."""
