@@ -1,6 +1,7 @@
 """What a step costs where the state is cut over the devices, against a whole one on each.
 
     python benchmarks/state_sharding.py [--width=512] [--batch=1024] [--devices=8] [--rounds=30]
+        [--reduce=flat]
 
 The same step of the same MLP (Adam, so that the optimizer's state is twice the params) in one
 process on fake CPU devices, the three kinds in turns. Bytes are those of one device.
@@ -9,12 +10,11 @@ process on fake CPU devices, the three kinds in turns. Bytes are those of one de
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
-from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from machine import fake_devices, write
+
 KINDS = ("replicated", "zero1", "fsdp")
 STEPS = 10  # a turn
 
@@ -26,19 +26,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--reduce", default="flat", choices=("flat", "leaves"))
     parser.add_argument("--out")
     options = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
-    os.environ["PJRT_NPROC"] = str(2 * options.devices)
-    sys.path.insert(0, str(ROOT))
-    result = measure(options.width, options.batch, options.devices, options.rounds)
-    print(json.dumps(result, indent=2))
-    if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
+    fake_devices(options.devices)
+    flat = options.reduce == "flat"
+    result = measure(options.width, options.batch, options.devices, options.rounds, flat)
+    write(result, options.out)
 
 
-def measure(width: int, batch: int, devices: int, rounds: int) -> dict[str, object]:
+def measure(width: int, batch: int, devices: int, rounds: int, flat: bool) -> dict[str, Any]:
     import jax
     import numpy as np
     import optax
@@ -57,8 +54,9 @@ def measure(width: int, batch: int, devices: int, rounds: int) -> dict[str, obje
     }
     model = MLP(hidden_size=width, out_size=10)
     task = Task(model, softmax_cross_entropy, optax.adam(1e-3), 1e-3)
-    recipe = Recipe(flat=True)
+    recipe = Recipe(flat=flat)
     held: dict[str, int] = {}
+    temporary: dict[str, int] = {}
 
     def init():
         return init_state(task, 0, examples["x"][0], recipe)
@@ -74,6 +72,8 @@ def measure(width: int, batch: int, devices: int, rounds: int) -> dict[str, obje
             state = lift.make_state(jax.jit(init))
             held[kind] = sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(state))
             on_devices = lift.put_batch(examples)
+            memory = step.lower(state, on_devices).compile().memory_analysis()
+            temporary[kind] = memory.temp_size_in_bytes
             ended = False
             while not ended:
                 for _ in range(STEPS):
@@ -90,7 +90,9 @@ def measure(width: int, batch: int, devices: int, rounds: int) -> dict[str, obje
         "devices": devices,
         "width": width,
         "global_batch_size": batch,
+        "reduce": "flat" if flat else "leaves",
         "state_bytes_a_device": held,
+        "temporary_bytes_a_device": temporary,
         "ms_a_step": {kind: 1000 * turns.median(kind) / STEPS for kind in KINDS},
         "ratio_to_replicated": {kind: turns.ratio(kind, "replicated") for kind in KINDS},
         "load_average": os.getloadavg()[0],

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from trainer.errors import UserError
-from trainer.settings import flatten, with_defaults
+from trainer.keys import flatten, with_defaults
 
 # What `python -m launcher` takes in place of flags.
 COMMANDS = ("env", "eval", "export", "plan", "predict", "report")

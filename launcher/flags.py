@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from launcher import exit_codes
 from launcher.command_line import Flags, read_command
 from trainer.errors import UserError
-from trainer.settings import flatten
+from trainer.keys import flatten
 
 HELP = """\
 Trains a Flax model written for one chip on all devices of this machine or cluster.

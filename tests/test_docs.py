@@ -211,7 +211,8 @@ def test_config_keys_that_are_named_exist():
 
 
 def keys_of(folder, spec):
-    from trainer.settings import check, flatten
+    from trainer.keys import flatten
+    from trainer.settings import check
 
     name, _, argument = spec.partition(":")
     if name == "from_json.py" or f"configs/{name}" in NOT_OURS:

@@ -115,6 +115,22 @@ def test_an_average_is_what_is_taken_and_begun_with(tmp_path, pretrained):
         np.testing.assert_allclose(leaf, name_leaves(there["ema"])[name], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("state_sharding", ["zero1", "fsdp"])
+def test_leaves_go_to_where_a_cut_state_has_its_own(tmp_path, state_sharding):
+    wide = digits(2, seed=5, ema_decay=0.5)
+    wide.model.hidden_size = 64
+    source = tmp_path / "source"
+    trainer.train(wide, source, mesh_of(2))
+    config = fine(source, ema_decay=0.9, lift="shard_map", state_sharding=state_sharding)
+    config.model.hidden_size = 64
+    found = trainer.train(config, tmp_path / "run", mesh_of(2)).state
+    there = trainer.load(source)["ema"]
+    assert_bitwise_equal(found.params, there)
+    for name, leaf in name_leaves(found.ema).items():
+        np.testing.assert_allclose(leaf, name_leaves(there)[name], rtol=1e-6, atol=0)
+    assert not found.ema["Dense_0"]["kernel"].is_fully_replicated
+
+
 def test_a_part_may_begin_afresh(tmp_path, capsys, pretrained):
     source = pretrained / "run"
     config = fine(source, init_map="!Dense_2")

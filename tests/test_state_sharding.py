@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import trainer
 from trainer.cutting import cut_dimension
 from trainer.evaluate import Evaluator
+from trainer.examine import examine
 from trainer.freezing import hold
 from trainer.lift import make_lift
 from trainer.lifted import make_cut_step
@@ -195,13 +196,13 @@ def test_what_a_model_computes_anew_is_not_kept():
 @pytest.mark.parametrize("sharding", CUT)
 def test_checksums_are_those_of_the_whole_leaves(sharding):
     lift, state, _ = run(NORMALISED, sharding=sharding, steps=1)
-    examined = lift.examine(state)
+    examined = examine(lift, state)
     copied = lift.host_copy(state)
     assert list(examined.checksums) == list(name_leaves(state))
     assert examined.checksums == {name: checksum_of(leaf) for name, leaf in copied.items()}
     assert examined.not_finite == []
     bad = dataclasses.replace(state, opt_state=jax.tree.map(lambda leaf: leaf / 0, state.opt_state))
-    assert "opt_state" in lift.examine(bad).not_finite[0]
+    assert "opt_state" in examine(lift, bad).not_finite[0]
 
 
 def test_no_leaf_is_put_together_to_be_examined():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.console import warn
-from trainer.settings import flatten
+from trainer.keys import flatten
 from trainer.workdir import Workdir
 
 # Events that may wait for the disk: past it tensorboardX would let the training wait.

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -52,7 +51,7 @@ def begin_from(settings: Settings, lift: Lift, state: TrainState) -> TrainState:
     Args:
         settings: of the new run.
         lift: which knows the processes.
-        state: as initialised, the same in all processes.
+        state: as initialised, on the devices.
 
     Raises:
         CheckpointsUnreadable: there is no such checkpoint, or it is not what was saved.
@@ -65,13 +64,20 @@ def begin_from(settings: Settings, lift: Lift, state: TrainState) -> TrainState:
     used = {source: listed[source] for source in match.sources.values()}
     arrays = lift.spread(saved, used, 0)
     loaded = {
-        name: jnp.asarray(arrays[source].astype(wanted[name].dtype))
-        for name, source in match.sources.items()
+        name: arrays[source].astype(wanted[name].dtype) for name, source in match.sources.items()
     }
     _tell(place, match, listed, loaded)
-    begun = fill_in({"params": state.params, "model_state": state.model_state}, loaded)
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, begun["params"])
-    return replace(state, params=begun["params"], model_state=begun["model_state"], ema=ema)
+    if state.ema is not None:  # as initialised it equals the params
+        loaded |= {
+            f"ema/{name.removeprefix('params/')}": leaf
+            for name, leaf in loaded.items()
+            if name.startswith("params/")
+        }
+    there = name_leaves(state)
+    return cast(
+        TrainState,
+        fill_in(state, {name: lift.put_like(leaf, there[name]) for name, leaf in loaded.items()}),
+    )
 
 
 def read(place: str) -> Saved:
@@ -253,7 +259,7 @@ def _read_for_all(
 
 
 def _tell(
-    place: str, match: Match, listed: Mapping[str, Leaf], loaded: Mapping[str, jax.Array]
+    place: str, match: Match, listed: Mapping[str, Leaf], loaded: Mapping[str, np.ndarray]
 ) -> None:
     numbers = sum(leaf.size for leaf in loaded.values())
     say(f"init_from {place}: {len(loaded)} leaves loaded ({numbers:,} numbers)")

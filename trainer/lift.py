@@ -4,11 +4,9 @@ The only file that runs `jax.pmap` or `jax.shard_map` and knows where arrays mee
 The three lifts give the same numbers for the same number of shards (`tests/test_lift.py`).
 
 State is replicated and passed as it is, unless it is cut over the axis (`Lift.cut`); the batch
-carries the axis. On the way in, a host batch is
-a dict of arrays `(rows, ...)`, or `(steps, rows, ...)` for several steps in one call; where the
-devices belong to several processes, the rows are those of this process (`Lift.rows`).
-
-It is longer than other files because this is its purpose: where arrays lie has no other home.
+carries the axis. On the way in, a host batch is a dict of arrays `(rows, ...)`, or
+`(steps, rows, ...)` for several steps in one call; where the devices belong to several processes,
+the rows are those of this process (`Lift.rows`).
 """
 
 from __future__ import annotations
@@ -20,27 +18,14 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainer.cutting import FIELDS, cuts_of, map_cuts
-from trainer.errors import ReplicasDiffer, UserError
+from trainer.errors import UserError
 from trainer.peers import Peers
-from trainer.state import TrainState, are_finite, checksums, name_leaves
+from trainer.state import TrainState, name_leaves
 from trainer.task import AXIS
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What was found in a state.
-
-    Attributes:
-        checksums: of every leaf, by name.
-        not_finite: the leaves with a NaN or an infinity in them.
-    """
-
-    checksums: dict[str, int]
-    not_finite: list[str]
 
 
 @dataclass(frozen=True)
@@ -80,9 +65,8 @@ class Lift(Peers):
 
     def specs_of(self, tree: Any) -> Any:
         """How the leaves of a tree lie over the axis if all that can be is cut."""
-        leaves, structure = jax.tree.flatten(tree)
-        specs = map(_spec, cuts_of(leaves, self.num_shards))
-        return jax.tree.unflatten(structure, list(specs))
+        specs = map(_spec, cuts_of(tree, self.num_shards))
+        return jax.tree.unflatten(jax.tree.structure(tree), list(specs))
 
     def _shardings(self, state: Any) -> Any:
         """The same, on the devices; anything but a state that is cut is replicated."""
@@ -154,35 +138,26 @@ class Lift(Peers):
                 donate_argnums=donated,
                 devices=list(self.mesh.devices.flat),
             )
-        # check_vma=False: under its default, gradients of replicated params are summed over the
-        # axis by autodiff, and the step's own mean would then make them num_shards times too large.
-        mapped = jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=(P(), self._batch_spec(batch_dim)),
-            out_specs=P(),
-            check_vma=False,
-        )
+        mapped = self.over_axis(function, (P(), self._batch_spec(batch_dim)), P())
         return jax.jit(mapped, donate_argnums=donated)
 
     def over_axis(
         self, function: Callable[..., Any], in_specs: Any, out_specs: Any
     ) -> Callable[..., Any]:
-        """A per-shard function as one of whole arrays, to be called under `compile`."""
+        """A per-shard function as one of whole arrays, to be compiled."""
+        # check_vma=False: under its default, gradients of replicated params are summed over the
+        # axis by autodiff, and the step's own mean would then make them num_shards times too large.
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
     def lay(self, state: Any, specs: Any) -> Any:
         """Tells the compiler how a state is to lie over the axis from here on."""
-        return jax.tree.map(
-            lambda spec, leaf: jax.lax.with_sharding_constraint(
-                leaf, NamedSharding(self.mesh, spec)
-            ),
-            specs,
-            state,
-            is_leaf=_is_spec,
-        )
+
+        def place(spec: P, leaf: Any) -> jax.Array:
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(place, specs, state, is_leaf=_is_spec)
 
     def compile(
         self,
@@ -269,6 +244,10 @@ class Lift(Peers):
         shardings = self._shardings(jax.eval_shape(init))
         return cast(TrainState, jax.jit(lambda: init(), out_shardings=shardings)())
 
+    def put_like(self, leaf: np.ndarray, there: jax.Array) -> jax.Array:
+        """Moves an array, the same in all processes, to where another of its shape lies."""
+        return _from_host(leaf, there.sharding)
+
     def to_global(self, state: Any) -> Any:
         """A state as arrays over all devices, as checkpoints need it; no data is moved.
 
@@ -277,13 +256,6 @@ class Lift(Peers):
         if self.num_processes == 1 or self.cut:
             return state
         return jax.tree.map(lambda leaf: _rewrap(leaf, self._replicated), state)
-
-    def from_global(self, state: Any) -> Any:
-        """The inverse of `to_global`."""
-        if self.kind != "pmap" or self.num_processes == 1:
-            return state
-        local = NamedSharding(self._local_mesh, P())
-        return jax.tree.map(lambda leaf: _rewrap(leaf, local), state)
 
     def read(self, tree: Any) -> Any:
         """Replicated device arrays as numpy, from one local copy: no program is run.
@@ -314,70 +286,11 @@ class Lift(Peers):
 
     @functools.cached_property
     def _put_together(self) -> Callable[[jax.Array], jax.Array]:
-        return jax.jit(lambda leaf: leaf, out_shardings=self._replicated)
+        return self.to_whole(lambda leaf: leaf)
 
-    @functools.cached_property
-    def _examine(self) -> Callable[[Any], Any]:
-        mapped = jax.shard_map(
-            lambda tree: (jax.lax.all_gather(checksums(tree), AXIS), are_finite(tree)),
-            mesh=self.mesh,
-            in_specs=P(),
-            out_specs=P(),
-            check_vma=False,
-        )
-        return jax.jit(mapped)
-
-    def examine(self, state: Any) -> Examined:
-        """Looks at every leaf, after checking that all devices hold the same bits.
-
-        `jax` cannot tell: an output declared replicated whose shards differ raises nothing and
-        says `is_fully_replicated`.
-
-        Raises:
-            ReplicasDiffer: naming the first leaf whose copies differ, and the devices.
-        """
-        leaves = name_leaves(self.to_global(state))
-        cut = {name: leaf for name, leaf in leaves.items() if not leaf.is_fully_replicated}
-        found = self._examine_whole(
-            {name: leaf for name, leaf in leaves.items() if name not in cut}
-        )
-        if not cut:
-            return found
-        sums, finite = self.read(self._examine_cut(list(cut.values())))
-        checksums_of = found.checksums | dict(zip(cut, sums.tolist(), strict=True))
-        not_finite = [name for name, good in zip(cut, finite, strict=True) if not good]
-        return Examined(
-            {name: checksums_of[name] for name in leaves},
-            [name for name in leaves if name in {*found.not_finite, *not_finite}],
-        )
-
-    @functools.cached_property
-    def _examine_cut(self) -> Callable[[Any], Any]:
-        """The same checksums of leaves that no device has whole: the compiler adds them up."""
-        return jax.jit(
-            lambda tree: (checksums(tree), are_finite(tree)), out_shardings=self._replicated
-        )
-
-    def _examine_whole(self, leaves: dict[str, jax.Array]) -> Examined:
-        copies, finite = self.read(self._examine(list(leaves.values())))
-        names = list(leaves)
-        differing = np.flatnonzero((copies != copies[0]).any(axis=0))
-        if differing.size:
-            first = differing[0]
-            devices = [
-                str(self.mesh.devices.flat[place])
-                for place in np.flatnonzero(copies[:, first] != copies[0, first])
-            ]
-            raise ReplicasDiffer(
-                f"{names[first]} differs between devices ({differing.size} of {len(names)} leaves "
-                f"do): {', '.join(devices[:4])}{', ...' if devices[4:] else ''} against "
-                f"{self.mesh.devices.flat[0]}\n  HINT: a value of the model's state depends on "
-                'the shard; reduce it in the model with lax.pmean(value, "batch")'
-            )
-        return Examined(
-            dict(zip(names, copies[0].tolist(), strict=True)),
-            [name for name, good in zip(names, finite, strict=True) if not good],
-        )
+    def to_whole(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Compiles a function of arrays over all devices, however they lie, to replicated ones."""
+        return jax.jit(function, out_shardings=self._replicated)
 
     def _batch_spec(self, batch_dim: int) -> P:
         return P(*([None] * batch_dim), AXIS)
@@ -437,6 +350,17 @@ def make_lift(name: str, mesh: Mesh | None = None, state_sharding: str = "replic
     return Lift(one, kind, num_shards)
 
 
+def follow_axis(function: Callable[[Any, Any], Any], num_shards: int) -> Callable[[Any, Any], Any]:
+    """A per-shard function `(state, batch) -> replicated outputs`, to be traced on shapes only.
+
+    In it jax follows which values vary over the axis (`check_vma=True`).
+    """
+    mesh = AbstractMesh((num_shards,), (AXIS,), axis_types=(AxisType.Auto,))
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=True
+    )
+
+
 def _spec(dimension: int | None) -> P:
     return P() if dimension is None else P(*([None] * dimension), AXIS)
 
@@ -455,7 +379,7 @@ def _to_host(leaf: jax.Array) -> np.ndarray:
     return whole
 
 
-def _from_host(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def _from_host(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array over several processes, each of which has all of it."""
     whole = np.asarray(leaf)
     return jax.make_array_from_callback(whole.shape, sharding, lambda place: whole[place])

@@ -23,6 +23,7 @@ from trainer.data.prefetch import depth_for, prefetch
 from trainer.early_stop import EarlyStop
 from trainer.errors import NonFiniteLoss, Preempted
 from trainer.evaluate import Evaluator
+from trainer.examine import examine
 from trainer.init_from import begin_from
 from trainer.job import Job, build_job, make_init
 from trainer.lift import Lift, make_lift
@@ -228,7 +229,7 @@ class _Run:
                 if is_due(self.settings.checkpoint_every_steps, before, step):
                     self._save(state, step)
                 elif is_due(self.settings.replica_check_every_steps, before, step):
-                    self.lift.examine(state)
+                    examine(self.lift, state)
                 self.saver.check()
                 if self.saver.copy_is_due:
                     self._copy(state, step)
@@ -278,9 +279,8 @@ class _Run:
                 self._go_on_from(restored)
                 return restored.state
             say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
-        if self.settings.init_from:
-            return self.lift.put_state(begin_from(self.settings, self.lift, init()))
-        return self.lift.make_state(init)
+        state = self.lift.make_state(init)
+        return begin_from(self.settings, self.lift, state) if self.settings.init_from else state
 
     def _go_on_from(self, restored: Restored) -> None:
         meta = restored.meta
@@ -312,7 +312,7 @@ class _Run:
         return prefetch(make, calls, self.prefetch_depth)
 
     def _after_first_call(self, state: TrainState, before: int, step: int, seconds: float) -> None:
-        self.lift.examine(state)
+        examine(self.lift, state)
         say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
         self._begin_folder()
         self.account.open(before)

@@ -17,7 +17,7 @@ from trainer.model_table import draw_table, model_rows
 from trainer.progress import LogRow
 from trainer.settings import Settings
 from trainer.state import TrainState, count_params
-from trainer.tracing import unsynced_state
+from trainer.unsynced import unsynced_state
 from trainer.workdir import Workdir
 
 # What time is spent on, for a person.

@@ -17,7 +17,8 @@ from launcher import exit_codes, users_code
 from launcher.command_line import Command, Flags, read_command
 from launcher.planning.topology import Topology, is_topology, parse_topology
 from trainer.errors import UserError
-from trainer.settings import LIFTS, STATE_SHARDINGS, Settings, check
+from trainer.keys import LIFTS, STATE_SHARDINGS
+from trainer.settings import Settings, check
 
 HELP = """\
 Compiles the step of a config for a topology that need not be here, and says whether it fits, what

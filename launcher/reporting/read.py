@@ -19,9 +19,9 @@ from trainer import lock
 from trainer.checkpoints.folder import QUARANTINE, CheckpointFolder
 from trainer.checkpoints.manifest import Damaged
 from trainer.errors import UserError, first_line
+from trainer.keys import flatten
 from trainer.paths import absolute, local_folder
 from trainer.rows import read_rows
-from trainer.settings import flatten
 from trainer.workdir import NONE_TYPES
 
 # Any of them makes a folder that of a run.

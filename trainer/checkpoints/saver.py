@@ -26,6 +26,7 @@ from trainer.errors import (
     PeerFailed,
     SavesFailed,
 )
+from trainer.examine import examine
 from trainer.lift import Lift
 from trainer.settings import Settings
 from trainer.state import TrainState
@@ -192,7 +193,7 @@ class Saver:
         return {"run": self.run, "best": best}
 
     def _submit(self, folder: CheckpointFolder, step: int, state: TrainState, meta: Meta) -> None:
-        examined = self._lift.examine(state)
+        examined = examine(self._lift, state)
         bad = [n for n in examined.not_finite if n.startswith(("params/", "model_state/"))]
         if bad:
             raise NonFiniteState(step, bad)
