@@ -7,8 +7,8 @@ add --config.model.num_classes=N, and for another folder than test --config.data
 any size are brought to 32 x 32 pixels. In training each is mirrored half of the time and moved by
 up to 4 pixels along each axis (He et al., arXiv:1512.03385, section 4.2).
 
-One epoch of Fashion-MNIST, written as PNG files, takes 7 minutes of processor time, about 4 minutes
-on two cores, and reaches 84 % of the 10,000 held-out images. The 30 epochs have not been run here.
+One epoch of Fashion-MNIST, written as PNG files, takes 7 minutes of processor time and reaches 84 %
+of the 10,000 held-out images. The 30 epochs have not been run here.
 """
 
 from ml_collections import ConfigDict
