@@ -30,8 +30,6 @@ _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-# `{{0,1,2,3}}`, or in short `[1,4]<=[4]`.
-_GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
 _CALLS = ("while", "conditional", "call", "call-start", "async-start")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?([^,}\s]+)")
 
@@ -105,12 +103,14 @@ def find_collectives(text: str) -> list[Collective]:
             if kind not in _COLLECTIVES:
                 continue
             elements = _elements(line)
-            parts = _group_size(line) if kind == "reduce-scatter" else 1
+            scale = 1.0
+            if kind == "reduce-scatter":
+                scale = _operand_bytes(line, lines) / sum(map(size_of, elements))
             modules: Counter[str] = Counter()
             for index, element in enumerate(elements):
                 source = readers.get((line.name, index), "") if len(elements) > 1 else ""
                 source = source or line.op_name or _reducer(line, computations)
-                modules[module_of(source)] += size_of(element) * parts
+                modules[module_of(source)] += round(scale * size_of(element))
             for module, size in modules.items():
                 sizes[kind, module, asynchronous] += times * size
                 counts[kind, module, asynchronous] += 0
@@ -176,12 +176,11 @@ def size_of(shape: str) -> int:
     return total
 
 
-def _group_size(line: Instruction) -> int:
-    """How many devices take part in a collective."""
-    match = _GROUP.search(line.rest)
-    if match is None:
-        return 1
-    return len(match[1].split(",")) if match[1] else int(match[2])
+def _operand_bytes(line: Instruction, lines: list[Instruction]) -> int:
+    """What goes into an instruction, from the shapes of those that it names."""
+    shapes = {other.name: other.shape for other in lines}
+    names = re.findall(r"%?([\w.\-]+)", line.rest.partition(")")[0])
+    return sum(size_of(shapes[name]) for name in names if name in shapes)
 
 
 def _elements(line: Instruction) -> list[str]:
