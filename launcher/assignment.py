@@ -32,6 +32,7 @@ class Assignment:
         config: the resolved config, as `trainer.workdir.config_to_json` writes it.
         attempt: counted from 1 over the life of the workdir.
         parent: the launcher's process id; the worker dies with it.
+        smoke: whether it only tries whether the run would work.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class Assignment:
     config: str
     attempt: int
     parent: int
+    smoke: bool
 
     def write(self, file: BinaryIO) -> None:
         """Puts the assignment into an empty file and rewinds it."""

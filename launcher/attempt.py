@@ -152,6 +152,7 @@ class Attempt:
                     config=plan.config,
                     attempt=start.attempt,
                     parent=os.getpid(),
+                    smoke=plan.smoke,
                 )
                 attempt = {"PODLIFT_ATTEMPT": str(start.attempt)}
                 environ = {**self._environ, **worker.environ, **attempt}

@@ -67,6 +67,7 @@ class Plan:
         limits: times and counts.
         shown_ranks: whose output is shown here; None for all.
         supervised: whether the workers are processes of their own; else the only one is this.
+        smoke: whether it is only tried, in a folder of its own.
     """
 
     settings: Settings
@@ -81,6 +82,7 @@ class Plan:
     limits: Limits
     shown_ranks: frozenset[int] | None
     supervised: bool
+    smoke: bool = False
 
 
 def make_plan(options: Options, environ: Mapping[str, str]) -> Plan:
