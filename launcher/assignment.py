@@ -30,6 +30,7 @@ class Assignment:
         workdir: the run's folder.
         local_dir: where what needs a local folder goes if that is remote; None for the default.
         config: the resolved config, as `trainer.workdir.config_to_json` writes it.
+        profile: which steps to trace, as `START:STEPS`; None: none.
         attempt: counted from 1 over the life of the workdir.
         parent: the launcher's process id; the worker dies with it.
         smoke: whether it only tries whether the run would work.
@@ -46,6 +47,7 @@ class Assignment:
     workdir: str
     local_dir: str | None
     config: str
+    profile: str | None
     attempt: int
     parent: int
     smoke: bool

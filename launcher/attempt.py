@@ -150,6 +150,7 @@ class Attempt:
                     workdir=plan.workdir,
                     local_dir=plan.local_base,
                     config=plan.config,
+                    profile=plan.profile,
                     attempt=start.attempt,
                     parent=os.getpid(),
                     smoke=plan.smoke,

@@ -29,6 +29,7 @@ Trains a Flax model written for one chip on all devices of this machine or clust
   --config.KEY=VALUE     changes one key of it, for example --config.optimizer.learning_rate=0.1
   --workdir=DIR          the run's folder; the same folder again goes on from its last checkpoint
                          (default: a new runs/<config>-<time>)
+  --profile=START:STEPS  traces the STEPS steps after the first START, into WORKDIR/plugins/profile
   --print_config         shows every key with its value, and exits
   --dry_run              shows the processes, their environment and the mesh, and exits
   --smoke                takes two steps, evaluates, saves and restores, says whether all is well,
@@ -97,6 +98,7 @@ class Options:
         shutdown_timeout_secs: for all processes to leave together.
         log_ranks: whose output is shown.
         local_dir: for what needs a local folder; None for the system's temporary one.
+        profile: which steps to trace, as `START:STEPS`; None: none.
         dry_run: only show the plan.
         print_config: only show the config.
         smoke: only try whether the run would work.
@@ -121,6 +123,7 @@ class Options:
     shutdown_timeout_secs: int
     log_ranks: str
     local_dir: str | None
+    profile: str | None
     dry_run: bool
     print_config: bool
     smoke: bool
@@ -150,6 +153,7 @@ _FLAGS: Flags = {
     "shutdown_timeout_secs": (flags.DEFINE_integer, 15, 1),
     "log_ranks": (flags.DEFINE_string, "0", None),
     "local_dir": (flags.DEFINE_string, None, None),
+    "profile": (flags.DEFINE_string, None, None),
 }
 
 

@@ -15,6 +15,7 @@ from launcher.clusters.read import visible_devices
 from launcher.flags import Options
 from trainer.errors import UserError
 from trainer.paths import local_folder
+from trainer.profiling import Profile
 from trainer.settings import Settings, check
 from trainer.workdir import Workdir, config_to_json
 
@@ -66,6 +67,7 @@ class Plan:
         placement: where the scheduler has put this launcher; None if this machine is all there is.
         limits: times and counts.
         shown_ranks: whose output is shown here; None for all.
+        profile: which steps to trace, as `START:STEPS`; None: none.
         supervised: whether the workers are processes of their own; else the only one is this.
         smoke: whether it is only tried, in a folder of its own.
     """
@@ -81,6 +83,7 @@ class Plan:
     placement: Placement | None
     limits: Limits
     shown_ranks: frozenset[int] | None
+    profile: str | None
     supervised: bool
     smoke: bool = False
 
@@ -92,6 +95,8 @@ def make_plan(options: Options, environ: Mapping[str, str]) -> Plan:
         UserError: flags, config, workdir or the scheduler's variables are not as they should be.
     """
     settings = check(options.config)
+    if options.profile is not None:
+        Profile.parse(options.profile)
     placement = _place(options, environ)
     workdir = _workdir_of(options, placement)
     folder = Workdir.check(workdir, settings.config)
@@ -129,6 +134,7 @@ def make_plan(options: Options, environ: Mapping[str, str]) -> Plan:
             options.max_restarts,
         ),
         shown_ranks=_ranks(options.log_ranks, num_processes),
+        profile=options.profile,
         supervised=num_processes > 1
         or options.max_restarts > 0
         or options.hang_timeout_secs is not None,

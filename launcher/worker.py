@@ -61,7 +61,14 @@ def run_here(plan: Plan) -> int:
 
     def train() -> None:
         os.environ.update(plan.workers[0].environ)
-        _train(plan.settings.config, workdir, plan.local_base, stop_requested, smoke=plan.smoke)
+        _train(
+            plan.settings.config,
+            workdir,
+            plan.local_base,
+            stop_requested,
+            plan.profile,
+            smoke=plan.smoke,
+        )
 
     outcome = _outcome_of(train, rank=0)
     if outcome.is_failure and outcome.exit_code != exit_codes.USAGE:
@@ -74,7 +81,7 @@ def run_here(plan: Plan) -> int:
             f"{how_to_go_on(workdir, smoke=plan.smoke)}"
         )
         with contextlib.suppress(OSError):
-            write_failure(local_dir, outcome, rank=0, log=path)
+            write_failure(local_dir, outcome, rank=0, log=path, attempt=rank_log.attempt)
         return outcome.exit_code
     if outcome.exit_code == exit_codes.USAGE:
         _report(f"error: {outcome.message}")
@@ -119,7 +126,14 @@ def main() -> None:
         config = config_from_json(assignment.config)
         asked = SyncPoint() if several else stop_requested
         stop = asked_in_turn(asked, page.write)
-        _train(config, assignment.workdir, assignment.local_dir, stop, smoke=assignment.smoke)
+        _train(
+            config,
+            assignment.workdir,
+            assignment.local_dir,
+            stop,
+            assignment.profile,
+            smoke=assignment.smoke,
+        )
 
     outcome = _outcome_of(train, assignment.rank, lambda: page.read().step)
     if os.getpid() != me:  # a fork of user code that was not kept from coming back here
@@ -143,6 +157,7 @@ def _train(
     workdir: str,
     local_dir: str | None,
     stop_requested: Callable[[int, str], bool],
+    profile: str | None,
     *,
     smoke: bool,
 ) -> None:
@@ -153,10 +168,17 @@ def _train(
         from trainer.smoke import smoke as try_once
 
         try_once(config, workdir, mesh, stop_requested=stop_requested, local_dir=local_dir)
-    else:
-        from trainer.loop import train
+        return
+    from trainer.loop import train
 
-        train(config, workdir, mesh, stop_requested=stop_requested, local_dir=local_dir)
+    train(
+        config,
+        workdir,
+        mesh,
+        stop_requested=stop_requested,
+        local_dir=local_dir,
+        profile=profile,
+    )
 
 
 def _outcome_of(

@@ -15,12 +15,13 @@ from conftest import mesh_of
 
 from trainer.data import tutorial
 from trainer.errors import ReplicasDiffer, UserError
-from trainer.lift import make_lift, unsynced_state
+from trainer.lift import make_lift
 from trainer.losses import softmax_cross_entropy, squared_distance_to_input, squared_error
 from trainer.models.bias_adder import BiasAdderWithRunningMean
 from trainer.models.mlp import MLP
 from trainer.models.resnet import ResNet
 from trainer.step import Recipe, Task, init_state, make_update_step
+from trainer.tracing import unsynced_state
 
 STEPS = 5
 LIFTS = ["vmap", "pmap", "shard_map"]

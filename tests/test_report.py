@@ -54,7 +54,8 @@ def test_both_files_hold_the_same_numbers_across_a_resume(tmp_path):
         for tag, value in row.items():
             if tag != "step":
                 np.testing.assert_allclose(scalars.pop((tag, row["step"])), value, rtol=1e-5)
-    assert all(tag.startswith("goodput/") for tag, _ in scalars)  # of these no two runs agree
+    others = {tag for tag, _ in scalars if not tag.startswith("goodput/")}
+    assert others == {"train/examples_per_second_per_device"}  # of these no two runs agree
     assert "config/text_summary" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.summary_metadata
 

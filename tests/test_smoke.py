@@ -97,6 +97,18 @@ def test_lifts_and_several_steps_a_call(tmp_path, capsys, lift, steps_per_call):
     assert list((tmp_path / "s").iterdir()) == []
 
 
+@pytest.mark.parametrize("state_sharding", ["zero1", "fsdp"])
+def test_a_state_that_is_cut_and_begins_with_that_of_another_run(tmp_path, capsys, state_sharding):
+    trainer.train(digits(2), tmp_path / "run", mesh_of(2))
+    config = digits(1, lift="shard_map", state_sharding=state_sharding)
+    config.init_from = str(tmp_path / "run")
+    capsys.readouterr()
+    smoke(config, tmp_path / "s", mesh_of(2))
+    out = capsys.readouterr().out
+    assert [check for check in checks_of(out) if check in CHECKS] == CHECKS
+    assert "opt_state" in out
+
+
 def test_a_loss_that_is_no_number(tmp_path):
     config = config_of("mlp", steps_per_call=8)
     config.optimizer.learning_rate = 1e30

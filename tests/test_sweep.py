@@ -15,7 +15,8 @@ from test_cli import wait_for
 
 import trainer
 from launcher import flags
-from launcher.sweeping.run import run_sweep
+from launcher.plan import make_plan
+from launcher.sweeping.run import is_finished, run_sweep
 from launcher.sweeping.variant import read_variants
 from trainer.errors import UserError
 
@@ -310,3 +311,20 @@ def test_a_run_by_its_index(make, launch, tmp_path):
     assert os.listdir(tmp_path / "sweep") == ["02-seed=2"]
     config = json.loads((tmp_path / "sweep/02-seed=2/config.json").read_text())
     assert config["seed"] == 2
+
+
+def test_what_has_finished_is_known_from_its_folder(make, launch, tmp_path):
+    argv = make("def get_sweep(): yield {'optimizer.learning_rate': 0.0}\n")
+    argv += ["--sweep_index=0", "--config.early_stop.patience=1"]
+
+    def finished(*more):
+        return is_finished(make_plan(flags.parse(["launcher", *argv, *more]), os.environ))
+
+    assert not finished()
+    assert launch(*argv, "--config.stop_at_step=2", environ=environ_of(tmp_path))[0] == 0
+    assert finished("--config.stop_at_step=2")
+    assert not finished()
+    assert launch(*argv, environ=environ_of(tmp_path))[0] == 0
+    assert (tmp_path / "sweep/00-learning_rate=0/checkpoints/4").exists()  # of 6: no better
+    assert finished()
+    assert not finished("--config.early_stop.patience=2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -40,6 +41,7 @@ class Evaluator:
 
         Sums and counts are added up in float64 on the host. Returns None if asked to stop.
         """
+        state = dataclasses.replace(state, opt_state=())  # of no use, and perhaps cut
         totals: dict[str, list[float]] = {}
         asked_to_stop = False
 

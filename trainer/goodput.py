@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
-# Everything that is none of these is steps.
+# Everything that is none of these, or of a kind that not every run has, is steps.
 KINDS = ("start", "restart", "compile", "data", "evaluate", "save")
 
 
@@ -17,11 +18,15 @@ class Goodput:
 
     Args:
         clock: seconds, monotonic.
+        cpu_clock: seconds of processor time of the thread that calls.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._since = clock()
+    def __init__(
+        self, clock: Callable[[], float], cpu_clock: Callable[[], float] = time.thread_time
+    ) -> None:
+        self._clock, self._cpu_clock = clock, cpu_clock
+        self._since, self._cpu_since = clock(), cpu_clock()
+        self._cpu_spent: dict[str, float] = {}
         self._kind = "start"
         self._spent = dict.fromkeys((*KINDS, "step"), 0.0)
         self.starts = 1
@@ -52,8 +57,15 @@ class Goodput:
 
     def seconds(self) -> dict[str, float]:
         """By kind, until now, with those of earlier starts."""
+        # Nothing is changed: a thread that shows it asks too.
+        spent = dict(self._spent)
+        spent[self._kind] += self._clock() - self._since
+        return spent
+
+    def cpu_seconds(self, kind: str) -> float:
+        """Of one kind, what this start has computed on the host; waiting is no part of it."""
         self._switch(self._kind)
-        return dict(self._spent)
+        return self._cpu_spent.get(kind, 0.0)
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -78,6 +90,8 @@ class Goodput:
         return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
     def _switch(self, kind: str) -> None:
-        now = self._clock()
-        self._spent[self._kind] += now - self._since
-        self._kind, self._since = kind, now
+        now, cpu_now = self._clock(), self._cpu_clock()
+        self._spent[self._kind] = self._spent.get(self._kind, 0.0) + now - self._since
+        cpu_spent = self._cpu_spent.get(self._kind, 0.0)
+        self._cpu_spent[self._kind] = cpu_spent + cpu_now - self._cpu_since
+        self._kind, self._since, self._cpu_since = kind, now, cpu_now

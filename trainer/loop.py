@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Generator
@@ -14,27 +15,27 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from trainer import lock
+from trainer.account import Account
 from trainer.checkpoints.restoring import Restored
 from trainer.checkpoints.saver import Saver
-from trainer.console import Bar, open_terminal, say
+from trainer.console import open_terminal, say
 from trainer.data.prefetch import depth_for, prefetch
+from trainer.early_stop import EarlyStop
 from trainer.errors import NonFiniteLoss, Preempted
 from trainer.evaluate import Evaluator
-from trainer.goodput import Goodput
+from trainer.init_from import begin_from
 from trainer.job import Job, build_job, make_init
 from trainer.lift import Lift, make_lift
 from trainer.lifted import lift_update_step
-from trainer.progress import InFlight, LogRow, TrainLog, is_due
-from trainer.report import NoReport, Report, has_row, last_values
+from trainer.profiling import Profile, Profiler, annotated
+from trainer.progress import InFlight, TrainLog, is_due
+from trainer.report import evaluation_at
 from trainer.settings import Settings, check
 from trainer.shared_folder import SharedFolder, refuse_changes
 from trainer.state import TrainState
 from trainer.summary import (
     About,
-    say_end,
-    say_evaluation,
     say_finished_before,
-    say_row,
     say_start,
     warn_of_changes,
     warn_of_unsynced_state,
@@ -66,6 +67,7 @@ def train(
     *,
     stop_requested: StopRequested = lambda step, phase: False,
     local_dir: str | None = None,
+    profile: Profile | str | None = None,
 ) -> Result:
     """Trains what `config` describes, going on from the newest checkpoint in `workdir`.
 
@@ -81,9 +83,11 @@ def train(
             on to do so; the state is saved and Preempted raised. Also told, at any time, that this
             process is about to "wait" for data or devices: then the answer does not count.
         local_dir: where what needs a local folder goes if `workdir` is remote.
+        profile: which steps to trace, as "START:STEPS"; each process to which it is given writes
+            its own trace into `workdir`.
 
     Raises:
-        UserError: the config, its targets or the workdir are not as they should be.
+        UserError: the config, its targets, the workdir or the profile are not as they should be.
         NonFiniteLoss: the loss is no longer a number.
         Preempted: asked to stop, and saved.
         CheckpointsUnreadable: the workdir has held checkpoints and none is whole.
@@ -93,12 +97,12 @@ def train(
     open_terminal()
     settings = check(config)
     folder = Workdir.check(workdir, settings.config)
-    lift = make_lift(settings.lift, mesh)
+    lift = make_lift(settings.lift, mesh, settings.state_sharding)
     lift.check_divides(settings.global_batch_size, settings.grad_accum_steps)
     job = build_job(settings)
     if folder.refused:
         refuse_changes(settings, folder, job)
-    run = _Run(settings, folder, lift, job, stop_requested, local_dir)
+    run = _Run(settings, folder, lift, job, stop_requested, local_dir, profile)
     try:
         return run.train()
     finally:
@@ -120,6 +124,7 @@ class _Run:
         job: Job,
         stop_requested: StopRequested,
         local_dir: str | None,
+        profile: Profile | str | None,
     ) -> None:
         self.shared = SharedFolder(folder, lift, local_dir)
         self.settings = settings
@@ -129,14 +134,12 @@ class _Run:
         self.stop_requested = stop_requested
         self.about = About(settings, folder, lift, job)
         self.saver = Saver(folder, settings, lift)
-        self.report: Report | NoReport | None = None
-        self.bar: Bar | None = None
-        self.metrics: dict[str, float] = {}
-        self.rows: list[dict[str, Any]] = []  # that a copy in memory knows of, and perhaps no file
-        self.goodput = Goodput(time.monotonic)
+        self.account = Account(self.about)
+        self.goodput = self.account.goodput
         self.step = 0
         # An evaluation that was due when the run was asked to stop; a resume makes up for it.
         self.evaluation_pending = False
+        self.early_stop = EarlyStop.of(settings)
         self.scan = settings.steps_per_call > 1
         self.eval_every_steps = settings.eval_every_steps or job.stream.steps_per_epoch
         self.prefetch_depth = depth_for(settings.prefetch, lift.platform)
@@ -147,9 +150,19 @@ class _Run:
             names,
             steps_per_epoch=job.stream.steps_per_epoch,
             clock=time.monotonic,
-            on_epoch=lambda epoch, loss: say(f"Loss for epoch {epoch}: {loss:.6g}"),
-            on_row=self._on_row,
+            on_epoch=self.account.epoch,
+            on_row=lambda row: self.account.row(row, self.log.skipped),
             skip_limit=settings.nan_limit if settings.nan == "skip" else 0,
+        )
+        self.profiler = Profiler(
+            profile,
+            folder,
+            lift.process,
+            per_call=settings.steps_per_call,
+            stop=job.stop,
+            log=self.log,
+            goodput=self.goodput,
+            drain=self._drain,
         )
         self.evaluator: Evaluator | None = None
         if job.held_out is not None:
@@ -168,24 +181,25 @@ class _Run:
         step = first_step = int(self.lift.read(state.step))
         say_start(self.about, state, time.monotonic() - began)
         if self.folder.exists:
-            self.metrics = last_values(self.folder, step)
+            self.account.read_metrics(step)
         if self.evaluation_pending and self.evaluator:
-            self.report = self._open_report(step)
+            self.account.open(step)
             self._evaluate(state, step)
-        if step >= self.job.stop:
+        if step >= self.job.stop or self.early_stop.reason:
             if self.evaluation_pending:
                 self._stop(step, state)
             if self.saver.is_unsaved(step):  # it was only in memory
                 self.shared.record(self.saver.run)
                 self._save(state, step)
             self.saver.finish()
-            say_finished_before(self.about, step)
-            return Result(state, self.metrics)
+            say_finished_before(self.about, step, self.early_stop.reason)
+            return Result(state, self.account.metrics)
         if self.folder.exists:
             self.shared.record(self.saver.run)
         warn_of_unsynced_state(self.lift, self.job, state)
         self.goodput.begin_steps()
         update = lift_update_step(self.settings, self.job, self.lift, state)
+        self.profiler.before(step)
         started = time.monotonic()
         with closing(self._batches(step)) as batches:
             for steps, batch in self.goodput.waiting(batches):
@@ -193,7 +207,7 @@ class _Run:
                     self._stop(step, state)
                 before = self.step = step
                 compiles = before == first_step
-                with self.goodput.spending("compile" if compiles else "step"):
+                with self.goodput.spending("compile" if compiles else "step"), annotated(before):
                     state, values = update(state, batch)
                     if compiles:
                         jax.block_until_ready(state)
@@ -201,14 +215,16 @@ class _Run:
                 self._add(self.in_flight.push(before, values))
                 if compiles:
                     self._after_first_call(state, before, step, time.monotonic() - started)
+                self.profiler.after(step)
                 last = step == self.job.stop
                 if last or is_due(self.settings.log_every_steps, before, step):
                     self._drain()  # so that a row's time is that of its own steps
                     self.log.emit(step)
-                assert self.bar is not None
-                self.bar.update(step)
+                self.account.progress(step)
                 if self.evaluator and (last or is_due(self.eval_every_steps, before, step)):
                     self._evaluate(state, step)
+                    if self.early_stop.reason:
+                        break
                 if is_due(self.settings.checkpoint_every_steps, before, step):
                     self._save(state, step)
                 elif is_due(self.settings.replica_check_every_steps, before, step):
@@ -216,6 +232,7 @@ class _Run:
                 self.saver.check()
                 if self.saver.copy_is_due:
                     self._copy(state, step)
+                self.profiler.before(step)
                 self.stop_requested(step, "wait")
         if self.evaluation_pending:
             self._stop(step, state)
@@ -223,22 +240,19 @@ class _Run:
         self.stop_requested(step, "save")
         with self.goodput.spending("save"):
             self.saver.finish()
-        assert self.report is not None
-        self.report.times(step, self.goodput.seconds())
-        self.report.hparams(self.metrics)
-        self.report.close()
+        self.account.finish(step)
         self.lift.gather(0)  # whoever leaves early would be taken for lost
-        say_end(self.about, self.saver, self.goodput, step, time.monotonic() - began)
-        return Result(state, self.metrics)
+        seconds = time.monotonic() - began
+        self.account.say_end(self.saver, step, seconds, self.early_stop.reason)
+        self.profiler.say_end()
+        return Result(state, self.account.metrics)
 
     def close(self) -> None:
         """Lets go of everything, also where the run has failed; never hides why it did."""
-        if self.bar is not None:
-            self.bar.close()
+        self.profiler.close(self.step)
         with suppress(Exception):
             self.saver.close()
-        if self.report is not None:
-            self.report.close()
+        self.account.close()
         lock.release(self.folder.path)
 
     def _begin_folder(self) -> None:
@@ -246,9 +260,6 @@ class _Run:
         if self.shared.is_new:
             self.saver.run = self.shared.claim()
             self.shared.record(self.saver.run)
-
-    def _open_report(self, step: int) -> Report | NoReport:
-        return Report(self.folder, step, self.rows) if self.lift.writes else NoReport()
 
     # Before the first step
 
@@ -267,16 +278,21 @@ class _Run:
                 self._go_on_from(restored)
                 return restored.state
             say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
-        return self.lift.put_state(init())
+        if self.settings.init_from:
+            return self.lift.put_state(begin_from(self.settings, self.lift, init()))
+        return self.lift.make_state(init)
 
     def _go_on_from(self, restored: Restored) -> None:
         meta = restored.meta
-        self.rows = meta.get("rows", [])
         self.log.from_json(meta["log"])
-        self.goodput.go_on_from(meta.get("goodput"))
-        done = has_row(self.folder, restored.step, "eval/loss")
-        pending = meta["evaluation_pending"] and not done
-        self.evaluation_pending = bool(self.lift.gather(int(pending))[0])
+        self.account.go_on_from(meta)
+        self.early_stop.from_json(meta.get("early_stop"))
+        if meta["evaluation_pending"]:
+            found = json.dumps(evaluation_at(self.folder, restored.step))
+            done = json.loads(self.lift.tell(found))
+            self.evaluation_pending = done is None
+            if done is not None:  # by an attempt that did not get to save again
+                self.early_stop.add(restored.step, done)
         warn_of_changes(self.about, meta["num_steps"])
 
     def _batches(self, step: int) -> Generator[tuple[int, Any]]:
@@ -299,9 +315,8 @@ class _Run:
         self.lift.examine(state)
         say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
         self._begin_folder()
-        if self.report is None:
-            self.report = self._open_report(before)
-        self.bar = Bar(step, self.job.stop)
+        self.account.open(before)
+        self.account.begin_steps(step, state, self.log.newest)
         self._drain()
 
     # In the loop
@@ -316,9 +331,7 @@ class _Run:
             for first_step, rows in finished:
                 self.log.add(first_step, rows)
         except NonFiniteLoss as error:
-            if self.report is not None:
-                tags = {f"train/{name}": value for name, value in error.values.items()}
-                self.report.scalars(error.step, tags)
+            self.account.not_finite(error)
             self.saver.close()  # what was being saved is good
             error.last_good = self.saver.last_good
             if not self.lift.writes:
@@ -329,34 +342,18 @@ class _Run:
         """Brings the log up to the newest step; waits for the devices."""
         self._add(self.in_flight.drain())
 
-    def _on_row(self, row: LogRow) -> None:
-        tags = {f"train/{name}": value for name, value in row.values.items()}
-        if row.step_seconds > 0:
-            rate = self.settings.global_batch_size / row.step_seconds
-            tags |= {"train/examples_per_second": rate, "train/step_seconds": row.step_seconds}
-        if self.log.skipped:
-            tags["train/skipped"] = self.log.skipped
-        say_row(self.about, row, tags)
-        self._write(row.step, tags)
-
-    def _write(self, step: int, tags: dict[str, float]) -> None:
-        assert self.report is not None
-        self.report.scalars(step, tags)
-        self.metrics |= tags
-
     def _evaluate(self, state: TrainState, step: int) -> None:
         assert self.evaluator is not None
-        assert self.report is not None
         self._drain()
         began = time.monotonic()
         with self.goodput.spending("evaluate"):
             metrics = self.evaluator(state, lambda: self.stop_requested(step, "evaluate"))
         self.evaluation_pending = metrics is None
         if metrics is not None:
-            say_evaluation(step, self.job.stop, metrics)
-            self._write(step, metrics)
+            self.account.evaluation(step, metrics)
+            self.early_stop.add(step, metrics)
             self.saver.save_if_best(step, state, metrics)
-            self.report.flush()
+            self.account.flush()
         self.log.exclude(time.monotonic() - began)
 
     def _save(self, state: TrainState, step: int) -> None:
@@ -365,9 +362,7 @@ class _Run:
         began = time.monotonic()
         with self.goodput.spending("save"):
             self.saver.save(step, state, self._meta())
-        if self.report is not None:
-            self.report.times(step, self.goodput.seconds())
-            self.report.flush()
+        self.account.saved(step)
         self.log.exclude(time.monotonic() - began)
 
     def _copy(self, state: TrainState, step: int) -> None:
@@ -375,9 +370,9 @@ class _Run:
         self._drain()  # as for a save
         jax.block_until_ready(state)
         held_up = time.monotonic()  # until here the devices had steps to take
-        rows = self.report.unwritten() if self.report is not None else []
+        meta = {**self._meta(), "rows": self.account.unwritten()}
         with self.goodput.spending("save"):
-            self.saver.copy(step, state, {**self._meta(), "rows": rows}, held_up)
+            self.saver.copy(step, state, meta, held_up)
         self.log.exclude(time.monotonic() - began)
 
     def _meta(self) -> dict[str, Any]:
@@ -387,13 +382,14 @@ class _Run:
             "num_steps": self.job.num_steps,
             "goodput": self.goodput.to_json(),
             "evaluation_pending": self.evaluation_pending,
+            "early_stop": self.early_stop.to_json(),
         }
 
     def _stop(self, step: int, state: TrainState) -> None:
         say(f"asked to stop: saving at step {step}")
         self._begin_folder()
+        self.profiler.close(step)
         self._save(state, step)
-        if self.report is not None:
-            self.report.close()
+        self.account.close()
         self.saver.finish()
         raise Preempted(step)

@@ -107,6 +107,8 @@ class TrainLog:
         self._steps = 0
         self._timed_steps = 0
         self._since: float | None = None
+        self._paused_at: float | None = None
+        self._lost = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The sums of the unfinished epoch and row, for a checkpoint."""
@@ -149,8 +151,8 @@ class TrainLog:
             self._last = good[-1]
         self._steps += len(good)
         if self._since is None:  # the first call compiles, so timing starts at its end
-            self._since = self._clock()
-        else:
+            self._since = self._now()
+        elif self._paused_at is None:
             self._timed_steps += len(rows)
 
     def _add_to_epochs(self, first_step: int, losses: np.ndarray, finite: np.ndarray) -> None:
@@ -168,6 +170,12 @@ class TrainLog:
                 self._on_epoch(epoch, self._epoch_sum / taken if taken else float("nan"))
                 self._epoch_sum, self._epoch_skipped = 0.0, 0
 
+    def newest(self) -> dict[str, float]:
+        """The metrics of the newest step that was added, by name; none before the first."""
+        if self._since is None:
+            return {}
+        return dict(zip(self._names, self._last.tolist(), strict=True))
+
     def emit(self, step: int) -> None:
         """Hands over the row of the steps added since the last one, if there are any.
 
@@ -178,7 +186,7 @@ class TrainLog:
             return
         values = dict(zip(self._names, (self._total / self._steps).tolist(), strict=True))
         values["learning_rate"] = float(self._last[self._names.index("learning_rate")])
-        now = self._clock()
+        now = self._now()
         elapsed = now - self._since if self._since is not None else 0.0
         seconds = elapsed / self._timed_steps if self._timed_steps else float("nan")
         self._total = np.zeros(len(self._names))
@@ -188,5 +196,21 @@ class TrainLog:
 
     def exclude(self, seconds: float) -> None:
         """Leaves time that was spent on something else than steps out of the speed."""
-        if self._since is not None:
+        if self._since is not None and self._paused_at is None:
             self._since += seconds
+
+    def pause(self) -> None:
+        """Stops the clock: the time and the steps from here to `resume` are not part of the speed.
+
+        To be called when all steps so far have been added, as `resume` is.
+        """
+        self._paused_at = self._clock()
+
+    def resume(self) -> None:
+        """Lets the clock go on."""
+        if self._paused_at is not None:
+            self._lost += self._clock() - self._paused_at
+        self._paused_at = None
+
+    def _now(self) -> float:
+        return (self._clock() if self._paused_at is None else self._paused_at) - self._lost

@@ -15,6 +15,7 @@ from ml_collections.config_dict import placeholder
 from trainer.errors import UserError
 
 LIFTS = ("pmap", "shard_map", "vmap")
+STATE_SHARDINGS = ("replicated", "zero1", "fsdp")
 REDUCES = ("auto", "flat", "leaves")
 NANS = ("stop", "skip")
 PRECISIONS = ("model", "bf16", "fp16")
@@ -40,13 +41,19 @@ RESUMABLE = (
     "num_epochs",
     "stop_at_step",
     "log_every_steps",
+    "model_table",
     "devices_per_process",
     "checkpoint.",
     "eval.",
     "nan",
     "replica_check_every_steps",
+    "early_stop.",
+    # Of a fresh run only.
+    "init_from",
+    "init_map",
     # These give the same numbers: docs/numbers.md.
     "lift",
+    "state_sharding",
     "reduce",
     "steps_per_call",
     "data.prefetch",
@@ -63,6 +70,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "global_batch_size": (int, "examples a step, over all devices; must divide by them"),
     "steps_per_call": (1, "steps in one dispatch; all `every_steps` round up to a whole call"),
     "lift": ("pmap", '"pmap", "shard_map" or "vmap"; "vmap:8" simulates 8 chips on one'),
+    "state_sharding": (
+        "replicated",
+        'a whole state on each device, or cut over them: the optimizer\'s ("zero1"), or the params '
+        'too ("fsdp"); `lift="shard_map"` only',
+    ),
     "devices_per_process": (int, "use only so many devices of each process; None: all"),
     "reduce": (
         "auto",
@@ -80,7 +92,19 @@ KEYS: dict[str, tuple[Any, str]] = {
     "clip_norm": (float, "the largest 2-norm of the gradient, which is scaled down to it"),
     "ema_decay": (float, "of an average of the params, which is evaluated and saved; 0.999, say"),
     "mixup": (0.0, "alpha of mixup: examples are blended in pairs, share Beta(alpha, alpha)"),
+    "init_from": (
+        str,
+        "a fresh run begins with the params and model state of this run (its folder) or of one of "
+        "its checkpoints (`RUN/best`, `RUN/checkpoints/120`)",
+    ),
+    "init_map": (
+        "",
+        "how names there become names here, with commas between: `old->new` renames a part of the "
+        "model, `!part` leaves a part as it is initialised",
+    ),
+    "freeze": ("", "parts of the params that are not trained, with commas between: `Dense_0`, say"),
     "log_every_steps": (100, "steps from one log row to the next"),
+    "model_table": (0, "show the model's modules, so many levels of them, before the first step"),
     "nan": ("stop", 'a loss or gradient that is not finite: "stop", or "skip" its update'),
     "nan_limit": (10, "updates that may be skipped in a run"),
     "replica_check_every_steps": (
@@ -111,6 +135,12 @@ KEYS: dict[str, tuple[Any, str]] = {
     "checkpoint.keep": (3, "how many of the newest to keep"),
     "checkpoint.best_metric": ("eval/loss", "the tag that decides which state is kept in `best/`"),
     "checkpoint.best_mode": ("min", '"min" or "max"'),
+    "early_stop.patience": (
+        int,
+        "evaluations in a row without a better `checkpoint.best_metric` that end the run; None: it "
+        "goes on",
+    ),
+    "early_stop.min_delta": (0.0, "better means better by more than this"),
     "data.shuffle": (True, "a new order of the training examples each epoch"),
     "data.prefetch": (int, "batches made ahead in a thread; None: 2, and 0 on CPU"),
 }
@@ -177,6 +207,7 @@ class Settings:
     global_batch_size: int
     steps_per_call: int
     lift: str
+    state_sharding: str
     devices_per_process: int | None
     reduce: str
     precision: str
@@ -203,6 +234,12 @@ class Settings:
     fast_dir: str
     best_metric: str
     best_mode: str
+    model_table: int
+    early_stop_patience: int | None
+    early_stop_min_delta: float
+    init_from: str | None
+    init_map: tuple[str, ...]
+    freeze: tuple[str, ...]
     nan: str
     nan_limit: int
     replica_check_every_steps: int
@@ -273,6 +310,12 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
             f"config.lift={config.lift!r} is not one of {', '.join(LIFTS)}",
             'or "vmap:8", to simulate 8 chips on one',
         )
+    if config.state_sharding != "replicated" and lift != "shard_map":
+        raise UserError(
+            f"config.state_sharding={config.state_sharding!r} needs the lift shard_map, and "
+            f"config.lift is {config.lift!r}",
+            "add --config.lift=shard_map, or --config.state_sharding=replicated",
+        )
     prefetch = config.data.prefetch
     if prefetch is not None and prefetch < 0:
         raise UserError(f"config.data.prefetch={prefetch} should be 0 or more")
@@ -286,6 +329,7 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         global_batch_size=positive("global_batch_size"),
         steps_per_call=positive("steps_per_call"),
         lift=config.lift,
+        state_sharding=one_of("state_sharding", config.state_sharding, STATE_SHARDINGS),
         devices_per_process=positive_or_none("devices_per_process"),
         reduce=one_of("reduce", config.reduce, REDUCES),
         precision=one_of("precision", config.precision, PRECISIONS),
@@ -312,6 +356,12 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         fast_dir=config.checkpoint.fast_dir,
         best_metric=config.checkpoint.best_metric,
         best_mode=one_of("checkpoint.best_mode", config.checkpoint.best_mode, ("min", "max")),
+        model_table=int(not_negative("model_table")),
+        early_stop_patience=positive_or_none("early_stop.patience"),
+        early_stop_min_delta=not_negative("early_stop.min_delta"),
+        init_from=config.init_from or None,
+        init_map=_parts(config.init_map),
+        freeze=_parts(config.freeze),
         nan=one_of("nan", config.nan, NANS),
         nan_limit=positive("nan_limit"),
         replica_check_every_steps=positive("replica_check_every_steps"),
@@ -325,9 +375,14 @@ def _hint(name: str, known: Sequence[str], prefix: str, otherwise: str) -> str:
     return f"did you mean {prefix}{near[0]}?" if near else otherwise
 
 
+def _parts(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def _allowed(config: ConfigDict) -> tuple[str, ...]:
     """The parts of `checkpoint.allow`."""
-    names = tuple(name.strip() for name in config.checkpoint.allow.split(",") if name.strip())
+    names = _parts(config.checkpoint.allow)
     known = [*LEAF_CHANGES]
     for key in flatten(config):
         parts = key.split(".")

@@ -21,6 +21,7 @@ from trainer.data.prefetch import depth_for
 from trainer.data.stream import HostBatch, Source
 from trainer.errors import CheckpointsUnreadable, Preempted, SmokeFailed
 from trainer.evaluate import Evaluator
+from trainer.init_from import begin_from
 from trainer.job import Job, build_job, make_init
 from trainer.lift import Lift, make_lift
 from trainer.lifted import lift_update_step
@@ -66,7 +67,7 @@ def smoke(
     """
     open_terminal()
     settings = check(config)
-    lift = make_lift(settings.lift, mesh)
+    lift = make_lift(settings.lift, mesh, settings.state_sharding)
     lift.check_divides(settings.global_batch_size, settings.grad_accum_steps)
     place = absolute(folder) / lift.tell(f"smoke-{uuid.uuid4().hex[:8]}")
     workdir = Workdir.check(place, settings.config)
@@ -118,7 +119,10 @@ class _Smoke:
             tell(f"{lift.num_processes}{seen}")
         init = make_init(self.job, settings.seed)
         with self._check("first step") as tell:
-            state = lift.put_state(init())
+            if settings.init_from:
+                state = lift.put_state(begin_from(settings, lift, init()))
+            else:
+                state = lift.make_state(init)
             params = count_params(state.params)
             warn_of_unsynced_state(lift, self.job, state)
             update = lift_update_step(settings, self.job, lift, state)
@@ -212,6 +216,8 @@ class _Smoke:
             sums = self.lift.examine(state).checksums
             copies = self.lift.mesh.size
             tell(f"{copies} {'copies agree' if copies > 1 else 'copy'}, {len(sums)} leaves, {when}")
+            if self.lift.cut:
+                tell(f"; {' and '.join(self.lift.cut)} cut over the devices")
         return sums
 
     def _evaluate(self, state: TrainState, step: int) -> None:

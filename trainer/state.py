@@ -59,6 +59,11 @@ def with_leaves(template: Any, leaves: Mapping[str, Any]) -> Any:
     )
 
 
+def fill_in(whole: Any, part: Any) -> Any:
+    """`whole` with the leaves that `part` has, by name, in place of its own."""
+    return with_leaves(whole, name_leaves(whole) | name_leaves(part))
+
+
 def checksums(tree: Any) -> jax.Array:
     """One uint32 a leaf, shape (leaves,), of the bits of the leaf.
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.step import MEAN_SCOPE
+from trainer.gradients import GATHER_SCOPE, MEAN_SCOPE
 
 _COLLECTIVES = (
     "all-reduce",
@@ -30,11 +30,14 @@ _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# `{{0,1,2,3}}`, or in short `[1,4]<=[4]`.
+_GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
 _CALLS = ("while", "conditional", "call", "call-start", "async-start")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?([^,}\s]+)")
 
 # What the step itself reduces, under a name of its own.
 UPDATE = "gradients, statistics, metrics"
+GATHERED = "params put together"
 ELSEWHERE = "(not attributed)"
 
 
@@ -46,7 +49,8 @@ class Collective:
         kind: "all-reduce", "all-gather", "reduce-scatter", ...
         module: the path of the module, such as "Block_0/BatchNorm_1".
         count: how many are run.
-        bytes: of all results together, on one device.
+        bytes: of all results together, on one device; of a reduce-scatter what goes in, which is
+            what has to be moved.
         asynchronous: whether the compiler lets it run beside other work.
     """
 
@@ -101,11 +105,12 @@ def find_collectives(text: str) -> list[Collective]:
             if kind not in _COLLECTIVES:
                 continue
             elements = _elements(line)
+            parts = _group_size(line) if kind == "reduce-scatter" else 1
             modules: Counter[str] = Counter()
             for index, element in enumerate(elements):
                 source = readers.get((line.name, index), "") if len(elements) > 1 else ""
                 source = source or line.op_name or _reducer(line, computations)
-                modules[module_of(source)] += size_of(element)
+                modules[module_of(source)] += size_of(element) * parts
             for module, size in modules.items():
                 sizes[kind, module, asynchronous] += times * size
                 counts[kind, module, asynchronous] += 0
@@ -143,6 +148,8 @@ def largest_arrays(text: str, count: int = 5) -> list[Array]:
 
 def module_of(op_name: str) -> str:
     """`jit(f)/shard_map/transpose(jvp(ResNet))/Block_0/BatchNorm_1/psum` to its module's path."""
+    if GATHER_SCOPE in op_name:  # the way back from there is a sum of gradients
+        return UPDATE if op_name.endswith("scatter") else GATHERED
     if MEAN_SCOPE in op_name:
         return UPDATE
     # Where XLA has joined several names, the first.
@@ -167,6 +174,14 @@ def size_of(shape: str) -> int:
             bits = int(digits[0]) if digits else 0
         total += math.prod(int(d) for d in dims.split(",") if d) * bits // 8
     return total
+
+
+def _group_size(line: Instruction) -> int:
+    """How many devices take part in a collective."""
+    match = _GROUP.search(line.rest)
+    if match is None:
+        return 1
+    return len(match[1].split(",")) if match[1] else int(match[2])
 
 
 def _elements(line: Instruction) -> list[str]:

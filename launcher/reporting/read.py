@@ -299,6 +299,8 @@ def _judge(
         return "failed", f"failed{at}"
     if total is not None and steps >= total:
         return "finished", "finished"
+    if last is not None and "stopped early at step" in last.ending:
+        return "finished", f"stopped early at step {steps:,}{of}"
     why = ""
     if last is not None and last.ending.startswith("asked to stop"):
         why = ", as asked"

@@ -22,6 +22,7 @@ from launcher.sweeping.variant import Variant, read_variants
 from trainer.checkpoints.folder import CheckpointFolder
 from trainer.checkpoints.manifest import Damaged
 from trainer.console import say, warn
+from trainer.early_stop import EarlyStop
 from trainer.errors import UserError
 from trainer.paths import absolute
 
@@ -151,7 +152,9 @@ def is_finished(plan: Plan) -> bool:
         step = latest.steps()[-1]
         meta = latest.check(step).meta
         stop = min(int(meta["num_steps"]), plan.settings.stop_at_step or sys.maxsize)
-        pending = bool(meta["evaluation_pending"])
+        early_stop = EarlyStop.of(plan.settings)
+        early_stop.from_json(meta.get("early_stop"))
+        is_over = (step >= stop or early_stop.reason) and not meta["evaluation_pending"]
     except (OSError, ValueError, LookupError, TypeError, Damaged):
         return False
-    return before == json.loads(plan.config) and step >= stop and not pending
+    return bool(is_over) and before == json.loads(plan.config)

@@ -1,0 +1,457 @@
+"""podlift against its peers: torchrun's DDP, Lightning Fabric and the loop of Flax's example.
+
+    python benchmarks/peers.py --torch_python=PATH [--only=agree,steps,saves,startup]
+        [--rounds=15] [--out=FILE.json]
+
+The same jobs written for each (`benchmarks/peer_jobs/`): an MLP of 64-512-512-10 with BatchNorm on
+a batch of 1024, and ResNet-8 on 256 images of 8x8; SGD with momentum, weights and examples from one
+file. PATH is what `benchmarks/install_torch.sh` prints; without it torch is left out.
+
+    agree      the same jobs, unshuffled: every contestant's loss at each of 20 steps, against
+               podlift's of the same kind of BatchNorm. More than 1e-5 apart is an error
+    steps      milliseconds a step and the peak memory of each process. All contestants are alive at
+               once and take turns, a segment each; ratios are within a round
+    saves      what a checkpoint costs: a segment with one in its middle less the next without one,
+               so that what is written behind the steps' back counts too
+    startup    from the command to the end of the first step; "cold" has an empty compilation cache
+
+torch has no synchronised BatchNorm on the CPU, and Flax's example does not use it: "local" is
+BatchNorm over one device's examples, in podlift too. Two processes have a core each. Copies of the
+state in memory (`checkpoint.fast_every_secs`) are off: `benchmarks/copies.py` has what they cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from turns import Turns
+
+ROOT = Path(__file__).parent.parent
+JOBS = Path(__file__).parent / "peer_jobs"
+NEVER = 10**9
+BATCHES = {"mlp": 1024, "wide": 256, "resnet": 256}
+SEGMENTS = {"mlp": 40, "wide": 40, "resnet": 20}  # steps in a turn
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who runs a job, on what.
+
+    Attributes:
+        name: as it is shown.
+        who: "podlift", "flax", "ddp", "fabric" or "one" (torch in one process).
+        ranks: processes that train.
+        devices: of each process.
+        local: BatchNorm over one device's examples, where there are several.
+    """
+
+    name: str
+    who: str
+    ranks: int = 1
+    devices: int = 1
+    local: bool = False
+
+
+CONTESTANTS = [
+    Contestant("podlift 2 processes local", "podlift", ranks=2, local=True),
+    Contestant("podlift 2 processes", "podlift", ranks=2),
+    Contestant("podlift 1 x 2 devices local", "podlift", devices=2, local=True),
+    Contestant("podlift 1 x 2 devices", "podlift", devices=2),
+    Contestant("podlift 1 process", "podlift"),
+    Contestant("flax 2 processes local", "flax", ranks=2, local=True),
+    Contestant("flax 2 processes", "flax", ranks=2),
+    Contestant("torchrun DDP 2 processes local", "ddp", ranks=2, local=True),
+    Contestant("Fabric 2 processes local", "fabric", ranks=2, local=True),
+    Contestant("torch 1 process", "one"),
+]
+# Like against like: a peer's figures over those of podlift on as many processes.
+RIVALS = {
+    "flax 2 processes local": "podlift 2 processes local",
+    "flax 2 processes": "podlift 2 processes",
+    "torchrun DDP 2 processes local": "podlift 2 processes local",
+    "Fabric 2 processes local": "podlift 2 processes local",
+    "torch 1 process": "podlift 1 process",
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where things are.
+
+    Attributes:
+        folder: of all that is written.
+        torch_python: a Python that has torch, or None.
+    """
+
+    folder: Path
+    torch_python: str | None
+
+    def contestants(self, *, keep: Any = lambda contestant: True) -> list[Contestant]:
+        of_torch = ("ddp", "fabric", "one")
+        return [
+            c for c in CONTESTANTS if keep(c) and (self.torch_python or c.who not in of_torch)
+        ]
+
+    def examples(self, model: str) -> tuple[str, str]:
+        """The files of examples and weights, made once."""
+        paths = self.folder / f"{model}.npz", self.folder / f"{model}-weights.npz"
+        if not paths[1].exists():
+            command = [sys.executable, str(JOBS / "examples.py"), model, str(self.folder)]
+            subprocess.run(command, env=self.environ(1), check=True)
+        return str(paths[0]), str(paths[1])
+
+    def state_bytes(self, model: str) -> int:
+        """Of the parameters and their momentum."""
+        with np.load(self.examples(model)[1]) as arrays:
+            return 2 * sum(array.nbytes for array in arrays.values())
+
+    def environ(self, devices: int, cache: str = "cache") -> dict[str, str]:
+        environ = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": f"{ROOT}:{JOBS}",
+            "XDG_CACHE_HOME": str(self.folder / cache),
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / cache / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        if devices > 1:
+            environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            environ["PJRT_NPROC"] = str(2 * devices)
+        return environ
+
+    def commands(self, contestant: Contestant, model: str, job: dict[str, Any]) -> list[list[str]]:
+        """What to start: one command, or one a process where there is no launcher."""
+        examples, weights = self.examples(model)
+        local = "-local" if contestant.local else ""
+        if contestant.who == "podlift":
+            return [
+                [
+                    *(sys.executable, "-m", "launcher"),
+                    f"--config={JOBS}/podlift_config.py:{model}{local}",
+                    f"--workdir={job['folder']}",
+                    *([f"--processes={contestant.ranks}"] if contestant.ranks > 1 else []),
+                    f"--config.num_steps={job['steps']}",
+                    f"--config.log_every_steps={job['log_every']}",
+                    f"--config.checkpoint.every_steps={job['save_every']}",
+                    f"--config.data.path={examples}",
+                    f"--config.data.shuffle={job['shuffle']}",
+                    f"--config.data.address={job['address']}",
+                    f"--config.data.segment={job['segment']}",
+                ]
+            ]
+        settings = json.dumps(
+            {
+                **job,
+                "config": f"{model}{local}",
+                "model": model,
+                "batch": BATCHES[model],
+                "ranks": contestant.ranks,
+                "examples": examples,
+                "weights": weights,
+                "port": free_port(),
+            }
+        )
+        if contestant.who == "flax":
+            script = str(JOBS / "flax_loop.py")
+            return [
+                [sys.executable, script, str(rank), settings] for rank in range(contestant.ranks)
+            ]
+        assert self.torch_python
+        start = [self.torch_python]
+        if contestant.who == "ddp":
+            start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        return [[*start, str(JOBS / "torch_loop.py"), contestant.who, settings]]
+
+
+@contextlib.contextmanager
+def started(
+    bench: Bench, contestant: Contestant, commands: list[list[str]], cache: str = "cache"
+) -> Iterator[tuple[list[subprocess.Popen[str]], Path]]:
+    """The processes of a contestant and the file of what they print; ended on the way out."""
+    log = bench.folder / f"{contestant.name.replace(' ', '-')}-{time.monotonic_ns()}.log"
+    processes = []
+    try:
+        with log.open("w") as output:
+            for command in commands:
+                process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=bench.environ(contestant.devices, cache),
+                    text=True,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+                processes.append(process)
+        yield processes, log
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def settings_of(bench: Bench, contestant: Contestant, **changes: Any) -> dict[str, Any]:
+    folder = tempfile.mkdtemp(dir=bench.folder)
+    return {
+        "folder": f"{folder}/run",
+        "steps": 1,
+        "log_every": NEVER,
+        "save_every": NEVER,
+        "segment": NEVER,
+        "address": "",
+        "shuffle": True,
+        **changes,
+    }
+
+
+def losses(bench: Bench, contestant: Contestant, model: str, steps: int) -> list[float]:
+    """Of each of the first steps."""
+    job = settings_of(bench, contestant, steps=steps, log_every=1, shuffle=False)
+    with started(bench, contestant, bench.commands(contestant, model, job)) as (processes, log):
+        for process in processes:
+            if process.wait(300):
+                raise SystemExit(f"{contestant.name} failed:\n{log.read_text()}")
+        text = log.read_text()
+    if contestant.who == "podlift":
+        rows = map(json.loads, (Path(job["folder"]) / "metrics.jsonl").read_text().splitlines())
+        return [row["train/loss"] for row in rows if "train/loss" in row]
+    return [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)$", text, re.MULTILINE)]
+
+
+def agree(bench: Bench, steps: int = 20) -> list[dict[str, Any]]:
+    """How far losses are from podlift's with the same kind of BatchNorm."""
+    rows = []
+    for model in ("mlp", "resnet"):
+        found = {c.name: losses(bench, c, model, steps) for c in bench.contestants()}
+        for contestant in bench.contestants():
+            mine = found[contestant.name]
+            # One device normalises over all examples, as several do that synchronise.
+            of = "podlift 2 processes local" if contestant.local else "podlift 1 process"
+            assert len(mine) == len(found[of]) == steps, (contestant.name, mine)
+            apart = max(abs(a - b) for a, b in zip(mine, found[of], strict=True))
+            row = {"job": model, "who": contestant.name, "first loss": mine[0]}
+            rows.append({**row, "last loss": mine[-1], "apart": apart, "against": of})
+            print(f"{model:8} {contestant.name:32} loss {mine[0]:.6f} to {mine[-1]:.6f}"
+                  f"  at most {apart:.1e} from {of}", flush=True)  # fmt: skip
+            if apart > TOLERANCE:
+                raise SystemExit("they do not compute the same")
+    return rows
+
+
+class Taking:
+    """A contestant that takes turns, as `turns.Turns` wants it."""
+
+    def __init__(
+        self, bench: Bench, contestant: Contestant, model: str, save_every: int, segment: int
+    ) -> None:
+        self._bench, self._contestant = bench, contestant
+        self._model, self._segment, self._save_every = model, segment, save_every
+        self.peak_bytes: list[int] = [0] * contestant.ranks
+
+    def __call__(self, turn: Any) -> None:
+        address = f"{tempfile.mkdtemp(dir=self._bench.folder)}/s"
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(address)
+        server.listen()
+        job = settings_of(
+            self._bench,
+            self._contestant,
+            steps=NEVER,
+            log_every=self._segment // 2,
+            save_every=self._save_every,
+            segment=self._segment,
+            address=address,
+        )
+        commands = self._bench.commands(self._contestant, self._model, job)
+        with started(self._bench, self._contestant, commands) as (processes, log):
+            server.settimeout(120)
+            connections = [server.accept()[0] for _ in range(self._contestant.ranks)]
+            files = [connection.makefile("rw") for connection in connections]
+            while True:
+                for file in files:
+                    line = file.readline()
+                    if not line:
+                        raise RuntimeError(f"{self._contestant.name}:\n{log.read_text()}")
+                    report = json.loads(line)
+                    self.peak_bytes[report["rank"]] = report["peak_bytes"]
+                if turn():
+                    break
+                for file in files:
+                    file.write("go\n")
+                    file.flush()
+            for file in files:
+                file.close()
+            for connection in connections:
+                connection.close()  # they end
+            server.close()
+            for process in processes:
+                process.wait(60)
+
+
+def steps(bench: Bench, rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for model in ("mlp", "resnet"):
+        segment = SEGMENTS[model]
+        taking = {c.name: Taking(bench, c, model, NEVER, segment) for c in bench.contestants()}
+        turns = Turns(rounds)
+        turns.run(taking)
+        for name, contestant in taking.items():
+            seconds = turns.median(name) / segment
+            row: dict[str, Any] = {
+                "job": model,
+                "who": name,
+                "ms/step": 1000 * seconds,
+                "examples/s": BATCHES[model] / seconds,
+                "peak MB a process": [round(peak / 1e6) for peak in contestant.peak_bytes],
+            }
+            shown = f"{model:8} {name:32} {row['ms/step']:8.2f} ms {row['examples/s']:9.0f}/s"
+            shown += f"  {row['peak MB a process']} MB"
+            if name in RIVALS:
+                row["podlift"] = RIVALS[name]
+                row["it / podlift"] = turns.ratio(name, RIVALS[name])
+                shown += f"  {row['it / podlift']:.2f} x {RIVALS[name]}"
+            rows.append(row)
+            print(shown, flush=True)
+    return rows
+
+
+def saves(bench: Bench, rounds: int) -> list[dict[str, Any]]:
+    """What a checkpoint costs, with two processes and unsynchronised BatchNorm."""
+    rows = []
+    for model in ("mlp", "wide"):
+        segment = 2 * SEGMENTS[model]
+        contestants = bench.contestants(keep=lambda c: c.ranks == 2 and c.local)
+        # The first segment is half of one; every other one from the third on has a save in it.
+        turns = Turns(2 * rounds, warmup=4)
+        turns.run({c.name: Taking(bench, c, model, 2 * segment, segment) for c in contestants})
+        for contestant in contestants:
+            times = turns.seconds[contestant.name]
+            costs = [saved - plain for saved, plain in zip(times[::2], times[1::2], strict=True)]
+            cost = statistics.median(costs)
+            spread = statistics.stdev(costs) / len(costs) ** 0.5
+            state = bench.state_bytes(model)
+            rows.append(
+                {
+                    "job": model,
+                    "who": contestant.name,
+                    "state MB": state / 1e6,
+                    "ms a save": 1000 * cost,
+                    "standard error": 1000 * spread,
+                    "plain segment, s": statistics.median(times[1::2]),
+                }
+            )
+            print(f"{model:8} {contestant.name:32} {1000 * cost:7.1f} ms a save"
+                  f" +- {1000 * spread:.1f}, {state / 1e6:.1f} MB", flush=True)  # fmt: skip
+    return rows
+
+
+def first_step(bench: Bench, contestant: Contestant, model: str, cache: str) -> float:
+    """Seconds from the command to the end of the first step."""
+    job = settings_of(bench, contestant)
+    commands = bench.commands(contestant, model, job)
+    began = time.monotonic()
+    with started(bench, contestant, commands, cache) as (processes, log):
+        while "first step done" not in log.read_text():
+            if time.monotonic() - began > 120 or any(p.poll() for p in processes):
+                raise SystemExit(f"{contestant.name} failed:\n{log.read_text()}")
+            time.sleep(0.005)
+        seconds = time.monotonic() - began
+        for process in processes:
+            process.wait(60)
+    return seconds
+
+
+def startup(bench: Bench, rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for model in ("mlp", "resnet"):
+        contestants = bench.contestants(keep=lambda c: c.local or c.devices == c.ranks == 1)
+        found: dict[str, list[float]] = {}
+        for number in range(rounds):
+            for contestant in contestants:
+                for state in ("cold", "warm"):
+                    if state == "cold" or contestant.who in ("podlift", "flax"):
+                        cache = f"cache-{contestant.name.replace(' ', '-')}-{number}"
+                        seconds = first_step(bench, contestant, model, cache)
+                        found.setdefault(f"{contestant.name}, {state}", []).append(seconds)
+        for who, seconds in found.items():
+            rows.append({"job": model, "who": who, "s": statistics.median(seconds)})
+            print(f"{model:8} {who:38} {rows[-1]['s']:6.2f} s", flush=True)
+    return rows
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def versions(torch_python: str | None) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
+    if torch_python:
+        code = "import importlib.metadata as m; print(m.version('torch'), m.version('{}'))"
+        command = [torch_python, "-c", code.format("lightning-fabric")]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found["torch"], found["lightning-fabric"] = shown.split()
+    return found
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="agree,steps,saves,startup")
+    parser.add_argument("--torch_python", help="a Python that has torch")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    parts = options.only.split(",")
+    record: dict[str, Any] = {
+        "cores": os.cpu_count(),
+        "versions": versions(options.torch_python),
+        "load at the start": os.getloadavg()[0],
+    }
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(Path(name), options.torch_python)
+        if "agree" in parts:
+            record["agree"] = agree(bench)
+        if "steps" in parts:
+            record["steps"] = steps(bench, options.rounds)
+        if "saves" in parts:
+            record["saves"] = saves(bench, options.rounds)
+        if "startup" in parts:
+            record["startup"] = startup(bench, min(options.rounds, 5))
+    # Of other programs, as far as it is above what these take themselves.
+    record["load at the end"] = os.getloadavg()[0]
+    if options.out:
+        Path(options.out).write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
