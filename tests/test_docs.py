@@ -264,6 +264,8 @@ FOREIGN = {
     "torchrun": "--local-ranks-filter --log-dir --master-addr --max-restarts --nnodes --node-rank "
     "--nproc-per-node --rdzv-endpoint --standalone --tee",
     "squeue": "--me",
+    "sbatch": "--array",
+    "XLA": "--xla_gpu_deterministic_ops",
     "tests/chaos": "--rounds --seed",
 }
 

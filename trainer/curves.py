@@ -42,20 +42,24 @@ class Curves:
                 self._open().add_scalar(tag, value, step)
 
     def hparams(self, metrics: Mapping[str, float]) -> None:
-        """Adds the run's settings and closing metrics for the HPARAMS tab.
+        """Adds the closing metrics for the HPARAMS tab, which then lists the run as finished."""
+        with self._errors_told():
+            for summary in self._hparams(metrics):
+                self._open().file_writer.add_summary(summary)
 
-        Through the file writer, since `SummaryWriter.add_hparams` starts a second run for it.
+    def _hparams(self, metrics: Mapping[str, float]) -> tuple[Any, Any, Any]:
+        """What tabs and columns there are; the run's settings; that it has come to its end.
+
+        For the file writer, since `SummaryWriter.add_hparams` starts a second run for it.
         """
         from tensorboardX.summary import hparams
 
+        # Also None, so that the runs of a sweep have the same columns.
         settings = {
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
             for key, value in flatten(self._workdir.config.to_dict()).items()
-            if value is not None
         }
-        with self._errors_told():
-            for summary in hparams(settings, dict(metrics)):
-                self._open().file_writer.add_summary(summary)
+        return hparams(settings, dict(metrics))
 
     def flush(self) -> None:
         """Hands what was added to the file system."""
@@ -102,6 +106,8 @@ class Curves:
             text = json.dumps(self._workdir.config.to_dict(), indent=2)
             indented = "".join(f"    {line}\n" for line in text.splitlines())
             self._writer.add_text("config", indented, self._first_step)
+            # Now, so that the HPARAMS tab has runs that go on or fail, too.
+            self._writer.file_writer.add_summary(self._hparams({})[1])
         return self._writer
 
     def _upload(self) -> None:
