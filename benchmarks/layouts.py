@@ -43,9 +43,7 @@ def run_layout(script: str, processes: int, devices: int, job: dict[str, Any]) -
             for rank in range(processes):
                 text = json.dumps({**settings, "rank": rank})
                 command = [sys.executable, script, "--worker", text]
-                started.append(
-                    subprocess.Popen(command, env=environ, stdout=output, stderr=output)
-                )
+                started.append(subprocess.Popen(command, env=environ, stdout=output, stderr=output))
         try:
             codes = [process.wait(600) for process in started]
         finally:

@@ -1,15 +1,15 @@
 """How the same work scales over devices and processes of one machine, and what is not work in it.
 
-    python benchmarks/scaling.py [--only=layouts,dispatch] [--rounds=11] [--out=FILE.json]
+python benchmarks/scaling.py [--only=layouts,dispatch] [--rounds=11] [--out=FILE.json]
 
-    layouts    one global batch on 1 and 2 processes of 1, 2, 4 and 8 devices: `trainer.train`
-               ("loop"), the same compiled step on a batch that lies on the devices ("bare"), and
-               that step without its collectives, each device on its own shard ("alone"). Devices
-               share the cores, so the best that "alone" reaches in any layout is the machine's
-               limit. In one process they take turns; ratios are within a round. A fourth, "saves",
-               is the loop with a checkpoint in the middle of each segment
-    dispatch   the time that a call of a step takes before it returns, by leaves and devices, and a
-               fit of a + b * leaves * devices
+layouts    one global batch on 1 and 2 processes of 1, 2, 4 and 8 devices: `trainer.train`
+           ("loop"), the same compiled step on a batch that lies on the devices ("bare"), and
+           that step without its collectives, each device on its own shard ("alone"). Devices
+           share the cores, so the best that "alone" reaches in any layout is the machine's
+           limit. In one process they take turns; ratios are within a round. A fourth, "saves",
+           is the loop with a checkpoint in the middle of each segment
+dispatch   the time that a call of a step takes before it returns, by leaves and devices, and a
+           fit of a + b * leaves * devices
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ LAYOUTS = [(processes, devices) for processes in (1, 2) for devices in (1, 2, 4,
 SEGMENTS = {"mlp": 20, "resnet": 10}
 LEAVES = (10, 50, 100, 200, 400)
 IN_FLIGHT = 16
+OF_LIMIT = "of the machine's limit"
 
 
 def config_of(name: str, **changes: Any) -> Any:
@@ -178,7 +179,7 @@ def dispatch_worker(settings: dict[str, Any]) -> None:
         seconds = []
         for _ in range(settings["calls"]):
             began = time.perf_counter()
-            state, mean = lifted(state, batch)
+            state, _ = lifted(state, batch)
             seconds.append(time.perf_counter() - began)
             jax.block_until_ready(state)
         found[leaves] = 1e6 * statistics.median(seconds[5:])
@@ -197,16 +198,16 @@ def layouts(rounds: int, models: list[str]) -> list[dict[str, Any]]:
             )
         limit = min(row["alone ms/step"] for row in of_model)
         for row in of_model:
-            row["of the machine's limit"] = limit / row["loop ms/step"]
+            row[OF_LIMIT] = limit / row["loop ms/step"]
             row["percent outside the step"] = 100 * (row["loop / bare"] - 1)
             row["percent in saves, one a minute"] = 100 * row["seconds a save"] / 60
             print(
-                f"{model:7} {row['processes']} x {row['devices of each']}: "
-                f"loop {row['loop ms/step']:6.2f}  bare {row['bare ms/step']:6.2f}  "
-                f"alone {row['alone ms/step']:6.2f} ms; outside {row['percent outside the step']:.1f} %, "
-                f"{100 * row['of the machine' + chr(39) + 's limit']:.0f} % of the limit; "
-                f"a save {1000 * row['seconds a save']:.0f} ms"
-                f" +- {1000 * row['seconds a save, standard error']:.0f}",
+                f"{model:7} {row['processes']} x {row['devices of each']}:",
+                *(f"{who} {row[f'{who} ms/step']:.2f}" for who in ("loop", "bare", "alone")),
+                f"ms; outside {row['percent outside the step']:.1f} %;",
+                f"{100 * row[OF_LIMIT]:.0f} % of the limit;",
+                f"a save {1000 * row['seconds a save']:.0f}",
+                f"+- {1000 * row['seconds a save, standard error']:.0f} ms",
                 flush=True,
             )
         rows += of_model
@@ -228,8 +229,8 @@ def dispatch(calls: int) -> list[dict[str, Any]]:
             )
             row = {"processes": processes, "lift": lift, "a, us": a, "b, us": b}
             rows.append({**row, "leaves, devices of each, us a call": points})
-            print(f"{processes} processes, {lift}: {a:.0f} us + {b:.2f} us * leaves * devices of each",
-                  flush=True)  # fmt: skip
+            shown = f"{a:.0f} us + {b:.2f} us * leaves * devices of each"
+            print(f"{processes} processes, {lift}: {shown}", flush=True)
     return rows
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 
 class Pauses:
-    """Says over a socket that a segment is done, and waits to be told to go on; the process ends where the socket is closed.
+    """Says over a socket that a segment is done, and waits to be told to go on.
+
+    The process ends where the socket is closed.
 
     Args:
         address: a Unix socket; none where the job is to run through.

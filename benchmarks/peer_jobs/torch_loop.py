@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pauses import Pauses
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch_models import load_examples, make_model
 
@@ -63,7 +63,7 @@ def main() -> None:
         if pauses.is_due(step):
             pauses.wait()
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs), targets)
+        loss = functional.cross_entropy(model(inputs), targets)
         if fabric:
             fabric.backward(loss)
         else:

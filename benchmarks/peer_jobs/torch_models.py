@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 
 class MLP(nn.Module):
@@ -23,8 +23,8 @@ class MLP(nn.Module):
         self.Dense_2 = nn.Linear(width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.BatchNorm_0(self.Dense_0(x)))
-        x = F.relu(self.BatchNorm_1(self.Dense_1(x)))
+        x = functional.relu(self.BatchNorm_0(self.Dense_0(x)))
+        x = functional.relu(self.BatchNorm_1(self.Dense_1(x)))
         return self.Dense_2(x)
 
 
@@ -42,24 +42,28 @@ class Block(nn.Module):
             self.BatchNorm_2 = batch_norm(nn.BatchNorm2d, features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu(self.BatchNorm_0(self.Conv_0(x)))
+        y = functional.relu(self.BatchNorm_0(self.Conv_0(x)))
         y = self.BatchNorm_1(self.Conv_1(y))
         if self.has_shortcut:
             # From the last pixel of each pair, which is the first before the turn.
             last = self.stride - 1
             x = self.BatchNorm_2(self.Conv_2(x[:, :, last :: self.stride, last :: self.stride]))
-        return F.relu(x + y)
+        return functional.relu(x + y)
 
 
 class ResNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.Conv_0, self.BatchNorm_0 = conv(1, 16, 3), batch_norm(nn.BatchNorm2d, 16)
-        self.Block_0, self.Block_1, self.Block_2 = Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2)
+        self.Block_0, self.Block_1, self.Block_2 = (
+            Block(16, 16, 1),
+            Block(16, 32, 2),
+            Block(32, 64, 2),
+        )
         self.Dense_0 = nn.Linear(64, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.BatchNorm_0(self.Conv_0(x)))
+        x = functional.relu(self.BatchNorm_0(self.Conv_0(x)))
         x = self.Block_2(self.Block_1(self.Block_0(x)))
         return self.Dense_0(x.mean(dim=(2, 3)))
 
