@@ -58,9 +58,9 @@ def losses(bench: Bench, contestant: Contestant, model: str, steps: int) -> list
     return [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)$", text, re.MULTILINE)]
 
 
-def agree(bench: Bench, steps: int = 20) -> list[dict[str, Any]]:
+def agree(bench: Bench, rounds: int) -> list[dict[str, Any]]:
     """How far losses are from podlift's with the same kind of BatchNorm."""
-    rows = []
+    rows, steps = [], 20
     for model in ("mlp", "resnet"):
         found = {c.name: losses(bench, c, model, steps) for c in bench.contestants()}
         for contestant in bench.contestants():
@@ -156,7 +156,7 @@ def startup(bench: Bench, rounds: int) -> list[dict[str, Any]]:
     for model in ("mlp", "resnet"):
         contestants = bench.contestants(keep=lambda c: c.local or c.devices == c.ranks == 1)
         found: dict[str, list[float]] = {}
-        for number in range(rounds):
+        for number in range(min(rounds, 5)):
             for contestant in contestants:
                 for state in ("cold", "warm"):
                     if state == "cold" or contestant.who in ("podlift", "flax"):
@@ -167,6 +167,9 @@ def startup(bench: Bench, rounds: int) -> list[dict[str, Any]]:
             rows.append({"job": model, "who": who, "s": statistics.median(seconds)})
             print(f"{model:8} {who:38} {rows[-1]['s']:6.2f} s", flush=True)
     return rows
+
+
+PARTS = {"agree": agree, "steps": steps, "saves": saves, "startup": startup}
 
 
 def versions(torch_python: str | None) -> dict[str, str]:
@@ -197,18 +200,12 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), options.torch_python)
-        if "agree" in parts:
-            record["agree"] = agree(bench)
-        if "steps" in parts:
-            record["steps"] = steps(bench, options.rounds)
-        if "saves" in parts:
-            record["saves"] = saves(bench, options.rounds)
-        if "startup" in parts:
-            record["startup"] = startup(bench, min(options.rounds, 5))
-    # Of other programs, as far as it is above what these take themselves.
-    record["load at the end"] = os.getloadavg()[0]
-    if options.out:
-        Path(options.out).write_text(json.dumps(record, indent=2) + "\n")
+        for part in parts:
+            record[part] = PARTS[part](bench, options.rounds)
+            # Of other programs, as far as it is above what these take themselves.
+            record["load at the end"] = os.getloadavg()[0]
+            if options.out:  # what there is, should a later part fail
+                Path(options.out).write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
