@@ -84,6 +84,7 @@ def main() -> None:
         if (step + 1) % settings["save_every"] == 0:
             save(fabric, rank, step + 1, model, optimizer)
     if dist.is_initialized():
+        dist.barrier()  # who leaves while the other is still at it makes it abort, now and then
         dist.destroy_process_group()
 
 
