@@ -5,10 +5,11 @@
 Between processes jax's collectives on CPU go by gloo, within one they do not. Microseconds of one
 of ten, each of which needs the one before it, as those of BatchNorm do:
 
-    psum       what `lax.pmean` is now
-    exchange   a sum with the partner at distance 1, 2, 4, ... by `lax.ppermute`. All shards get the
-               same bits: each level adds two numbers, in either order. For powers of two
+    psum       what `lax.pmean` is without `launcher/exchange.py`
+    exchange   a sum with the partner at distance 1, 2, 4, ... by `lax.ppermute`, for powers of two.
+               Devices may round differently: see there
     gather     `lax.all_gather`, and a sum on each device
+    all-to-all each sends its values to each, by `lax.all_to_all`, and a sum on each device
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from layouts import join, run_layout, tell
 LAYOUTS = [(1, 2), (1, 8), (2, 1), (2, 2), (2, 4)]
 SIZES = (1, 128, 1024, 80_000, 300_000)  # floats; 1024 are BatchNorm's of 512 features
 CHAIN = 10
+FORMS = ("psum", "exchange", "gather", "all-to-all")
 
 
 def worker(settings: dict[str, Any]) -> None:
@@ -43,10 +45,14 @@ def worker(settings: dict[str, Any]) -> None:
             distance *= 2
         return x / count
 
+    def all_to_all(x: Any) -> Any:
+        return lax.all_to_all(jnp.stack([x] * count), "batch", 0, 0).mean(0)
+
     forms = {
         "psum": lambda x: lax.pmean(x, "batch"),
         "exchange": exchange,
         "gather": lambda x: lax.all_gather(x, "batch").mean(0),
+        "all-to-all": all_to_all,
     }
     calls: dict[tuple[int, str], Any] = {}
     for size in SIZES:
@@ -96,7 +102,7 @@ def main() -> None:
             row = {"processes": processes, "devices of each": devices, "floats": size}
             row |= {name: value for of, name, value in found if of == size}
             rows.append(row)
-            shown = "  ".join(f"{n} {row[n]:8.0f} us" for n in ("psum", "exchange", "gather"))
+            shown = "  ".join(f"{n} {row[n]:8.0f} us" for n in FORMS)
             print(f"{processes} x {devices}, {size:7} floats: {shown}", flush=True)
     record["load at the end"] = os.getloadavg()[0]
     if options.out:

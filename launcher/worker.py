@@ -161,9 +161,11 @@ def _train(
     *,
     smoke: bool,
 ) -> None:
+    from launcher import exchange
     from launcher.mesh import build_mesh
 
     mesh = build_mesh(config.get("lift", "pmap"), config.get("devices_per_process"))
+    exchange.use_where_it_pays()
     if smoke:
         from trainer.smoke import smoke as try_once
 
