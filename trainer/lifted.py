@@ -11,7 +11,7 @@ import jax
 from trainer.job import Job
 from trainer.lift import Lift, has_convolution
 from trainer.settings import Settings
-from trainer.step import Batch, make_update_step, stack_metrics
+from trainer.step import Batch, Recipe, make_update_step, stack_metrics
 
 
 def lift_update_step(
@@ -41,6 +41,11 @@ def make_job_step(
     settings: Settings, job: Job, platform: str, *, unroll: bool = False
 ) -> Callable[[Any, Batch], tuple[Any, Any]]:
     """The step of one shard, `(state, batch) -> (state, metrics as one array)`."""
-    flat = settings.reduce == "flat" or (settings.reduce == "auto" and platform == "cpu")
-    recipe = dataclasses.replace(job.recipe, flat=flat, unroll=unroll)
+    recipe = recipe_on(settings, job, platform, unroll=unroll)
     return stack_metrics(make_update_step(job.task, recipe))
+
+
+def recipe_on(settings: Settings, job: Job, platform: str, *, unroll: bool) -> Recipe:
+    """The job's recipe with what a platform likes."""
+    flat = settings.reduce == "flat" or (settings.reduce == "auto" and platform == "cpu")
+    return dataclasses.replace(job.recipe, flat=flat, unroll=unroll)

@@ -30,6 +30,7 @@ from trainer.report import has_row
 from trainer.settings import Settings, check
 from trainer.shared_folder import SharedFolder, refuse_changes
 from trainer.state import TrainState
+from trainer.summaries import Summaries
 from trainer.summary import (
     About,
     say_finished_before,
@@ -150,15 +151,12 @@ class _Run:
             on_row=lambda row: self.account.row(row, self.log.skipped),
             skip_limit=settings.nan_limit if settings.nan == "skip" else 0,
         )
+        per_call, rank = settings.steps_per_call, lift.process
         self.profiler = Profiler(
-            profile,
-            folder,
-            lift.process,
-            per_call=settings.steps_per_call,
-            stop=job.stop,
-            log=self.log,
-            goodput=self.goodput,
-            drain=self._drain,
+            profile, folder, rank, per_call, job.stop, self.log, self.goodput, self._drain
+        )
+        self.summaries = Summaries(
+            self.about, self.account, self.log, self.prefetch_depth, stop_requested
         )
         self.evaluator: Evaluator | None = None
         if job.held_out is not None:
@@ -216,7 +214,9 @@ class _Run:
                 if last or is_due(self.settings.log_every_steps, before, step):
                     self._drain()  # so that a row's time is that of its own steps
                     self.log.emit(step)
+                    self.summaries.after_row(step)
                 self.account.progress(step)
+                self.summaries.after_call(before, step, state, self._drain)
                 if self.evaluator and (last or is_due(self.eval_every_steps, before, step)):
                     self._evaluate(state, step)
                 if is_due(self.settings.checkpoint_every_steps, before, step):
@@ -340,6 +340,7 @@ class _Run:
             self.account.evaluation(step, metrics)
             self.saver.save_if_best(step, state, metrics)
             self.account.flush()
+            self.summaries.after_evaluation(step, state)
         self.log.exclude(time.monotonic() - began)
 
     def _save(self, state: TrainState, step: int) -> None:

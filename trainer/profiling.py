@@ -93,7 +93,6 @@ class Profiler:
         profile: Profile | str | None,
         workdir: Workdir,
         rank: int,
-        *,
         per_call: int,
         stop: int,
         log: TrainLog,

@@ -50,6 +50,7 @@ RESUMABLE = (
     "reduce",
     "steps_per_call",
     "data.prefetch",
+    "summaries.",
 )
 
 
@@ -111,6 +112,19 @@ KEYS: dict[str, tuple[Any, str]] = {
     "checkpoint.keep": (3, "how many of the newest to keep"),
     "checkpoint.best_metric": ("eval/loss", "the tag that decides which state is kept in `best/`"),
     "checkpoint.best_mode": ("min", '"min" or "max"'),
+    "summaries.stragglers": (
+        False,
+        "at log rows, compare the ranks' own time a step, and name one that holds up the others",
+    ),
+    "summaries.histograms_every_steps": (
+        int,
+        "steps from one histogram of the params and their gradients to the next; None: none",
+    ),
+    "summaries.images": (0, "how many held-out examples are shown, at the first evaluation"),
+    "summaries.confusion": (
+        False,
+        "at each evaluation, count which class was taken for which (a second pass over the data)",
+    ),
     "data.shuffle": (True, "a new order of the training examples each epoch"),
     "data.prefetch": (int, "batches made ahead in a thread; None: 2, and 0 on CPU"),
 }
@@ -207,6 +221,10 @@ class Settings:
     nan_limit: int
     replica_check_every_steps: int
     log_every_steps: int
+    stragglers: bool
+    histograms_every_steps: int | None
+    images: int
+    confusion: bool
 
 
 def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
@@ -316,6 +334,10 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         nan_limit=positive("nan_limit"),
         replica_check_every_steps=positive("replica_check_every_steps"),
         log_every_steps=positive("log_every_steps"),
+        stragglers=config.summaries.stragglers,
+        histograms_every_steps=positive_or_none("summaries.histograms_every_steps"),
+        images=int(not_negative("summaries.images")),
+        confusion=config.summaries.confusion,
     )
 
 

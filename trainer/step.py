@@ -148,17 +148,7 @@ def make_update_step(
     flat = recipe.flat
 
     def update_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        if axis is not None:
-            rng = jax.random.fold_in(rng, lax.axis_index(axis))
-        grads, model_state, sums = _gradients(task, recipe, axis, state, batch, rng)
-        _same_shapes(state.model_state, model_state)
-        # The mean of float model state is free where the layers already synchronise it (XLA sees
-        # equal values) and is what makes a plain running mean right where they do not.
-        with jax.named_scope(MEAN_SCOPE):
-            grads, model_state, sums = mean_over_axis((grads, model_state, sums), axis, flat=flat)
-        if state.loss_scale is not None:
-            grads = jax.tree.map(lambda leaf: leaf / state.loss_scale.scale, grads)
+        grads, model_state, sums = mean_gradients(task, recipe, axis, state, batch)
         metrics = {name: numerator / count for name, (numerator, count) in sums.items()}
         metrics["grad_norm"] = norm = global_norm(grads, flat=flat)
         if recipe.clip_norm is not None:
@@ -188,6 +178,29 @@ def make_update_step(
         return dataclasses.replace(updated, step=state.step + 1), metrics
 
     return update_step
+
+
+def mean_gradients(
+    task: Task, recipe: Recipe, axis: str | None, state: TrainState, batch: Batch
+) -> tuple[Any, Any, dict[str, Any]]:
+    """What the next step computes before it clips and updates, the same in all shards.
+
+    Returns:
+        The gradient of the loss, the new model state, and (numerator, count) of loss and metrics.
+    """
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    if axis is not None:
+        rng = jax.random.fold_in(rng, lax.axis_index(axis))
+    grads, model_state, sums = _gradients(task, recipe, axis, state, batch, rng)
+    _same_shapes(state.model_state, model_state)
+    # The mean of float model state is free where the layers already synchronise it (XLA sees
+    # equal values) and is what makes a plain running mean right where they do not.
+    with jax.named_scope(MEAN_SCOPE):
+        means = mean_over_axis((grads, model_state, sums), axis, flat=recipe.flat)
+    grads, model_state, sums = means
+    if state.loss_scale is not None:
+        grads = jax.tree.map(lambda leaf: leaf / state.loss_scale.scale, grads)
+    return grads, model_state, sums
 
 
 def _gradients(
