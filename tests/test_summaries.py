@@ -145,6 +145,26 @@ def test_a_confusion_matrix_counts_every_example_once(lift):
     assert count(lift.put_state(state), lambda: True) is None
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32])
+def test_labels_of_any_integers_and_many_classes(dtype):
+    """The place of a count among 100 x 100 is more than labels of 8 bits can say."""
+
+    class Identity(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x + self.param("zero", nn.initializers.zeros, ())
+
+    labels, found = np.arange(100).astype(dtype), np.roll(np.arange(100), 7)
+    source = ArraySource({"x": np.eye(100, dtype=np.float32)[found], "y": labels})
+    task = Task(Identity(), softmax_cross_entropy, optax.sgd(0.1))
+    lift = make_lift("pmap", mesh_of(2))
+    state = lift.put_state(init_state(task, 0, source[np.zeros(1, int)]["x"][0]))
+    counts = HeldOutSums(make_confusion_step(task), source, lift, batch_size=30)(state)
+    expected = np.zeros((100, 100))
+    expected[np.arange(100), found] = 1
+    np.testing.assert_array_equal(counts, expected)
+
+
 def test_the_confusion_matrix_of_each_evaluation(tmp_path):
     config = digits(40)
     config.eval.every_steps = 20

@@ -33,7 +33,7 @@ def make_confusion_step(
         rng = jax.random.wrap_key_data(state.rng)
         outputs, _ = task.apply(state.evaluated, state.model_state, batch, train=False, rng=rng)
         classes = _classes_of(outputs, batch)
-        labels = batch["y"]
+        labels = batch["y"].astype(jnp.int32)  # of 8 bits would not hold a place in the matrix
         counted = (labels >= 0) & (labels < classes)
         if "mask" in batch:
             counted &= batch["mask"] > 0
