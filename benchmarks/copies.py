@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from machine import fake_devices, write
+
 EVERY_SECS, DEFAULT_EVERY_SECS = 4.0, 5.0
 AROUND = 20  # steps on either side to compare with
 
@@ -34,14 +32,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--out")
     options = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
-    os.environ["PJRT_NPROC"] = str(2 * options.devices)
-    sys.path.insert(0, str(ROOT))
-    result = measure(options.model, options.batch, options.seconds)
-    print(json.dumps(result, indent=2))
-    if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
+    fake_devices(options.devices)
+    write(measure(options.model, options.batch, options.seconds), options.out)
 
 
 def measure(model: str, batch: int, seconds: float) -> dict[str, object]:

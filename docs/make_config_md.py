@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer.settings import KEYS, RESUMABLE
+from trainer.keys import KEYS, RESUMABLE
 
 HEAD = """\
 # Config keys
@@ -24,7 +24,7 @@ can be changed on the command line: `--config.optimizer.learning_rate=0.1`.
 
 | block | the target is | called with |
 |---|---|---|
-| `model` | a Flax Linen module | the rest of the block; `model(batch["x"], train=...)` |
+| `model` | a Linen or [NNX](nnx.md) module | the rest of it; `model(batch["x"], train=...)` |
 | `loss` | `(outputs, batch) -> (examples,)` | the rest of the block as keyword arguments |
 | `metrics.NAME` | the same, reported as `train/NAME` and `eval/NAME` | the same |
 | `data` | returns `{"train": source, "eval": source}` | the rest, and `seed` if it takes one |

@@ -52,27 +52,40 @@ def main() -> None:
 
 def run(options: Options) -> int:
     """Plans a run and runs it, in place or in processes of its own; returns the exit code."""
-    from launcher import exit_codes, plan
+    from launcher import exit_codes, plan, smoke
     from trainer import lock
     from trainer.console import open_terminal
     from trainer.errors import UserError
 
     open_terminal()
     try:
+        if options.sweep:
+            from launcher.sweeping.run import run_sweep
+
+            return run_sweep(options, sys.argv[1:], os.environ)
         planned = plan.make_plan(options, os.environ)
         if planned.folder.refused:
             _refuse_changes(planned)
+        if options.smoke:
+            planned = smoke.smoke_plan(planned)
         if options.dry_run:
             print(plan.describe(planned, os.environ), end="")
             return exit_codes.DONE
         lock.check_free(planned.folder.path, planned.local_base)
-        if planned.supervised:
-            from launcher.supervisor import supervise
-
-            return supervise(planned)
+        traces = smoke.Traces(planned)
+        code = _start(planned)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.USAGE
+    return traces.tell(code) if options.smoke else code
+
+
+def _start(planned: Plan) -> int:
+    """Runs a plan, in place or in processes of its own; returns the exit code."""
+    if planned.supervised:
+        from launcher.supervisor import supervise
+
+        return supervise(planned)
     from launcher.worker import run_here
 
     return run_here(planned)

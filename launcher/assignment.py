@@ -33,6 +33,7 @@ class Assignment:
         profile: which steps to trace, as `START:STEPS`; None: none.
         attempt: counted from 1 over the life of the workdir.
         parent: the launcher's process id; the worker dies with it.
+        smoke: whether it only tries whether the run would work.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class Assignment:
     profile: str | None
     attempt: int
     parent: int
+    smoke: bool
 
     def write(self, file: BinaryIO) -> None:
         """Puts the assignment into an empty file and rewinds it."""

@@ -153,6 +153,7 @@ class Attempt:
                     profile=plan.profile,
                     attempt=start.attempt,
                     parent=os.getpid(),
+                    smoke=plan.smoke,
                 )
                 attempt = {"PODLIFT_ATTEMPT": str(start.attempt)}
                 environ = {**self._environ, **worker.environ, **attempt}

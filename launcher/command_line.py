@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from trainer.errors import UserError
-from trainer.settings import flatten, with_defaults
+from trainer.keys import flatten, with_defaults
 
 # What `python -m launcher` takes in place of flags.
 COMMANDS = ("env", "eval", "export", "plan", "predict", "report")
@@ -46,6 +48,7 @@ def read_command(
     argv: Sequence[str],
     defined: Flags,
     otherwise: Callable[[Sequence[str]], tuple[str, ConfigDict]] | None = None,
+    change: Callable[[ConfigDict, Sequence[str]], None] | None = None,
 ) -> Command:
     """Reads `--config`, its overrides and the given flags; anything else is a UserError.
 
@@ -54,6 +57,7 @@ def read_command(
         defined: the flags beside --config, by name.
         otherwise: gives a config, and what to call it, where there is no --config; called with the
             other arguments. Where None, --config has to be there.
+        change: changes the config before the overrides do; called with it and with their keys.
     """
     found, rest = take_flag("config", argv)
     if len(found) > 1:
@@ -67,7 +71,9 @@ def read_command(
             raise _missing_config(rest)
         spec, config = otherwise(rest)
         path = Path(spec)
-    _check_keys(config, rest)
+    if change is not None:
+        change(config, overridden_keys(rest))
+    _check_keys(config, overridden_keys(rest))
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
@@ -157,6 +163,33 @@ def _unknown_flag(name: str, known: Sequence[str]) -> UserError:
 
 def load_config(spec: str) -> tuple[Path, ConfigDict]:
     """Runs a config file; returns its path and the config with all defaults filled in."""
+    path, arguments, module = run_file(spec)
+    name, colon, _ = spec.partition(":")
+    with errors_in_file(spec, path):
+        get_config = getattr(module, "get_config", None)
+        if get_config is None:
+            raise UserError(f"--config={spec}: {name} defines no get_config()")
+        try:
+            inspect.signature(get_config).bind(*arguments)
+        except TypeError as error:
+            wants = "takes no argument after the file" if colon else "needs an argument"
+            raise UserError(
+                f"--config={spec}: get_config() {wants}",
+                f"--config={name}{'' if colon else ':ARG'}",
+            ) from error
+        config = get_config(*arguments)
+    if not isinstance(config, ConfigDict):
+        if not isinstance(config, dict):
+            raise UserError(
+                f"--config={spec}: get_config() returned a {type(config).__name__}",
+                "return an ml_collections.ConfigDict",
+            )
+        config = ConfigDict(config)
+    return path, with_defaults(config)
+
+
+def run_file(spec: str) -> tuple[Path, list[str], ModuleType]:
+    """Runs a config file, FILE or FILE:ARG; returns its path, [] or [ARG], and what it defines."""
     name, colon, argument = spec.partition(":")
     path = Path(name)
     if path.is_dir():
@@ -172,35 +205,22 @@ def load_config(spec: str) -> tuple[Path, ConfigDict]:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config={spec}: {name} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    try:
+    with errors_in_file(spec, path):
         module_spec.loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
-        if get_config is None:
-            raise UserError(f"--config={spec}: {name} defines no get_config()")
-        arguments = [argument] if colon else []
-        try:
-            inspect.signature(get_config).bind(*arguments)
-        except TypeError as error:
-            wants = "takes no argument after the file" if colon else "needs an argument"
-            raise UserError(
-                f"--config={spec}: get_config() {wants}",
-                f"--config={name}{'' if colon else ':ARG'}",
-            ) from error
-        config = get_config(*arguments)
+    return path, [argument] if colon else [], module
+
+
+@contextlib.contextmanager
+def errors_in_file(spec: str, path: Path) -> Iterator[None]:
+    """Whatever a user's file does becomes a UserError that names the line."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # whatever a user's file does
+    except Exception as error:
         raise UserError(
             f"--config={spec}: {type(error).__name__}: {_first_line(error)}{_line_in(error, path)}"
         ) from error
-    if not isinstance(config, ConfigDict):
-        if not isinstance(config, dict):
-            raise UserError(
-                f"--config={spec}: get_config() returned a {type(config).__name__}",
-                "return an ml_collections.ConfigDict",
-            )
-        config = ConfigDict(config)
-    return path, with_defaults(config)
 
 
 def _line_in(error: BaseException, path: Path) -> str:
@@ -222,24 +242,28 @@ def overridden_keys(argv: Sequence[str]) -> list[str]:
     return [match[1] for match in matches if match]
 
 
-def _check_keys(config: ConfigDict, argv: Sequence[str]) -> None:
+def _check_keys(config: ConfigDict, keys: Sequence[str]) -> None:
     """Raises a UserError for the first override of a key that the config lacks."""
+    for key in keys:
+        hint = unknown_key(config, key, "--config.")
+        if hint:
+            raise UserError(f"--config.{key}: the config has no such key", hint)
+
+
+def unknown_key(config: ConfigDict, key: str, prefix: str = "") -> str:
+    """Empty for a key of the config, or a block of keys; else what it may have been meant to be."""
     leaves = list(flatten(config))
     blocks = {leaf[:i] for leaf in leaves for i in range(len(leaf)) if leaf[i] == "."}
-    for key in overridden_keys(argv):
-        if key in blocks or key in leaves:
-            continue
-        near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.6) or [
-            leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]
-        ]
-        block = key.rpartition(".")[0]
-        siblings = [leaf for leaf in leaves if leaf.rpartition(".")[0] == block] or leaves
-        raise UserError(
-            f"--config.{key}: the config has no such key",
-            f"did you mean --config.{near[0]}?"
-            if near
-            else f"its keys there are {', '.join(siblings)}",
-        )
+    if key in blocks or key in leaves:
+        return ""
+    near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.6) or [
+        leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]
+    ]
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    block = key.rpartition(".")[0]
+    siblings = [leaf for leaf in leaves if leaf.rpartition(".")[0] == block] or leaves
+    return f"its keys there are {', '.join(siblings)}"
 
 
 def _first_line(error: Any) -> str:

@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 
 from launcher import exit_codes
 from launcher.command_line import Flags, read_command
+from launcher.sweeping.variant import chosen_run
 from trainer.errors import UserError
-from trainer.settings import flatten
+from trainer.keys import flatten
 
 HELP = """\
 Trains a Flax model written for one chip on all devices of this machine or cluster.
@@ -31,6 +32,11 @@ Trains a Flax model written for one chip on all devices of this machine or clust
   --profile=START:STEPS  traces the STEPS steps after the first START, into WORKDIR/plugins/profile
   --print_config         shows every key with its value, and exits
   --dry_run              shows the processes, their environment and the mesh, and exits
+  --smoke                takes two steps, evaluates, saves and restores, says whether all is well,
+                         and leaves nothing behind
+  --sweep                one run after the other for what get_sweep() of FILE yields, each in a
+                         folder of its own in the workdir, and a table of them
+  --sweep_index=I        only run I of them, from 0 (for an array of jobs)
   --help                 this text
 
 Where it runs:
@@ -95,6 +101,9 @@ class Options:
         profile: which steps to trace, as `START:STEPS`; None: none.
         dry_run: only show the plan.
         print_config: only show the config.
+        smoke: only try whether the run would work.
+        sweep: start every run of the config's sweep; the workdir is the sweep's.
+        sweep_index: which run of the sweep this is, if it is one; the workdir is the run's.
     """
 
     config: ConfigDict
@@ -117,6 +126,9 @@ class Options:
     profile: str | None
     dry_run: bool
     print_config: bool
+    smoke: bool
+    sweep: bool
+    sweep_index: int | None
 
 
 # Those beside --config and --help.
@@ -124,6 +136,9 @@ _FLAGS: Flags = {
     "workdir": (flags.DEFINE_string, None, None),
     "print_config": (flags.DEFINE_bool, False, None),
     "dry_run": (flags.DEFINE_bool, False, None),
+    "smoke": (flags.DEFINE_bool, False, None),
+    "sweep": (flags.DEFINE_bool, False, None),
+    "sweep_index": (flags.DEFINE_integer, None, 0),
     "processes": (flags.DEFINE_integer, None, 1),
     "fake_devices": (flags.DEFINE_integer, None, 1),
     "cluster": (flags.DEFINE_string, "auto", None),
@@ -170,12 +185,20 @@ def parse(argv: Sequence[str], now: float | None = None) -> Options:
     Raises:
         UserError: for anything a person got wrong.
     """
-    command = read_command(argv, _FLAGS)
+    chosen = chosen_run(argv)
+    command = read_command(argv, _FLAGS, change=chosen.apply if chosen else None)
     given = command.flags
     has_workdir = given["workdir"] is not None
     if not has_workdir:
         now = time.time() if now is None else now
         given["workdir"] = _default_workdir(command.path, command.spec, now)
+    if given["sweep"] and (given["smoke"] or chosen):
+        other = "--sweep_index" if chosen else "--smoke"
+        raise UserError(
+            f"--sweep and {other} exclude each other", "--sweep_index=I is one run of the sweep"
+        )
+    if chosen:
+        given["workdir"] = chosen.folder(given["workdir"])
     return Options(config=command.config.lock(), has_workdir=has_workdir, **given)
 
 

@@ -69,6 +69,7 @@ class Plan:
         shown_ranks: whose output is shown here; None for all.
         profile: which steps to trace, as `START:STEPS`; None: none.
         supervised: whether the workers are processes of their own; else the only one is this.
+        smoke: whether it is only tried, in a folder of its own.
     """
 
     settings: Settings
@@ -84,6 +85,7 @@ class Plan:
     shown_ranks: frozenset[int] | None
     profile: str | None
     supervised: bool
+    smoke: bool = False
 
 
 def make_plan(options: Options, environ: Mapping[str, str]) -> Plan:

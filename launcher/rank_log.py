@@ -111,6 +111,9 @@ class RankLog(logging.Handler):
     Args:
         workdir: the run's folder.
         folder: its local folder.
+
+    Attributes:
+        attempt: its number, once the file is there.
     """
 
     def __init__(self, workdir: str, folder: Path) -> None:
@@ -120,6 +123,7 @@ class RankLog(logging.Handler):
         self._folder = folder
         self._held: list[str] = []
         self._path: Path | None = None
+        self.attempt = 1
 
     def emit(self, record: logging.LogRecord) -> None:
         """Takes one record, as logging.Handler says."""
@@ -133,7 +137,8 @@ class RankLog(logging.Handler):
     def open(self) -> Path:
         """Makes the file if need be, writes what was held back, and returns its path."""
         if self._path is None:
-            folder = self._folder / "logs" / f"attempt-{next_attempt(self._folder)}"
+            self.attempt = next_attempt(self._folder)
+            folder = self._folder / "logs" / f"attempt-{self.attempt}"
             folder.mkdir(parents=True)
             self._path = folder / "rank-0.log"
         if self._held:

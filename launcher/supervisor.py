@@ -108,7 +108,7 @@ class _Supervisor:
             # One traceback for a job whose launchers all write to one place.
             text = failure.tell(brief=not has_rank_0)
             if failure.exit_code != exit_codes.USAGE and has_rank_0:
-                text += "\n  " + how_to_go_on(plan.workdir)
+                text += "\n  " + how_to_go_on(plan.workdir, smoke=plan.smoke)
             show(text)
             if failure.exit_code != exit_codes.USAGE and ending.number and has_rank_0:
                 try:
@@ -126,7 +126,7 @@ class _Supervisor:
             with contextlib.suppress(OSError):
                 forget_failure(plan.local_dir)
             if ending.message:
-                show(f"{ending.message}\n  {how_to_go_on(plan.workdir)}")
+                show(f"{ending.message}\n  {how_to_go_on(plan.workdir, smoke=plan.smoke)}")
 
 
 def why_not_again(

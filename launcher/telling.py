@@ -59,8 +59,15 @@ def _write_to(stream: TextIO | None, text: str) -> None:
             stream.flush()
 
 
-def how_to_go_on(workdir: str) -> str:
-    """One line: the newest checkpoint, and the command that goes on from it."""
+def how_to_go_on(workdir: str, *, smoke: bool = False) -> str:
+    """One line: the newest checkpoint, and the command that goes on from it.
+
+    Args:
+        workdir: the run's folder.
+        smoke: whether it only tried whether the run would work.
+    """
+    if smoke:
+        return "HINT: this was a smoke test; nothing of the run itself was touched"
     steps = []
     with contextlib.suppress(OSError):
         folder = epath.Path(workdir) / "checkpoints"

@@ -40,6 +40,7 @@ from trainer.errors import (
     Preempted,
     ReplicasDiffer,
     SavesFailed,
+    SmokeFailed,
     StateUnreadable,
     UserError,
 )
@@ -60,7 +61,14 @@ def run_here(plan: Plan) -> int:
 
     def train() -> None:
         os.environ.update(plan.workers[0].environ)
-        _train(plan.settings.config, workdir, plan.local_base, stop_requested, plan.profile)
+        _train(
+            plan.settings.config,
+            workdir,
+            plan.local_base,
+            stop_requested,
+            plan.profile,
+            smoke=plan.smoke,
+        )
 
     outcome = _outcome_of(train, rank=0)
     if outcome.is_failure and outcome.exit_code != exit_codes.USAGE:
@@ -70,16 +78,16 @@ def run_here(plan: Plan) -> int:
             path = f"cannot be written ({error})"
         _report(
             f"{outcome.trace}error: {outcome.message}\n  full log: {path}\n  "
-            f"{how_to_go_on(workdir)}"
+            f"{how_to_go_on(workdir, smoke=plan.smoke)}"
         )
         with contextlib.suppress(OSError):
-            write_failure(local_dir, outcome, rank=0, log=path)
+            write_failure(local_dir, outcome, rank=0, log=path, attempt=rank_log.attempt)
         return outcome.exit_code
     if outcome.exit_code == exit_codes.USAGE:
         _report(f"error: {outcome.message}")
         return outcome.exit_code
     if outcome.message:
-        _report(f"{outcome.message}\n  {how_to_go_on(workdir)}")
+        _report(f"{outcome.message}\n  {how_to_go_on(workdir, smoke=plan.smoke)}")
     with contextlib.suppress(OSError):
         forget_failure(local_dir)
     return outcome.exit_code
@@ -118,7 +126,14 @@ def main() -> None:
         config = config_from_json(assignment.config)
         asked = SyncPoint() if several else stop_requested
         stop = asked_in_turn(asked, page.write)
-        _train(config, assignment.workdir, assignment.local_dir, stop, assignment.profile)
+        _train(
+            config,
+            assignment.workdir,
+            assignment.local_dir,
+            stop,
+            assignment.profile,
+            smoke=assignment.smoke,
+        )
 
     outcome = _outcome_of(train, assignment.rank, lambda: page.read().step)
     if os.getpid() != me:  # a fork of user code that was not kept from coming back here
@@ -143,11 +158,19 @@ def _train(
     local_dir: str | None,
     stop_requested: Callable[[int, str], bool],
     profile: str | None,
+    *,
+    smoke: bool,
 ) -> None:
     from launcher.mesh import build_mesh
-    from trainer.loop import train
 
     mesh = build_mesh(config.get("lift", "pmap"), config.get("devices_per_process"))
+    if smoke:
+        from trainer.smoke import smoke as try_once
+
+        try_once(config, workdir, mesh, stop_requested=stop_requested, local_dir=local_dir)
+        return
+    from trainer.loop import train
+
     train(
         config,
         workdir,
@@ -175,7 +198,7 @@ def _outcome_of(
             "--config.nan=skip"
         )
         return Outcome(exit_codes.FAILED, f"{error}\n  HINT: {hint}", step=error.step)
-    except (NonFiniteState, ReplicasDiffer, SavesFailed, StateUnreadable) as error:
+    except (NonFiniteState, ReplicasDiffer, SavesFailed, SmokeFailed, StateUnreadable) as error:
         return Outcome(exit_codes.FAILED, str(error), step=step())
     except PeerFailed as error:
         return Outcome(exit_codes.FAILED, str(error), step=step(), lost_peer=True)

@@ -274,6 +274,7 @@ def wait_for(path, seconds=60):
 
 def test_a_traceback_for_a_fault_in_the_users_code(launch, tmp_path):
     (tmp_path / "mine.py").write_text("def loss(outputs, batch):\n    return outputs.no_such\n")
+    (tmp_path / "run/logs/attempt-3").mkdir(parents=True)
     code, _, err = launch(
         MLP,
         f"--workdir={tmp_path}/run",
@@ -284,7 +285,7 @@ def test_a_traceback_for_a_fault_in_the_users_code(launch, tmp_path):
     assert "Traceback" in err
     assert "error: AttributeError on rank 0" in err
     failure = json.loads((tmp_path / "run/failure.json").read_text())
-    assert failure["exit_code"] == 1
+    assert (failure["exit_code"], failure["attempt"]) == (1, 4)
     assert "AttributeError" in Path(failure["log"]).read_text()
     # And once it is mended, the same command works in the same workdir.
     (tmp_path / "mine.py").write_text("from trainer.losses import squared_error as loss\n")
@@ -296,7 +297,7 @@ def test_a_traceback_for_a_fault_in_the_users_code(launch, tmp_path):
     )
     assert code == 0, err
     assert not (tmp_path / "run/failure.json").exists()
-    assert (tmp_path / "run/logs/attempt-2/rank-0.log").exists()
+    assert (tmp_path / "run/logs/attempt-5/rank-0.log").exists()
 
 
 def test_the_installed_command_finds_packages_in_the_current_folder(tmp_path):

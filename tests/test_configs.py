@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -20,6 +21,7 @@ VARIANTS = [
     "digits:resnet",
     "fashion_mnist",
     "char_lm",
+    "image_folder",
     "imagenet_resnet50",
     "imagenet_resnet50:folder",
     "imagenet_resnet50:array_record",
@@ -68,6 +70,7 @@ def test_char_lm_learns(tmp_path):
     config.eval = {"every_steps": 1000}
     metrics = trainer.train(config, tmp_path, mesh_of(2)).metrics
     assert metrics["eval/loss"] < 3.6  # 4.56 is a uniform guess among 96 characters
+    assert metrics["eval/bits_per_char"] == pytest.approx(metrics["eval/loss"] / math.log(2))
 
 
 @pytest.mark.slow

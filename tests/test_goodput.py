@@ -44,6 +44,10 @@ def test_every_second_is_of_one_kind():
     assert max(account.shares(), key=account.shares().get) == "step"
     assert sum(account.shares().values()) == pytest.approx(1)
 
+    with account.spending("profile"):  # a kind of its own, asked for while it lasts
+        clock.tick(1)
+        assert account.seconds()["profile"] == 1
+
     saved = json.loads(json.dumps(account.to_json()))
     clock.tick(10)
     later = Goodput(clock)

@@ -20,7 +20,7 @@ from launcher.supervisor import backoff_secs, why_not_again
 from launcher.verdict import Verdict
 from launcher.watchdog import Watchdog
 from trainer.errors import UserError
-from trainer.settings import flatten
+from trainer.keys import flatten
 from trainer.workdir import config_from_json
 
 MLP = f"--config={ROOT}/configs/mlp.py"

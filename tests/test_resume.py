@@ -23,7 +23,7 @@ from trainer.checkpoints.fast import FastTier
 from trainer.checkpoints.manifest import Manifest
 from trainer.checkpoints.saver import Saver
 from trainer.errors import CheckpointsUnreadable, StateUnreadable, UserError
-from trainer.lift import Lift
+from trainer.examine import examine
 
 
 def config_of(name, argument=None, **changes):
@@ -460,13 +460,13 @@ def test_replicas_are_compared_after_the_first_step_every_n_steps_and_before_sav
     tmp_path, monkeypatch
 ):
     seen = []
-    examine = Lift.examine
 
-    def recorded(self, state):
-        seen.append(int(self.read(state.step)))
-        return examine(self, state)
+    def recorded(lift, state):
+        seen.append(int(lift.read(state.step)))
+        return examine(lift, state)
 
-    monkeypatch.setattr(Lift, "examine", recorded)
+    for user in ("trainer.loop", "trainer.checkpoints.saver"):
+        monkeypatch.setattr(f"{user}.examine", recorded)
     config = digits(10, replica_check_every_steps=3)
     config.checkpoint.every_steps = 5
     trainer.train(config, tmp_path / "run", mesh_of(2))

@@ -242,6 +242,15 @@ def test_slurm_keeps_a_workdir_that_is_given(job, tmp_path):
     assert default == ["--workdir=/shared/all runs/slurm-77"]
 
 
+def test_slurm_array_takes_a_run_of_a_sweep_each(job, tmp_path):
+    array = {"SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "2"}
+    done = job(MLP, "--sweep_index=$SLURM_ARRAY_TASK_ID", TASK=42, **array)
+    assert done.returncode == 42
+    sweep = ["--sweep_index=2", f"--workdir={tmp_path}/runs/slurm-75"]
+    assert only(job.calls("python")) == ["-m", "launcher", MLP, *sweep]
+    assert only(job.calls("scontrol")) == ["requeue", "75_2"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_slurm_forwards_signals_to_the_tasks(run, job, tmp_path, number):
     run.stand_in("python", f"touch {tmp_path}/started; sleep 2; exit 42")

@@ -15,7 +15,7 @@ from trainer.errors import UserError
 from trainer.evaluate import Evaluator
 from trainer.lift import make_lift
 from trainer.losses import squared_error
-from trainer.metrics import accuracy, mean_per_example
+from trainer.metrics import accuracy, bits, mean_per_example
 from trainer.models.mlp import MLP, PlainMLP
 from trainer.reduce import mean_over_axis
 from trainer.step import Task, init_state, make_update_step
@@ -175,6 +175,14 @@ def test_labels_that_would_broadcast_are_refused():
         squared_error(jnp.zeros((4, 1)), {"y": jnp.zeros(4)})
     with pytest.raises(UserError, match="labels"):
         accuracy(jnp.zeros((4, 3)), {"y": jnp.zeros((4, 1))})
+
+
+def test_bits_are_those_that_a_code_would_take():
+    batch = {"y": jnp.array([[3, 0], [1, 7]])}
+    even = jnp.zeros((2, 2, 8))
+    np.testing.assert_allclose(bits(even, batch), [3.0, 3.0], rtol=1e-6)
+    half_each = jnp.where(jnp.arange(8) < 2, 0.0, -1e9) + jnp.zeros((1, 2, 8))
+    np.testing.assert_allclose(bits(half_each, {"y": jnp.array([[0, 1]])}), [1.0], rtol=1e-6)
 
 
 class NeedsTrain(nn.Module):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from test_report import read_tensorboard
+from test_resume import assert_bitwise_equal, without_speed
 
+import trainer
 from trainer.data.digits import load
 from trainer.goodput import Goodput
 from trainer.stragglers import find_slowest
@@ -49,16 +51,22 @@ def test_waiting_is_not_computing():
 @pytest.mark.slow
 @pytest.mark.parametrize("lift", ["pmap", "shard_map"])
 def test_a_rank_with_slow_data_is_named(launch, tmp_path, lift):
-    """Two real processes; with all other summaries too, which both have to make together."""
+    """Two real processes; with all other summaries too, which both have to make together.
+
+    The numbers are those of a run without.
+    """
     workdir = tmp_path / "run"
-    code, out, err = launch(
+    command = [
         "--config=configs/digits.py",
-        f"--workdir={workdir}",
         f"--config.lift={lift}",
         "--processes=2",
         "--fake_devices=2",
         "--config.num_steps=40",
         "--config.log_every_steps=10",
+    ]
+    code, out, err = launch(
+        *command,
+        f"--workdir={workdir}",
         "--config.data.target=slow_data:digits",
         "--config.summaries.stragglers",
         "--config.summaries.confusion",
@@ -87,3 +95,9 @@ def test_a_rank_with_slow_data_is_named(launch, tmp_path, lift):
     assert np.trace(counts) / counts.sum() == pytest.approx(accuracy, abs=1e-6)
     assert {e.step for e in events.Histograms("gradients/Dense_0/kernel")} <= {20, 40}
     assert set(events.Tags()["images"]) == {"held_out/images", "eval/confusion"}
+
+    code, out, err = launch(*command, f"--workdir={tmp_path}/plain")
+    assert code == 0, out + err
+    rows = [without_speed(path / "metrics.jsonl") for path in (workdir, tmp_path / "plain")]
+    assert rows[0] == rows[1]
+    assert_bitwise_equal(trainer.load(workdir, step=40), trainer.load(tmp_path / "plain", step=40))

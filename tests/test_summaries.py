@@ -15,7 +15,7 @@ from PIL import Image
 from test_resume import assert_bitwise_equal, digits, without_speed
 
 import trainer
-from trainer import png
+from trainer import loop, png
 from trainer.confusion import make_confusion_step
 from trainer.data.digits import load
 from trainer.data.stream import ArraySource
@@ -23,6 +23,7 @@ from trainer.errors import UserError
 from trainer.evaluate import HeldOutSums
 from trainer.histograms import BINS
 from trainer.lift import make_lift
+from trainer.lifted import lift_update_step
 from trainer.losses import softmax_cross_entropy
 from trainer.state import name_leaves
 from trainer.step import Task, init_state
@@ -46,14 +47,43 @@ def picture(events, tag, number=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lift", ["pmap", "shard_map", "vmap:2"])
-def test_the_numbers_of_the_run_are_bit_for_bit_the_same(tmp_path, lift):
-    config = digits(12, lift=lift)
+@pytest.mark.parametrize(
+    ("lift", "sharding"),
+    [
+        ("pmap", "replicated"),
+        ("shard_map", "replicated"),
+        ("vmap:2", "replicated"),
+        ("shard_map", "zero1"),
+        ("shard_map", "fsdp"),
+    ],
+)
+def test_the_numbers_of_the_run_are_bit_for_bit_the_same(
+    tmp_path, monkeypatch, caplog, lift, sharding
+):
+    """Of a model with BatchNorm; and its step compiles once."""
+    compiled = []  # whether each call of the step did
+
+    def listen(*arguments):
+        update = lift_update_step(*arguments)
+
+        def listened(state, batch):
+            caplog.clear()
+            with jax.log_compiles():
+                updated = update(state, batch)
+            compiled.append("Compiling" in caplog.text)
+            return updated
+
+        return listened
+
+    monkeypatch.setattr(loop, "lift_update_step", listen)
+    config = digits(12, lift=lift, state_sharding=sharding, ema_decay=0.9)
+    config.model.hidden_size = 64  # wide enough to be cut
     config.eval.every_steps = 5
     plain = trainer.train(config, tmp_path / "plain", mesh_of(2))
     config.summaries = ON
     seen = trainer.train(config, tmp_path / "seen", mesh_of(2))
     assert_bitwise_equal(plain.state, seen.state)
+    assert compiled == 2 * [True, *[False] * 11]
     rows = [without_speed(tmp_path / name / "metrics.jsonl") for name in ("plain", "seen")]
     assert rows[0] == rows[1]
     found = {path.name for path in (tmp_path / "seen").iterdir()}
@@ -64,9 +94,11 @@ def test_the_numbers_of_the_run_are_bit_for_bit_the_same(tmp_path, lift):
 
 
 @pytest.mark.slow
-def test_histograms_are_of_the_params_and_of_the_very_next_gradient(tmp_path):
+@pytest.mark.parametrize("sharding", ["replicated", "zero1", "fsdp"])
+def test_histograms_are_of_the_params_and_of_the_very_next_gradient(tmp_path, sharding):
     """With plain SGD the gradient is the difference of two states over the learning rate."""
-    config = digits(5, clip_norm=0.5)
+    config = digits(5, clip_norm=0.5, lift="shard_map", state_sharding=sharding)
+    config.model.hidden_size = 64  # wide enough to be cut
     config.log_every_steps = config.checkpoint.every_steps = 1
     config.optimizer = {"target": "optax:sgd", "learning_rate": 0.5}
     config.summaries = {"histograms_every_steps": 4}
@@ -92,8 +124,8 @@ def test_histograms_are_of_the_params_and_of_the_very_next_gradient(tmp_path):
 
 
 @pytest.mark.slow
-def test_whole_calls_and_resumes(tmp_path):
-    config = digits(10, steps_per_call=5, stop_at_step=5)
+def test_whole_calls_and_resumes_and_frozen_params(tmp_path):
+    config = digits(10, steps_per_call=5, stop_at_step=5, freeze="Dense_0/bias")
     config.summaries = {"histograms_every_steps": 3, "images": 2}
     trainer.train(config, tmp_path / "run", mesh_of(2))
     config.stop_at_step = None
@@ -102,6 +134,12 @@ def test_whole_calls_and_resumes(tmp_path):
     events = histograms_and_images(tmp_path / "run")
     assert [e.step for e in events.Histograms("params/Dense_0/bias")] == [5, 10]
     assert [e.step for e in events.Images("held_out/images")] == [5, 10]
+    tags = events.Tags()["histograms"]
+    assert {tag for tag in tags if "Dense_0" in tag} == {
+        "params/Dense_0/bias",
+        "params/Dense_0/kernel",
+        "gradients/Dense_0/kernel",
+    }
 
 
 def test_images_are_those_of_the_data(tmp_path):

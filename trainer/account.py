@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trainer.checkpoints.saver import Saver
-from trainer.console import Bar, say
+from trainer.console import say
 from trainer.curves import Curves
 from trainer.errors import NonFiniteLoss
 from trainer.goodput import Goodput
+from trainer.live import LiveView
 from trainer.progress import LogRow
 from trainer.report import NoReport, Report, last_values
+from trainer.speed import Speed
 from trainer.summary import About, say_end, say_evaluation, say_row
 from trainer.workdir import Workdir
 
@@ -31,7 +33,8 @@ class Account:
     def __init__(self, about: About) -> None:
         self._about = about
         self._report: Report | NoReport | None = None
-        self._bar: Bar | None = None
+        self._view: LiveView | None = None
+        self._speed: Speed | None = None
         self._rows: Sequence[Mapping[str, Any]] = ()
         self.metrics: dict[str, float] = {}
         self.goodput = Goodput(time.monotonic)
@@ -64,14 +67,25 @@ class Account:
             writes = self._about.lift.writes
             self._report = Report(self._folder, step, self._rows) if writes else NoReport()
 
-    def begin_steps(self, step: int) -> None:
-        """From here on there is a live bar, where there is a terminal."""
-        self._bar = Bar(step, self._about.job.stop)
+    def begin_steps(self, step: int, state: Any, newest: Callable[[], Mapping[str, float]]) -> None:
+        """From here on there is a live view, where there is a terminal.
+
+        Args:
+            step: steps taken so far.
+            state: the state, or its shapes.
+            newest: gives the metrics of the newest step that is known to be done.
+        """
+        about = self._about
+        if about.lift.writes:
+            self._speed = Speed(about.settings, about.job, about.lift, state)
+            devices = about.lift.mesh.size
+            self._view = LiveView(step, about.job.stop, devices, newest, self.goodput)
+            self._view.start()
 
     def progress(self, step: int) -> None:
         """So many steps have been dispatched."""
-        assert self._bar is not None
-        self._bar.update(step)
+        if self._view is not None:
+            self._view.step = step
 
     def epoch(self, epoch: int, loss: float) -> None:
         """An epoch is over; `loss` is the mean over its steps."""
@@ -85,12 +99,22 @@ class Account:
             tags |= {"train/examples_per_second": rate, "train/step_seconds": row.step_seconds}
         if skipped:
             tags["train/skipped"] = skipped
-        say_row(self._about, row, tags)
+        speed: dict[str, float] = {}
+        if self._speed is not None and row.step_seconds > 0:
+            speed = self._speed.tags(row.step_seconds)
+        say_row(self._about, row, tags | speed)
         self._write(row.step, tags)
+        if speed:
+            assert self._report is not None
+            self._report.curves_only(row.step, speed)
+        if speed and self._view is not None:
+            self._view.speed = tags | speed
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """What an evaluation gave, by tag."""
         say_evaluation(step, self._about.job.stop, metrics)
+        if self._view is not None:
+            self._view.evaluation = metrics
         self._write(step, metrics)
 
     def not_finite(self, error: NonFiniteLoss) -> None:
@@ -101,6 +125,8 @@ class Account:
 
     def saved(self, step: int) -> None:
         """A state of this step is on its way to the disk, and so should be what came before it."""
+        if self._view is not None:
+            self._view.saved = (step, time.monotonic())
         if self._report is not None:
             self._report.times(step, self.goodput.seconds())
             self._report.flush()
@@ -121,14 +147,14 @@ class Account:
         self._report.hparams(self.metrics)
         self._report.close()
 
-    def say_end(self, saver: Saver, step: int, seconds: float) -> None:
-        """The closing lines."""
-        say_end(self._about, saver, self.goodput, step, seconds)
+    def say_end(self, saver: Saver, step: int, seconds: float, early: str = "") -> None:
+        """The closing lines; `early` is why the run ends before its time, if it does."""
+        say_end(self._about, saver, self.goodput, step, seconds, early)
 
     def close(self) -> None:
-        """Takes the bar off the screen and closes the files, also where the run has failed."""
-        if self._bar is not None:
-            self._bar.close()
+        """Takes the view off the screen and closes the files, also where the run has failed."""
+        if self._view is not None:
+            self._view.close()
         if self._report is not None:
             self._report.close()
 

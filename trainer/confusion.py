@@ -14,7 +14,7 @@ from trainer.data.stream import Source, eval_batches
 from trainer.errors import UserError
 from trainer.evaluate import HeldOutSums
 from trainer.lift import Lift
-from trainer.step import AXIS, Batch, Task
+from trainer.task import AXIS, Batch, Task
 
 # A matrix of more is no picture, and four million counts an evaluation batch.
 _MOST_CLASSES = 2000

@@ -1,4 +1,4 @@
-"""What a person sees: lines on stdout, warnings on stderr, a live bar on a terminal only.
+"""What a person sees: lines on stdout, warnings on stderr.
 
 Everything goes through the logger "podlift", so that a launcher can add a file to it.
 """
@@ -15,25 +15,27 @@ _log = logging.getLogger("podlift")
 
 
 class _Terminal(logging.Handler):
-    """Prints info to stdout and the rest to stderr, above the live bar where there is one."""
+    """Prints info to stdout and the rest to stderr, above the live view where there is one."""
 
-    bar: Any = None
+    console: Any = None
+    warnings = False
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
-        if self.bar is not None and record.levelno < logging.WARNING:
-            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
-            try:
+        is_info = record.levelno < logging.WARNING
+        stream = sys.stdout if is_info else sys.stderr
+        try:
+            if self.console is not None and (is_info or self.warnings):
+                self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
                 print(text, file=stream, flush=True)
-            except BrokenPipeError:
-                # Nobody reads any more (`| head`): no reason to stop training, nor to complain at
-                # the exit of what could not be written.
-                with contextlib.suppress(OSError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            except (OSError, ValueError, AttributeError):  # a closed terminal, or none at all
-                pass
+        except BrokenPipeError:
+            # Nobody reads any more (`| head`): no reason to stop training, nor to complain at
+            # the exit of what could not be written.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError, AttributeError):  # a closed terminal, or none at all
+            pass
 
 
 _terminal = _Terminal()
@@ -60,39 +62,14 @@ def warn(text: str) -> None:
     _log.warning("warning: %s", text)
 
 
-class Bar:
-    """A live progress bar where stdout is a terminal; nothing elsewhere."""
+def print_above(console: Any, *, warnings: bool = False) -> None:
+    """Prints through a console of rich from now on, above what is live on it; None: directly.
 
-    def __init__(self, step: int, stop: int) -> None:
-        self._progress: Any = None
-        if not sys.stdout.isatty():
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        self._progress = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(file=sys.stdout),
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self._task = self._progress.add_task("", total=stop, completed=step)
-        self._progress.start()
-        _terminal.bar = self._progress
-
-    def update(self, step: int) -> None:
-        """Moves the bar."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
-
-    def close(self) -> None:
-        """Takes the bar off the screen."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = _terminal.bar = None
+    Args:
+        console: of stdout.
+        warnings: stderr is the same terminal, so what goes there has to come above too.
+    """
+    _terminal.console, _terminal.warnings = console, warnings
 
 
 def duration(seconds: float) -> str:

@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trainer.console import warn
-from trainer.settings import flatten
+from trainer.keys import flatten
+from trainer.png import encode
 from trainer.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -60,40 +63,37 @@ class Curves:
                     global_step=step,
                 )
 
-    def image(self, step: int, tag: str, png: bytes, shape: tuple[int, ...]) -> None:
-        """Adds a picture.
-
-        Args:
-            step: steps taken.
-            tag: its name.
-            png: the file.
-            shape: height, width and channels.
-        """
+    def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        """Adds a picture, `(height, width, 1 or 3)` uint8."""
         with self._errors_told():
             from tensorboardX.proto.summary_pb2 import Summary
 
-            height, width, channels = shape
+            height, width, channels = pixels.shape
             image = Summary.Image(
-                height=height, width=width, colorspace=channels, encoded_image_string=png
+                height=height, width=width, colorspace=channels, encoded_image_string=encode(pixels)
             )
             summary = Summary(value=[Summary.Value(tag=tag, image=image)])
             self._open().file_writer.add_summary(summary, step)
 
     def hparams(self, metrics: Mapping[str, float]) -> None:
-        """Adds the run's settings and closing metrics for the HPARAMS tab.
+        """Adds the closing metrics for the HPARAMS tab, which then lists the run as finished."""
+        with self._errors_told():
+            for summary in self._hparams(metrics):
+                self._open().file_writer.add_summary(summary)
 
-        Through the file writer, since `SummaryWriter.add_hparams` starts a second run for it.
+    def _hparams(self, metrics: Mapping[str, float]) -> tuple[Any, Any, Any]:
+        """What tabs and columns there are; the run's settings; that it has come to its end.
+
+        For the file writer, since `SummaryWriter.add_hparams` starts a second run for it.
         """
         from tensorboardX.summary import hparams
 
+        # Also None, so that the runs of a sweep have the same columns.
         settings = {
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
             for key, value in flatten(self._workdir.config.to_dict()).items()
-            if value is not None
         }
-        with self._errors_told():
-            for summary in hparams(settings, dict(metrics)):
-                self._open().file_writer.add_summary(summary)
+        return hparams(settings, dict(metrics))
 
     def flush(self) -> None:
         """Hands what was added to the file system."""
@@ -140,6 +140,8 @@ class Curves:
             text = json.dumps(self._workdir.config.to_dict(), indent=2)
             indented = "".join(f"    {line}\n" for line in text.splitlines())
             self._writer.add_text("config", indented, self._first_step)
+            # Now, so that the HPARAMS tab has runs that go on or fail, too.
+            self._writer.file_writer.add_summary(self._hparams({})[1])
         return self._writer
 
     def _upload(self) -> None:

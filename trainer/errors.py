@@ -85,15 +85,20 @@ class PeerFailed(Exception):
     """Another process of the run has failed, and says why."""
 
 
+class SmokeFailed(Exception):
+    """A check of a smoke test did not come out as it should; the launcher exits with 1."""
+
+
 class Preempted(Exception):
     """The run was asked to stop and has saved its state; the launcher exits with 42.
 
     Args:
         step: the step that was saved.
+        saved: whether there was anything to save.
     """
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"asked to stop: saved at step {step}")
+    def __init__(self, step: int, *, saved: bool = True) -> None:
+        super().__init__(f"asked to stop: saved at step {step}" if saved else "asked to stop")
         self.step = step
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -43,6 +44,7 @@ class HeldOutSums:
 
     def __call__(self, state: Any, stop_requested: Callable[[], bool] = lambda: False) -> Any:
         """The sums over all batches, added up in float64 on the host; None if asked to stop."""
+        state = dataclasses.replace(state, opt_state=())  # of no use, and perhaps cut
         totals: Any = None
         asked_to_stop = False
 
@@ -57,7 +59,8 @@ class HeldOutSums:
             nonlocal totals
             for _, sums in finished:
                 sums = jax.tree.map(lambda leaf: leaf.astype(np.float64), sums)
-                totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+                with np.errstate(invalid="ignore"):  # infinities may cancel: that is a NaN
+                    totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
 
         rows = self._lift.rows(self._batch_size)
         batches = eval_batches(self._source, self._batch_size, rows)

@@ -57,13 +57,15 @@ class Goodput:
 
     def seconds(self) -> dict[str, float]:
         """By kind, until now, with those of earlier starts."""
-        self._switch(self._kind)
-        return dict(self._spent)
+        # Nothing is changed: a thread that shows it asks too.
+        spent = dict(self._spent)
+        spent[self._kind] = spent.get(self._kind, 0.0) + self._clock() - self._since
+        return spent
 
     def cpu_seconds(self, kind: str) -> float:
         """Of one kind, what this start has computed on the host; waiting is no part of it."""
-        self._switch(self._kind)
-        return self._cpu_spent.get(kind, 0.0)
+        spent = self._cpu_spent.get(kind, 0.0)
+        return spent + self._cpu_clock() - self._cpu_since if kind == self._kind else spent
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trainer.gradients import make_gradient_step
 from trainer.job import Job
 from trainer.lift import Lift
 from trainer.lifted import recipe_on
 from trainer.settings import Settings
 from trainer.state import name_leaves
-from trainer.step import AXIS, mean_gradients
 
 BINS = 64
 
@@ -48,7 +48,8 @@ class Histograms:
 
     The gradient is that of the next step, before clipping: over the very batch and with the very
     random numbers, computed once more by a program of its own. The state is only read, so no number
-    of the run changes. It costs the time and the memory of a step without its update.
+    of the run changes. It costs the time and the memory of a step without its update; a state that
+    is cut has its params put together for it, as an evaluation does.
 
     Args:
         settings: how to reduce.
@@ -57,14 +58,15 @@ class Histograms:
     """
 
     def __init__(self, settings: Settings, job: Job, lift: Lift) -> None:
-        self._stream = job.stream
+        self._job = job
         self._lift = lift
         self._rows = lift.rows(settings.global_batch_size)
         on_cpu = lift.platform == "cpu"  # where convolutions in loops are slow
         recipe = recipe_on(settings, job, lift.platform, unroll=on_cpu)
+        gradient_step = make_gradient_step(job.task, recipe)
 
         def measure(state: Any, batch: Any) -> Any:
-            grads, _, _ = mean_gradients(job.task, recipe, AXIS, state, batch)
+            grads = gradient_step(state, batch).grads
             return _measure({"params": state.params, "gradients": grads})
 
         self._function = lift(measure, donate=False)
@@ -78,9 +80,11 @@ class Histograms:
             state: after `step` steps.
             step: whose batch is the next.
         """
-        batch = self._lift.put_batch(self._stream.batch_at(step, self._rows))
+        state = replace(state, opt_state=(), ema=None)  # of no use, and perhaps cut
+        batch = self._lift.put_batch(self._job.stream.batch_at(step, self._rows))
         ranges, counts = self._lift.read(self._function(state, batch))
-        names = _measured({"params": state.params, "gradients": state.params})
+        trained = self._job.task.trained(state.params)
+        names = _measured({"params": state.params, "gradients": trained})
         found = {}
         for name, numbers, spread in zip(names, ranges, counts, strict=True):
             if np.isfinite(numbers).all():
@@ -105,7 +109,8 @@ def _measure(tree: Any) -> tuple[jax.Array, jax.Array]:
         values = leaf.astype(jnp.float32).ravel()
         low, high = jnp.min(values), jnp.max(values)
         ranges.append(jnp.stack([low, high, jnp.sum(values), jnp.sum(values**2)]))
-        share = (values - low) / jnp.where(high > low, high - low, 1.0)
-        bins = jnp.clip((share * BINS).astype(jnp.int32), 0, BINS - 1)
-        counts.append(jnp.zeros(BINS, jnp.int32).at[bins].add(1))
+        edges = low + (high - low) * jnp.arange(1, BINS) / BINS
+        # Not a scatter, which goes one by one where values share a bin.
+        below = jax.lax.map(lambda edge, values=values: jnp.sum(values < edge), edges)
+        counts.append(jnp.diff(below, prepend=0, append=values.size))
     return jnp.stack(ranges), jnp.stack(counts)

@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
 
 from trainer.data.stream import Source, TrainStream, as_source
 from trainer.errors import UserError
+from trainer.freezing import hold
 from trainer.precision import DTYPES
 from trainer.settings import Settings
 from trainer.state import TrainState
 from trainer.step import Recipe, Task, init_state
-from trainer.targets import bind, build
+from trainer.targets import bind, build, takes
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def build_job(settings: Settings) -> Job:
     metrics = {
         name: bind(block, f"config.metrics.{name}") for name, block in settings.metrics.items()
     }
-    model = build(settings.model, "config.model")
+    model = _build_model(settings.model)
     sources = build(settings.data, "config.data", seed=settings.seed)
     if not isinstance(sources, Mapping) or "train" not in sources:
         raise UserError(
@@ -81,10 +83,24 @@ def build_job(settings: Settings) -> Job:
         held_out = as_source(sources["eval"], 'config.data: what it returned as "eval"')
         if not len(held_out):
             raise UserError("config.data: there is no example to evaluate on", 'leave "eval" out')
+    if held_out is None and settings.early_stop_patience is not None:
+        raise UserError(
+            "config.early_stop.patience is set, and there are no examples to evaluate on",
+            'let config.data.target return some as "eval", or leave it out',
+        )
     num_steps = settings.num_steps or (settings.num_epochs or 0) * stream.steps_per_epoch
     optimizer, learning_rate = _build_optimizer(settings.optimizer, num_steps)
+    optimizer = hold(optimizer, settings.freeze)
     return Job(
-        task=Task(model, loss, optimizer, learning_rate, metrics, DTYPES.get(settings.precision)),
+        task=Task(
+            model,
+            loss,
+            optimizer,
+            learning_rate,
+            metrics,
+            DTYPES.get(settings.precision),
+            settings.freeze,
+        ),
         stream=stream,
         held_out=held_out,
         recipe=Recipe(
@@ -98,6 +114,21 @@ def build_job(settings: Settings) -> Job:
         num_steps=num_steps,
         stop=min(num_steps, settings.stop_at_step or num_steps),
     )
+
+
+def _build_model(block: Mapping[str, Any]) -> nn.Module:
+    if takes(block, "config.model", "rngs"):
+        from trainer.nnx import from_nnx
+
+        return from_nnx(lambda rngs: build(block, "config.model", rngs=rngs), "config.model")
+    model = build(block, "config.model")
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"config.model.target={block['target']!r} built a {type(model).__name__}, not a Linen "
+            "module",
+            "name its class; what is NNX takes rngs, and podlift makes it",
+        )
+    return model
 
 
 def _build_optimizer(

@@ -1,64 +1,47 @@
 """Lifting a per-shard function over the batch axis: `vmap`, `pmap` or `shard_map`.
 
-The only file that names `jax.pmap`, `jax.shard_map` or where arrays meet devices and processes.
+The only file that runs `jax.pmap` or `jax.shard_map` and knows where arrays meet devices.
 The three lifts give the same numbers for the same number of shards (`tests/test_lift.py`).
 
-State is replicated and passed as it is; the batch carries the axis. On the way in, a host batch is
-a dict of arrays `(rows, ...)`, or `(steps, rows, ...)` for several steps in one call; where the
-devices belong to several processes, the rows are those of this process (`Lift.rows`).
-
-It is longer than other files because this is its purpose: a process boundary of arrays has no other
-home.
+State is replicated and passed as it is, unless it is cut over the axis (`Lift.cut`); the batch
+carries the axis. On the way in, a host batch is a dict of arrays `(rows, ...)`, or
+`(steps, rows, ...)` for several steps in one call; where the devices belong to several processes,
+the rows are those of this process (`Lift.rows`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trainer.errors import ReplicasDiffer, UserError
-from trainer.state import TrainState, are_finite, checksums, name_leaves
-from trainer.step import AXIS, Task
-
-# Of a state that one process gives to the others, at a time: the devices hold no more of it twice.
-_BROADCAST_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What was found in a state.
-
-    Attributes:
-        checksums: of every leaf, by name.
-        not_finite: the leaves with a NaN or an infinity in them.
-    """
-
-    checksums: dict[str, int]
-    not_finite: list[str]
+from trainer.cutting import FIELDS, cuts_of, map_cuts
+from trainer.errors import UserError
+from trainer.peers import Peers
+from trainer.state import TrainState, name_leaves
+from trainer.task import AXIS
 
 
 @dataclass(frozen=True)
-class Lift:
+class Lift(Peers):
     """How the batch axis is laid over devices.
 
     Attributes:
-        kind: "vmap", "pmap" or "shard_map".
         mesh: the devices, with the one axis "batch". Under vmap in one process, a single device.
+        kind: "vmap", "pmap" or "shard_map".
         num_shards: how many shards a batch is cut into.
+        cut: the fields of a state that are cut over the axis (`trainer.cutting`).
     """
 
     kind: str
-    mesh: Mesh
     num_shards: int
+    cut: tuple[str, ...] = ()
 
     @property
     def platform(self) -> str:
@@ -66,19 +49,32 @@ class Lift:
         return str(self.mesh.devices.flat[0].platform)
 
     @property
-    def state_sharding(self) -> NamedSharding:
+    def _replicated(self) -> NamedSharding:
         """A whole copy on every device of every process."""
         return NamedSharding(self.mesh, P())
 
-    @functools.cached_property
-    def num_processes(self) -> int:
-        """How many processes the devices belong to."""
-        return len({device.process_index for device in self.mesh.devices.flat})
+    def specs(self, state: TrainState, cut: Sequence[str] | None = None) -> Any:
+        """How each leaf of a state lies over the axis.
 
-    @property
-    def writes(self) -> bool:
-        """Whether this process is the one that writes what the processes share."""
-        return jax.process_index() == 0
+        Args:
+            state: a state, or its shapes, of whole leaves.
+            cut: the fields that are cut; those of this lift where None.
+        """
+        fields = self.cut if cut is None else cut
+        return map_cuts(state, fields, self.num_shards, _spec)
+
+    def specs_of(self, tree: Any) -> Any:
+        """How the leaves of a tree lie over the axis if all that can be is cut."""
+        specs = map(_spec, cuts_of(tree, self.num_shards))
+        return jax.tree.unflatten(jax.tree.structure(tree), list(specs))
+
+    def _shardings(self, state: Any) -> Any:
+        """The same, on the devices; anything but a state that is cut is replicated."""
+        if not self.cut:
+            return self._replicated
+        return jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, spec), self.specs(state), is_leaf=_is_spec
+        )
 
     @functools.cached_property
     def _positions(self) -> np.ndarray:
@@ -99,70 +95,6 @@ class Lift:
         if rows[-1] - rows[0] + 1 == len(rows):  # side by side: a view of an array, not a copy
             return slice(int(rows[0]), int(rows[-1]) + 1)
         return rows
-
-    @property
-    def process(self) -> int:
-        """This process's rank."""
-        return jax.process_index()
-
-    def gather(self, numbers: Any) -> list[Any]:
-        """What each process gives, in order of rank, to agree on what only files can tell.
-
-        All processes must call it at the same point.
-
-        Args:
-            numbers: an int, or an array of the same shape in all processes; of 32 bits.
-        """
-        if self.num_processes == 1:
-            return np.array(numbers)[None].tolist()
-        return multihost_utils.process_allgather(np.array(numbers)).tolist()
-
-    def tell(self, text: str, source: int = 0) -> str:
-        """The text of one process, in all of them; called by all at the same point."""
-        if self.num_processes == 1:
-            return text
-        data = np.frombuffer(text.encode(), np.uint8)
-        size = self.gather(data.size)[source]
-        padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)  # compiles seldom
-        if self.process == source:
-            padded[:size] = data
-        return _broadcast(padded, self.process == source)[:size].tobytes().decode()
-
-    def spread(
-        self, leaves: Mapping[str, np.ndarray] | None, like: Mapping[str, Any], source: int
-    ) -> dict[str, np.ndarray]:
-        """Named arrays of one process, bit for bit in all of them; called by all at the same point.
-
-        Args:
-            leaves: the arrays, where this is the process that has them.
-            like: their shapes and dtypes, the same in all processes.
-            source: the process that has them.
-        """
-        here = self.process == source
-        if self.num_processes == 1:
-            assert leaves is not None
-            return dict(leaves)
-        sizes = {
-            name: int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
-            for name, leaf in like.items()
-        }
-        total = sum(sizes.values())
-        data = np.zeros(-(-total // 4) * 4, np.uint8)
-        places, start = {}, 0
-        for name, size in sizes.items():
-            places[name] = slice(start, start + size)
-            if here:
-                assert leaves is not None
-                flat = np.ascontiguousarray(leaves[name]).reshape(-1)
-                data[places[name]] = flat.view(np.uint8)
-            start += size
-        for start in range(0, data.size, _BROADCAST_BYTES):
-            part = slice(start, start + _BROADCAST_BYTES)
-            data[part] = _broadcast(data[part], here)
-        return {
-            name: data[places[name]].copy().view(jnp.dtype(leaf.dtype)).reshape(leaf.shape)
-            for name, leaf in like.items()
-        }
 
     def __call__(
         self,
@@ -194,8 +126,8 @@ class Lift:
             return jax.jit(
                 mapped,
                 donate_argnums=donated,
-                in_shardings=(self.state_sharding, self._batch_sharding(batch_dim)),
-                out_shardings=self.state_sharding,
+                in_shardings=(self._replicated, self._batch_sharding(batch_dim)),
+                out_shardings=self._replicated,
             )
         if self.kind == "pmap":
             return jax.pmap(
@@ -206,16 +138,50 @@ class Lift:
                 donate_argnums=donated,
                 devices=list(self.mesh.devices.flat),
             )
+        mapped = self.over_axis(function, (P(), self._batch_spec(batch_dim)), P())
+        return jax.jit(mapped, donate_argnums=donated)
+
+    def over_axis(
+        self, function: Callable[..., Any], in_specs: Any, out_specs: Any
+    ) -> Callable[..., Any]:
+        """A per-shard function as one of whole arrays, to be compiled."""
         # check_vma=False: under its default, gradients of replicated params are summed over the
         # axis by autodiff, and the step's own mean would then make them num_shards times too large.
-        mapped = jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=(P(), self._batch_spec(batch_dim)),
-            out_specs=P(),
-            check_vma=False,
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
-        return jax.jit(mapped, donate_argnums=donated)
+
+    def lay(self, state: Any, specs: Any) -> Any:
+        """Tells the compiler how a state is to lie over the axis from here on."""
+
+        def place(spec: P, leaf: Any) -> jax.Array:
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(place, specs, state, is_leaf=_is_spec)
+
+    def compile(
+        self,
+        function: Callable[[Any, Any], Any],
+        state: TrainState,
+        *,
+        scan: bool = False,
+        unroll: bool = False,
+    ) -> Callable[[Any, Any], Any]:
+        """Compiles `function(state, batch) -> (state, metrics)` of whole arrays.
+
+        Args:
+            function: may call what `over_axis` gives; the state's memory is used again.
+            state: a state, or its shapes.
+            scan: as for `Lift.__call__`.
+            unroll: as for `Lift.__call__`.
+        """
+        if scan:
+            function = functools.partial(_scan, function, unroll)
+        return jax.jit(
+            function,
+            donate_argnums=(0,),
+            out_shardings=(self._shardings(state), self._replicated),
+        )
 
     def put_batch(self, batch: Mapping[str, np.ndarray], *, scan: bool = False) -> Any:
         """Moves this process's rows to its devices, each getting its shards only."""
@@ -253,33 +219,43 @@ class Lift:
 
     def state_shapes(self, state: Any) -> Any:
         """The same for a state."""
-        sharding = None if self.kind == "pmap" else self.state_sharding
+        shardings = None if self.kind == "pmap" else self._shardings(state)
+        if not self.cut:
+            shardings = jax.tree.map(lambda _: shardings, state)
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            shardings,
         )
 
     def put_state(self, state: Any) -> Any:
-        """Replicates a state, the same in all processes, onto the devices."""
+        """Moves a state, the same in all processes, onto the devices: replicated, or cut."""
         if self.num_processes == 1:
-            return jax.device_put(state, self.state_sharding)
+            return jax.device_put(state, self._shardings(state))
+        if self.cut:
+            return jax.tree.map(_from_host, state, self._shardings(state))
         local = jax.device_put(state, NamedSharding(self._local_mesh, P()))
         return local if self.kind == "pmap" else self.to_global(local)
+
+    def make_state(self, init: Callable[[], TrainState]) -> TrainState:
+        """A new state, on the devices; one that is cut is never whole on one of them."""
+        if not self.cut:
+            return cast(TrainState, self.put_state(init()))
+        shardings = self._shardings(jax.eval_shape(init))
+        return cast(TrainState, jax.jit(lambda: init(), out_shardings=shardings)())
+
+    def put_like(self, leaf: np.ndarray, there: jax.Array) -> jax.Array:
+        """Moves an array, the same in all processes, to where another of its shape lies."""
+        return _from_host(leaf, there.sharding)
 
     def to_global(self, state: Any) -> Any:
         """A state as arrays over all devices, as checkpoints need it; no data is moved.
 
         Under `pmap` in several processes a state is local to each of them.
         """
-        if self.num_processes == 1:
+        if self.num_processes == 1 or self.cut:
             return state
-        return jax.tree.map(lambda leaf: _rewrap(leaf, self.state_sharding), state)
-
-    def from_global(self, state: Any) -> Any:
-        """The inverse of `to_global`."""
-        if self.kind != "pmap" or self.num_processes == 1:
-            return state
-        local = NamedSharding(self._local_mesh, P())
-        return jax.tree.map(lambda leaf: _rewrap(leaf, local), state)
+        return jax.tree.map(lambda leaf: _rewrap(leaf, self._replicated), state)
 
     def read(self, tree: Any) -> Any:
         """Replicated device arrays as numpy, from one local copy: no program is run.
@@ -289,51 +265,32 @@ class Lift:
         """
         return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), tree)
 
+    @property
+    def is_whole_here(self) -> bool:
+        """Whether this process alone can read every leaf of a state."""
+        return not self.cut or self.num_processes == 1
+
     def host_copy(self, state: Any) -> dict[str, np.ndarray]:
-        """The leaves of a state by name, in memory of their own; waits for the devices."""
-        return {
-            name: np.array(leaf.addressable_data(0)) for name, leaf in name_leaves(state).items()
-        }
+        """The leaves of a state by name, in memory of their own; waits for the devices.
+
+        Where a state is cut over processes (`is_whole_here`), all of them call this at the same
+        point; one leaf at a time is put together on the devices, and only the process that `writes`
+        is given the leaves.
+        """
+        copied = {}
+        for name, leaf in name_leaves(state).items():
+            whole = leaf if self.is_whole_here else self._put_together(leaf)
+            if self.is_whole_here or self.writes:
+                copied[name] = _to_host(whole)
+        return copied
 
     @functools.cached_property
-    def _examine(self) -> Callable[[Any], Any]:
-        mapped = jax.shard_map(
-            lambda tree: (jax.lax.all_gather(checksums(tree), AXIS), are_finite(tree)),
-            mesh=self.mesh,
-            in_specs=P(),
-            out_specs=P(),
-            check_vma=False,
-        )
-        return jax.jit(mapped)
+    def _put_together(self) -> Callable[[jax.Array], jax.Array]:
+        return self.to_whole(lambda leaf: leaf)
 
-    def examine(self, state: Any) -> Examined:
-        """Looks at every leaf, after checking that all devices hold the same bits.
-
-        `jax` cannot tell: an output declared replicated whose shards differ raises nothing and
-        says `is_fully_replicated`.
-
-        Raises:
-            ReplicasDiffer: naming the first leaf whose copies differ, and the devices.
-        """
-        copies, finite = self.read(self._examine(self.to_global(state)))
-        names = list(name_leaves(state))
-        differing = np.flatnonzero((copies != copies[0]).any(axis=0))
-        if differing.size:
-            first = differing[0]
-            devices = [
-                str(self.mesh.devices.flat[place])
-                for place in np.flatnonzero(copies[:, first] != copies[0, first])
-            ]
-            raise ReplicasDiffer(
-                f"{names[first]} differs between devices ({differing.size} of {len(names)} leaves "
-                f"do): {', '.join(devices[:4])}{', ...' if devices[4:] else ''} against "
-                f"{self.mesh.devices.flat[0]}\n  HINT: a value of the model's state depends on "
-                'the shard; reduce it in the model with lax.pmean(value, "batch")'
-            )
-        return Examined(
-            dict(zip(names, copies[0].tolist(), strict=True)),
-            [name for name, good in zip(names, finite, strict=True) if not good],
-        )
+    def to_whole(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Compiles a function of arrays over all devices, however they lie, to replicated ones."""
+        return jax.jit(function, out_shardings=self._replicated)
 
     def _batch_spec(self, batch_dim: int) -> P:
         return P(*([None] * batch_dim), AXIS)
@@ -362,12 +319,13 @@ class Lift:
             )
 
 
-def make_lift(name: str, mesh: Mesh | None = None) -> Lift:
+def make_lift(name: str, mesh: Mesh | None = None, state_sharding: str = "replicated") -> Lift:
     """The lift a config names.
 
     Args:
         name: "pmap", "shard_map", "vmap", or "vmap:N" to simulate N shards on one device.
         mesh: the devices; all of them where None.
+        state_sharding: "replicated"; under "shard_map" also "zero1" or "fsdp".
     """
     if mesh is None:
         mesh = Mesh(np.array(jax.devices()), (AXIS,))
@@ -378,7 +336,7 @@ def make_lift(name: str, mesh: Mesh | None = None) -> Lift:
         )
     kind, _, shards = name.partition(":")
     if kind != "vmap":
-        return Lift(kind, mesh, mesh.size)
+        return Lift(mesh, kind, mesh.size, FIELDS[state_sharding])
     num_shards = int(shards) if shards else mesh.size
     if len({device.process_index for device in mesh.devices.flat}) > 1:
         if num_shards % mesh.size:
@@ -387,59 +345,44 @@ def make_lift(name: str, mesh: Mesh | None = None) -> Lift:
                 f"{mesh.size} devices of several processes",
                 f"simulate a multiple of {mesh.size}, or use one process",
             )
-        return Lift(kind, mesh, num_shards)
+        return Lift(mesh, kind, num_shards)
     one = Mesh(np.array(mesh.devices.flat[:1]), (AXIS,))
-    return Lift(kind, one, num_shards)
+    return Lift(one, kind, num_shards)
 
 
-def has_convolution(function: Callable[[Any, Any], Any], state: Any, batch: Any) -> bool:
-    """Whether a per-shard function contains a convolution, from tracing it on abstract values.
+def follow_axis(function: Callable[[Any, Any], Any], num_shards: int) -> Callable[[Any, Any], Any]:
+    """A per-shard function `(state, batch) -> replicated outputs`, to be traced on shapes only.
 
-    Args:
-        function: written for one shard, as for `Lift.__call__`.
-        state: a state, or its shapes.
-        batch: shapes of one shard of a batch, with a leading axis of size 1.
+    In it jax follows which values vary over the axis (`check_vma=True`).
     """
-    mapped = jax.vmap(function, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
-    return "conv_general_dilated" in str(jax.make_jaxpr(mapped)(state, batch))
-
-
-def unsynced_state(task: Task, state: TrainState, batch: Any, num_shards: int) -> list[str]:
-    """Names of model state that each shard would compute from its own examples only.
-
-    Found by tracing the model under `shard_map(check_vma=True)`, which follows what varies over the
-    axis; nothing is run or compiled.
-
-    Args:
-        task: whose model is traced.
-        state: a state, or its shapes.
-        batch: a host batch, of which only shapes matter.
-        num_shards: of the axis.
-    """
-    found: list[str] = []
-
-    def forward(state: TrainState, batch: Any) -> jax.Array:
-        rng = jax.random.wrap_key_data(state.rng)
-        _, model_state = task.apply(state.params, state.model_state, batch, train=True, rng=rng)
-        found.extend(name for name, leaf in name_leaves(model_state).items() if _varies(leaf))
-        return jnp.zeros(())
-
     mesh = AbstractMesh((num_shards,), (AXIS,), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(
-        forward, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=True
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=True
     )
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, dict(batch)))
-    jax.eval_shape(mapped, *shapes)
-    return found
 
 
-def _broadcast(data: np.ndarray, is_source: bool) -> np.ndarray:
-    """Bytes of one process, in all of them; a multiple of four.
+def _spec(dimension: int | None) -> P:
+    return P() if dimension is None else P(*([None] * dimension), AXIS)
 
-    It is a sum over the processes, so of integers: a sum of floats would lose a -0.0.
-    """
-    words = multihost_utils.broadcast_one_to_all(data.view(np.uint32), is_source)
-    return np.array(words, np.uint32).view(np.uint8)
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, P)
+
+
+def _to_host(leaf: jax.Array) -> np.ndarray:
+    """A copy of an array all of which is here; `np.array` of a cut one would leave a second."""
+    if leaf.is_fully_replicated:
+        return np.array(leaf.addressable_data(0))
+    whole = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        whole[shard.index] = shard.data
+    return whole
+
+
+def _from_host(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array over several processes, each of which has all of it."""
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda place: whole[place])
 
 
 def _rewrap(
@@ -451,13 +394,6 @@ def _rewrap(
         sharding,
         [shard.data for shard in leaf.addressable_shards],
     )
-
-
-def _varies(leaf: jax.Array) -> bool:
-    kind: Any = jax.typeof(leaf)
-    if hasattr(kind, "manual_axis_type"):  # jax 0.10 and later
-        return AXIS in kind.manual_axis_type.varying
-    return AXIS in getattr(kind, "vma", ())
 
 
 def _scan(function: Callable[[Any, Any], Any], unroll: bool, state: Any, batches: Any) -> Any:

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
+from jax.sharding import PartitionSpec as P
 
+from trainer.cutting import FIELDS, Cuts, cuts_of, gather
+from trainer.gradients import GATHER_SCOPE, Gradients, make_gradient_step
 from trainer.job import Job
-from trainer.lift import Lift, has_convolution
+from trainer.lift import Lift
 from trainer.settings import Settings
-from trainer.step import Batch, Recipe, make_update_step, stack_metrics
+from trainer.state import TrainState
+from trainer.step import (
+    AXIS,
+    Batch,
+    Recipe,
+    Task,
+    apply_gradients,
+    make_update_step,
+    stack_metrics,
+)
+from trainer.tracing import has_convolution
 
 
 def lift_update_step(
@@ -33,6 +46,10 @@ def lift_update_step(
         batch = job.stream.shapes(job.recipe.accum_steps)
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), batch)
         unroll = has_convolution(make_job_step(settings, job, platform), state, shapes)
+    if lift.cut:
+        recipe = recipe_on(settings, job, platform, unroll=unroll)
+        update_step = stack_metrics(make_cut_step(job.task, recipe, lift, state))
+        return lift.compile(update_step, state, scan=scan, unroll=unroll)
     update_step = make_job_step(settings, job, platform, unroll=unroll)
     return lift(update_step, scan=scan, unroll=unroll)
 
@@ -43,6 +60,54 @@ def make_job_step(
     """The step of one shard, `(state, batch) -> (state, metrics as one array)`."""
     recipe = recipe_on(settings, job, platform, unroll=unroll)
     return stack_metrics(make_update_step(job.task, recipe))
+
+
+def make_cut_step(
+    task: Task, recipe: Recipe, lift: Lift, state: TrainState
+) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
+    """The same step where the state is cut over the axis, as a function of whole arrays.
+
+    Only the gradients are a matter of the axis. What the optimizer does with them is left to the
+    compiler, which is told how the state lies: so a norm over all leaves is one, wherever they are.
+
+    Args:
+        task: what to train.
+        recipe: how.
+        lift: which says what is cut.
+        state: a state, or its shapes.
+    """
+    params_are_cut = "params" in lift.cut
+    parts, trained = lift.num_shards, task.trained(state.params)
+    cuts = Cuts(
+        parts,
+        tuple(cuts_of(state.params, parts)),
+        tuple(cuts_of(trained, parts)),
+        params_are_cut,
+    )
+    all_cut = lift.specs(state, FIELDS["fsdp"])
+    specs = lift.specs(state)
+    gradients = lift.over_axis(
+        make_gradient_step(task, recipe, cuts=cuts),
+        (dataclasses.replace(specs, opt_state=P(), ema=P()), P(AXIS)),
+        Gradients(lift.specs_of(trained), P(), cast(Any, P())),
+    )
+
+    def put_together(params: Any) -> Any:
+        with jax.named_scope(GATHER_SCOPE):
+            return gather(params, AXIS, cuts, flat=recipe.flat)
+
+    join = lift.over_axis(put_together, (all_cut.params,), P())
+
+    def update_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+        found = gradients(dataclasses.replace(state, opt_state=(), ema=None), batch)
+        # Each device updates its own part, also of params that it has whole.
+        updated, metrics = apply_gradients(task, recipe, lift.lay(state, all_cut), found)
+        updated = lift.lay(updated, all_cut)
+        if not params_are_cut:
+            updated = dataclasses.replace(updated, params=join(updated.params))
+        return lift.lay(updated, specs), metrics
+
+    return update_step
 
 
 def recipe_on(settings: Settings, job: Job, platform: str, *, unroll: bool) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Generator
@@ -19,14 +20,17 @@ from trainer.checkpoints.restoring import Restored
 from trainer.checkpoints.saver import Saver
 from trainer.console import open_terminal, say
 from trainer.data.prefetch import depth_for, prefetch
+from trainer.early_stop import EarlyStop
 from trainer.errors import NonFiniteLoss, Preempted
 from trainer.evaluate import Evaluator
+from trainer.examine import examine
+from trainer.init_from import begin_from
 from trainer.job import Job, build_job, make_init
 from trainer.lift import Lift, make_lift
 from trainer.lifted import lift_update_step
 from trainer.profiling import Profile, Profiler, annotated
 from trainer.progress import InFlight, TrainLog, is_due
-from trainer.report import has_row
+from trainer.report import evaluation_at
 from trainer.settings import Settings, check
 from trainer.shared_folder import SharedFolder, refuse_changes
 from trainer.state import TrainState
@@ -95,7 +99,7 @@ def train(
     open_terminal()
     settings = check(config)
     folder = Workdir.check(workdir, settings.config)
-    lift = make_lift(settings.lift, mesh)
+    lift = make_lift(settings.lift, mesh, settings.state_sharding)
     lift.check_divides(settings.global_batch_size, settings.grad_accum_steps)
     job = build_job(settings)
     if folder.refused:
@@ -137,6 +141,7 @@ class _Run:
         self.step = 0
         # An evaluation that was due when the run was asked to stop; a resume makes up for it.
         self.evaluation_pending = False
+        self.early_stop = EarlyStop.of(settings)
         self.scan = settings.steps_per_call > 1
         self.eval_every_steps = settings.eval_every_steps or job.stream.steps_per_epoch
         self.prefetch_depth = depth_for(settings.prefetch, lift.platform)
@@ -151,13 +156,17 @@ class _Run:
             on_row=lambda row: self.account.row(row, self.log.skipped),
             skip_limit=settings.nan_limit if settings.nan == "skip" else 0,
         )
-        per_call, rank = settings.steps_per_call, lift.process
         self.profiler = Profiler(
-            profile, folder, rank, per_call, job.stop, self.log, self.goodput, self._drain
+            profile,
+            folder,
+            lift.process,
+            per_call=settings.steps_per_call,
+            stop=job.stop,
+            log=self.log,
+            goodput=self.goodput,
+            drain=self._drain,
         )
-        self.summaries = Summaries(
-            self.about, self.account, self.log, self.prefetch_depth, stop_requested
-        )
+        self.summaries = Summaries(self.about, self.account, self.log, stop_requested)
         self.evaluator: Evaluator | None = None
         if job.held_out is not None:
             batch_size = settings.eval_batch_size or settings.global_batch_size
@@ -179,14 +188,14 @@ class _Run:
         if self.evaluation_pending and self.evaluator:
             self.account.open(step)
             self._evaluate(state, step)
-        if step >= self.job.stop:
+        if step >= self.job.stop or self.early_stop.reason:
             if self.evaluation_pending:
                 self._stop(step, state)
             if self.saver.is_unsaved(step):  # it was only in memory
                 self.shared.record(self.saver.run)
                 self._save(state, step)
             self.saver.finish()
-            say_finished_before(self.about, step)
+            say_finished_before(self.about, step, self.early_stop.reason)
             return Result(state, self.account.metrics)
         if self.folder.exists:
             self.shared.record(self.saver.run)
@@ -219,10 +228,12 @@ class _Run:
                 self.summaries.after_call(before, step, state, self._drain)
                 if self.evaluator and (last or is_due(self.eval_every_steps, before, step)):
                     self._evaluate(state, step)
+                    if self.early_stop.reason:
+                        break
                 if is_due(self.settings.checkpoint_every_steps, before, step):
                     self._save(state, step)
                 elif is_due(self.settings.replica_check_every_steps, before, step):
-                    self.lift.examine(state)
+                    examine(self.lift, state)
                 self.saver.check()
                 if self.saver.copy_is_due:
                     self._copy(state, step)
@@ -236,7 +247,8 @@ class _Run:
             self.saver.finish()
         self.account.finish(step)
         self.lift.gather(0)  # whoever leaves early would be taken for lost
-        self.account.say_end(self.saver, step, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self.account.say_end(self.saver, step, seconds, self.early_stop.reason)
         self.profiler.say_end()
         return Result(state, self.account.metrics)
 
@@ -271,15 +283,20 @@ class _Run:
                 self._go_on_from(restored)
                 return restored.state
             say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
-        return self.lift.put_state(init())
+        state = self.lift.make_state(init)
+        return begin_from(self.settings, self.lift, state) if self.settings.init_from else state
 
     def _go_on_from(self, restored: Restored) -> None:
         meta = restored.meta
         self.log.from_json(meta["log"])
         self.account.go_on_from(meta)
-        done = has_row(self.folder, restored.step, "eval/loss")
-        pending = meta["evaluation_pending"] and not done
-        self.evaluation_pending = bool(self.lift.gather(int(pending))[0])
+        self.early_stop.from_json(meta.get("early_stop"))
+        if meta["evaluation_pending"]:
+            found = json.dumps(evaluation_at(self.folder, restored.step))
+            done = json.loads(self.lift.tell(found))
+            self.evaluation_pending = done is None
+            if done is not None:  # by an attempt that did not get to save again
+                self.early_stop.add(restored.step, done)
         warn_of_changes(self.about, meta["num_steps"])
 
     def _batches(self, step: int) -> Generator[tuple[int, Any]]:
@@ -299,11 +316,11 @@ class _Run:
         return prefetch(make, calls, self.prefetch_depth)
 
     def _after_first_call(self, state: TrainState, before: int, step: int, seconds: float) -> None:
-        self.lift.examine(state)
+        examine(self.lift, state)
         say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
         self._begin_folder()
         self.account.open(before)
-        self.account.begin_steps(step)
+        self.account.begin_steps(step, state, self.log.newest)
         self._drain()
 
     # In the loop
@@ -338,6 +355,7 @@ class _Run:
         self.evaluation_pending = metrics is None
         if metrics is not None:
             self.account.evaluation(step, metrics)
+            self.early_stop.add(step, metrics)
             self.saver.save_if_best(step, state, metrics)
             self.account.flush()
             self.summaries.after_evaluation(step, state)
@@ -353,14 +371,13 @@ class _Run:
         self.log.exclude(time.monotonic() - began)
 
     def _copy(self, state: TrainState, step: int) -> None:
-        began = time.monotonic()
         self._drain()  # as for a save
         jax.block_until_ready(state)
         held_up = time.monotonic()  # until here the devices had steps to take
         meta = {**self._meta(), "rows": self.account.unwritten()}
         with self.goodput.spending("save"):
             self.saver.copy(step, state, meta, held_up)
-        self.log.exclude(time.monotonic() - began)
+        self.log.exclude(time.monotonic() - held_up)  # the steps before it were steps
 
     def _meta(self) -> dict[str, Any]:
         """What a resume needs beside the state."""
@@ -369,6 +386,7 @@ class _Run:
             "num_steps": self.job.num_steps,
             "goodput": self.goodput.to_json(),
             "evaluation_pending": self.evaluation_pending,
+            "early_stop": self.early_stop.to_json(),
         }
 
     def _stop(self, step: int, state: TrainState) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from trainer.errors import UserError
 
@@ -28,3 +29,13 @@ def accuracy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
     """1.0 where the largest of `(examples, ..., classes)` is the label, averaged over positions."""
     same_shape(outputs.shape[:-1], batch["y"].shape, "the logits, without classes,")
     return mean_per_example((jnp.argmax(outputs, axis=-1) == batch["y"]).astype(jnp.float32))
+
+
+def bits(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Cross entropy, in bits, of logits `(examples, ..., symbols)`, averaged over positions.
+
+    Of a model of text that is bits a character, or a token: the nats of the loss over ln(2).
+    """
+    same_shape(outputs.shape[:-1], batch["y"].shape, "the logits, without symbols,")
+    nats = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"].astype(jnp.int32))
+    return mean_per_example(nats) / jnp.log(2.0)

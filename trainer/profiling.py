@@ -93,6 +93,7 @@ class Profiler:
         profile: Profile | str | None,
         workdir: Workdir,
         rank: int,
+        *,
         per_call: int,
         stop: int,
         log: TrainLog,

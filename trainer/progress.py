@@ -170,6 +170,12 @@ class TrainLog:
                 self._on_epoch(epoch, self._epoch_sum / taken if taken else float("nan"))
                 self._epoch_sum, self._epoch_skipped = 0.0, 0
 
+    def newest(self) -> dict[str, float]:
+        """The metrics of the newest step that was added, by name; none before the first."""
+        if self._since is None:
+            return {}
+        return dict(zip(self._names, self._last.tolist(), strict=True))
+
     def emit(self, step: int) -> None:
         """Hands over the row of the steps added since the last one, if there are any.
 

@@ -46,6 +46,10 @@ class Report:
         """Writes what time was spent on, for TensorBoard only: no two runs agree about it."""
         self.curves.scalars(step, {f"goodput/{kind}": spent for kind, spent in seconds.items()})
 
+    def curves_only(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes finite values, by tag, for TensorBoard only: no two runs agree about them."""
+        self.curves.scalars(step, values)
+
     def hparams(self, metrics: Mapping[str, float]) -> None:
         """Writes the run's settings and closing metrics for TensorBoard's HPARAMS tab."""
         self.curves.hparams({tag: v for tag, v in metrics.items() if math.isfinite(v)})
@@ -76,6 +80,9 @@ class NoReport:
     def times(self, step: int, seconds: Mapping[str, float]) -> None:
         """Writes nothing."""
 
+    def curves_only(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes nothing."""
+
     def hparams(self, metrics: Mapping[str, float]) -> None:
         """Writes nothing."""
 
@@ -100,6 +107,10 @@ def last_values(workdir: Workdir, step: int) -> dict[str, float]:
     return values
 
 
-def has_row(workdir: Workdir, step: int, tag: str) -> bool:
-    """Whether `metrics.jsonl` holds a value of a tag at a step."""
-    return any(row["step"] == step and tag in row for row in read_rows(workdir.metrics, step))
+def evaluation_at(workdir: Workdir, step: int) -> dict[str, float] | None:
+    """What `metrics.jsonl` has of the evaluation of a step, but for `null`; None if it has none."""
+    found = [row for row in read_rows(workdir.metrics, step) if row["step"] == step]
+    found = [row for row in found if "eval/loss" in row]
+    if not found:
+        return None
+    return {tag: value for row in found for tag, value in row.items() if value is not None}

@@ -1,182 +1,29 @@
-"""The keys of a config: their defaults, and the checks that need no import of jax."""
+"""A checked config: everything about it that can be checked without importing jax."""
 
 from __future__ import annotations
 
 import copy
-import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from trainer.errors import UserError
-
-LIFTS = ("pmap", "shard_map", "vmap")
-REDUCES = ("auto", "flat", "leaves")
-NANS = ("stop", "skip")
-PRECISIONS = ("model", "bf16", "fp16")
-# How a leaf of the state may differ from what was saved.
-LEAF_CHANGES = ("shape", "dtype", "missing", "extra")
-
-# Keys of `data` that belong to the order of examples, not to the target that loads them.
-STREAM_KEYS = ("augment", "prefetch", "shuffle")
-
-RESERVED_METRICS = (
-    "loss",
-    "grad_norm",
-    "learning_rate",
-    "loss_scale",
-    "examples_per_second",
-    "step_seconds",
+from trainer.keys import (
+    LEAF_CHANGES,
+    LIFTS,
+    NANS,
+    PRECISIONS,
+    REDUCES,
+    RESERVED_METRICS,
+    STATE_SHARDINGS,
+    STREAM_KEYS,
+    flatten,
+    hint_for,
+    with_defaults,
 )
-
-# On a resume these may differ from the first run: they set how long, how often, on what or what
-# is done about failures. A prefix of a key stands for all keys that begin with it.
-RESUMABLE = (
-    "num_steps",
-    "num_epochs",
-    "stop_at_step",
-    "log_every_steps",
-    "devices_per_process",
-    "checkpoint.",
-    "eval.",
-    "nan",
-    "replica_check_every_steps",
-    # These give the same numbers: docs/numbers.md.
-    "lift",
-    "reduce",
-    "steps_per_call",
-    "data.prefetch",
-    "summaries.",
-)
-
-
-# Every key with a default: its default and what it means. A type stands for "None, or a value of
-# that type". The four blocks that name code (model, loss, data, optimizer) have no default.
-KEYS: dict[str, tuple[Any, str]] = {
-    "seed": (0, "of the parameters, the order of examples, augmentation and dropout"),
-    "num_epochs": (int, "length of the run in epochs; an epoch's remainder is dropped"),
-    "num_steps": (int, "length of the run in steps; where set, it wins over `num_epochs`"),
-    "stop_at_step": (int, "stop early; schedules still span the whole run"),
-    "global_batch_size": (int, "examples a step, over all devices; must divide by them"),
-    "steps_per_call": (1, "steps in one dispatch; all `every_steps` round up to a whole call"),
-    "lift": ("pmap", '"pmap", "shard_map" or "vmap"; "vmap:8" simulates 8 chips on one'),
-    "devices_per_process": (int, "use only so many devices of each process; None: all"),
-    "reduce": (
-        "auto",
-        'gradients, float state and metrics in one buffer ("flat") or one by one ("leaves"); '
-        '"auto" is flat on CPU',
-    ),
-    "precision": (
-        "model",
-        'compute in "bf16" or "fp16" (with a loss scale), or as the model itself does ("model")',
-    ),
-    "grad_accum_steps": (
-        1,
-        "parts that a device's examples of a step are cut into, to hold one part's activations",
-    ),
-    "clip_norm": (float, "the largest 2-norm of the gradient, which is scaled down to it"),
-    "ema_decay": (float, "of an average of the params, which is evaluated and saved; 0.999, say"),
-    "mixup": (0.0, "alpha of mixup: examples are blended in pairs, share Beta(alpha, alpha)"),
-    "log_every_steps": (100, "steps from one log row to the next"),
-    "nan": ("stop", 'a loss or gradient that is not finite: "stop", or "skip" its update'),
-    "nan_limit": (10, "updates that may be skipped in a run"),
-    "replica_check_every_steps": (
-        1000,
-        "steps from one check that all devices hold the same state to the next; also at each save",
-    ),
-    "eval.every_steps": (int, "steps from one evaluation to the next; None: once an epoch"),
-    "eval.batch_size": (int, "None: `global_batch_size`; rounded up to fill the devices"),
-    "checkpoint.every_steps": (
-        1000,
-        "steps from one checkpoint to the next; one is saved at the end",
-    ),
-    "checkpoint.allow": (
-        "",
-        "what may differ from what was saved, with commas between: config keys, and shape, dtype, "
-        "missing or extra for leaves of the state",
-    ),
-    "checkpoint.max_failures": (5, "saves that may fail in a row before the run stops"),
-    "checkpoint.fast_every_secs": (
-        5.0,
-        "seconds from one copy of the state in the host's memory to the next; 0: no copies",
-    ),
-    "checkpoint.fast_max_gb": (16.0, "no copies where two of them would take more than this"),
-    "checkpoint.fast_dir": (
-        "/dev/shm",  # noqa: S108 (what is in it is the user's own, and checked)
-        "where the copies are; a file system in memory",
-    ),
-    "checkpoint.keep": (3, "how many of the newest to keep"),
-    "checkpoint.best_metric": ("eval/loss", "the tag that decides which state is kept in `best/`"),
-    "checkpoint.best_mode": ("min", '"min" or "max"'),
-    "summaries.stragglers": (
-        False,
-        "at log rows, compare the ranks' own time a step, and name one that holds up the others",
-    ),
-    "summaries.histograms_every_steps": (
-        int,
-        "steps from one histogram of the params and their gradients to the next; None: none",
-    ),
-    "summaries.images": (0, "how many held-out examples are shown, at the first evaluation"),
-    "summaries.confusion": (
-        False,
-        "at each evaluation, count which class was taken for which (a second pass over the data)",
-    ),
-    "data.shuffle": (True, "a new order of the training examples each epoch"),
-    "data.prefetch": (int, "batches made ahead in a thread; None: 2, and 0 on CPU"),
-}
-
-
-def defaults() -> ConfigDict:
-    """A config with every key that has a default; blocks that name code have none."""
-    config = ConfigDict({"metrics": {}})
-    for key, (default, _) in KEYS.items():
-        *blocks, name = key.split(".")
-        block = config
-        for inner in blocks:
-            if inner not in block:
-                block[inner] = ConfigDict()
-            block = block[inner]
-        block[name] = placeholder(default) if isinstance(default, type) else default
-    return config
-
-
-def with_defaults(config: ConfigDict) -> ConfigDict:
-    """Adds the keys of `defaults()` that `config` lacks, in place, and returns it locked.
-
-    In place, so that references between fields (`config.get_ref`) stay alive and later overrides
-    follow them.
-
-    Raises:
-        UserError: a key is unknown, or its value has another type than its default.
-    """
-    known = [*defaults(), "model", "loss", "optimizer"]
-    for key in config:
-        if key not in known:
-            otherwise = "your own settings belong inside config.model, .loss, .data or .optimizer"
-            raise UserError(f"config.{key}: no such key", _hint(key, known, "config.", otherwise))
-    _add_missing(config, defaults(), "config")
-    return config.lock()
-
-
-def _add_missing(config: ConfigDict, template: ConfigDict, where: str) -> None:
-    with config.unlocked():
-        for key in template:
-            expected = template.get_type(key)
-            untyped_none = key in config and config.get_type(key) is type(None)
-            if key not in config or (untyped_none and template[key] is None):
-                config[key] = placeholder(expected) if template[key] is None else template[key]
-            elif isinstance(template[key], ConfigDict) and isinstance(config[key], ConfigDict):
-                _add_missing(config[key], template[key], f"{where}.{key}")
-            elif expected is float and type(config[key]) is int:
-                config[key] = float(config[key])
-            elif config[key] is not None and not isinstance(config[key], expected):
-                raise UserError(
-                    f"{where}.{key}={config[key]!r} should be of type {expected.__name__}"
-                )
 
 
 @dataclass(frozen=True)
@@ -191,6 +38,7 @@ class Settings:
     global_batch_size: int
     steps_per_call: int
     lift: str
+    state_sharding: str
     devices_per_process: int | None
     reduce: str
     precision: str
@@ -217,6 +65,12 @@ class Settings:
     fast_dir: str
     best_metric: str
     best_mode: str
+    model_table: int
+    early_stop_patience: int | None
+    early_stop_min_delta: float
+    init_from: str | None
+    init_map: tuple[str, ...]
+    freeze: tuple[str, ...]
     nan: str
     nan_limit: int
     replica_check_every_steps: int
@@ -291,6 +145,12 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
             f"config.lift={config.lift!r} is not one of {', '.join(LIFTS)}",
             'or "vmap:8", to simulate 8 chips on one',
         )
+    if config.state_sharding != "replicated" and lift != "shard_map":
+        raise UserError(
+            f"config.state_sharding={config.state_sharding!r} needs the lift shard_map, and "
+            f"config.lift is {config.lift!r}",
+            "add --config.lift=shard_map, or --config.state_sharding=replicated",
+        )
     prefetch = config.data.prefetch
     if prefetch is not None and prefetch < 0:
         raise UserError(f"config.data.prefetch={prefetch} should be 0 or more")
@@ -304,6 +164,7 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         global_batch_size=positive("global_batch_size"),
         steps_per_call=positive("steps_per_call"),
         lift=config.lift,
+        state_sharding=one_of("state_sharding", config.state_sharding, STATE_SHARDINGS),
         devices_per_process=positive_or_none("devices_per_process"),
         reduce=one_of("reduce", config.reduce, REDUCES),
         precision=one_of("precision", config.precision, PRECISIONS),
@@ -330,6 +191,12 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         fast_dir=config.checkpoint.fast_dir,
         best_metric=config.checkpoint.best_metric,
         best_mode=one_of("checkpoint.best_mode", config.checkpoint.best_mode, ("min", "max")),
+        model_table=int(not_negative("model_table")),
+        early_stop_patience=positive_or_none("early_stop.patience"),
+        early_stop_min_delta=not_negative("early_stop.min_delta"),
+        init_from=config.init_from or None,
+        init_map=_parts(config.init_map),
+        freeze=_parts(config.freeze),
         nan=one_of("nan", config.nan, NANS),
         nan_limit=positive("nan_limit"),
         replica_check_every_steps=positive("replica_check_every_steps"),
@@ -341,15 +208,14 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
     )
 
 
-def _hint(name: str, known: Sequence[str], prefix: str, otherwise: str) -> str:
-    """What a mistyped name may have been meant to be."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {prefix}{near[0]}?" if near else otherwise
+def _parts(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _allowed(config: ConfigDict) -> tuple[str, ...]:
     """The parts of `checkpoint.allow`."""
-    names = tuple(name.strip() for name in config.checkpoint.allow.split(",") if name.strip())
+    names = _parts(config.checkpoint.allow)
     known = [*LEAF_CHANGES]
     for key in flatten(config):
         parts = key.split(".")
@@ -358,18 +224,6 @@ def _allowed(config: ConfigDict) -> tuple[str, ...]:
         if name not in known:
             raise UserError(
                 f"config.checkpoint.allow names {name!r}, which is no key of the config",
-                _hint(name, known, "", f"keys, or parts of them, and {', '.join(LEAF_CHANGES)}"),
+                hint_for(name, known, "", f"keys, or parts of them, and {', '.join(LEAF_CHANGES)}"),
             )
     return names
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"model.hidden_size": 10, ...}`: one entry a leaf, in the order of the config."""
-    flat: dict[str, Any] = {}
-    for key in config:
-        value = config[key]
-        if isinstance(value, (ConfigDict, dict)) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -59,6 +59,11 @@ def with_leaves(template: Any, leaves: Mapping[str, Any]) -> Any:
     )
 
 
+def fill_in(whole: Any, part: Any) -> Any:
+    """`whole` with the leaves that `part` has, by name, in place of its own."""
+    return with_leaves(whole, name_leaves(whole) | name_leaves(part))
+
+
 def checksums(tree: Any) -> jax.Array:
     """One uint32 a leaf, shape (leaves,), of the bits of the leaf.
 
@@ -92,9 +97,13 @@ def _checksum(leaf: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(leaf, jnp.uint16).astype(jnp.uint32)
     else:  # 64-bit values gain a trailing axis of two words
         words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-    words = words.ravel()
-    weights = 2 * jax.lax.iota(jnp.uint32, words.size) + 1
-    return jnp.sum(words * weights, dtype=jnp.uint32)
+    # Not raveled: a leaf that is cut along another than its first dimension would be put together.
+    place, stride = jnp.zeros((), jnp.uint32), 1
+    for dimension in reversed(range(words.ndim)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, dimension)
+        place = place + np.uint32(stride % 2**32) * along
+        stride *= words.shape[dimension]
+    return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
 
 
 def _is_narrow(dtype: Any) -> bool:

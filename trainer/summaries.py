@@ -17,12 +17,13 @@ import numpy as np
 from trainer.account import Account
 from trainer.confusion import make_confusion, shares
 from trainer.console import warn
+from trainer.data.prefetch import depth_for
 from trainer.errors import UserError
 from trainer.evaluate import HeldOutSums
 from trainer.histograms import Histograms
 from trainer.job import make_init
 from trainer.paths import write_whole
-from trainer.png import encode, heat, tile, to_uint8
+from trainer.png import heat, tile, to_uint8
 from trainer.progress import TrainLog, is_due
 from trainer.stragglers import Stragglers
 from trainer.summary import About
@@ -35,7 +36,6 @@ class Summaries:
         about: what the run is.
         account: whose curves they go to, and whose account of time they are in.
         log: of whose speed they are no part.
-        depth: batches to prefetch.
         stop_requested: as for `trainer.train`.
 
     Raises:
@@ -47,7 +47,6 @@ class Summaries:
         about: About,
         account: Account,
         log: TrainLog,
-        depth: int,
         stop_requested: Callable[[int, str], bool],
     ) -> None:
         settings, job, lift = about.settings, about.job, about.lift
@@ -71,6 +70,7 @@ class Summaries:
         self._confusion: HeldOutSums | None = None
         if settings.confusion and job.held_out is not None:
             size = settings.eval_batch_size or settings.global_batch_size
+            depth = depth_for(settings.prefetch, lift.platform)
             state = jax.eval_shape(make_init(job, settings.seed))
             self._confusion = make_confusion(job.task, job.held_out, lift, size, depth, state)
 
@@ -104,15 +104,14 @@ class Summaries:
         curves = self._account.curves
         with self._account.goodput.spending("summaries"):
             if self._images and curves is not None:
-                images = tile(to_uint8(self._examples(self._images)))
-                curves.image(step, "held_out/images", encode(images), images.shape)
+                images = to_uint8(self._examples(self._images))
+                curves.image(step, "held_out/images", tile(images))
             self._images = 0
             if self._confusion is None:
                 return
             counts = self._confusion(state, lambda: self._stop_requested(step, "evaluate"))
             if counts is not None and curves is not None:
-                picture = heat(shares(counts))
-                curves.image(step, "eval/confusion", encode(picture), picture.shape)
+                curves.image(step, "eval/confusion", heat(shares(counts)))
                 self._write_confusion(step, counts)
 
     def _examples(self, count: int) -> np.ndarray:

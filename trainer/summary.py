@@ -6,14 +6,18 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import jax
+
 from trainer.checkpoints.saver import Saver
 from trainer.console import duration, say, warn
 from trainer.goodput import Goodput
 from trainer.job import Job
-from trainer.lift import Lift, unsynced_state
+from trainer.lift import Lift
+from trainer.model_table import draw_table, model_rows
 from trainer.progress import LogRow
 from trainer.settings import Settings
 from trainer.state import TrainState, count_params
+from trainer.unsynced import unsynced_state
 from trainer.workdir import Workdir
 
 # What time is spent on, for a person.
@@ -75,11 +79,39 @@ def say_row(about: About, row: LogRow, tags: Mapping[str, float]) -> None:
     ]
     if row.step_seconds > 0:
         eta = (about.job.stop - row.step) * row.step_seconds
-        shown += [f"{tags['train/examples_per_second']:,.0f} examples/s"]
-        shown += [f"{1000 * row.step_seconds:.3g} ms/step", f"eta {duration(eta)}"]
+        shown += [describe_rate(tags, about.lift.mesh.size)]
+        shown += [f"{1000 * row.step_seconds:.3g} ms/step"]
+        shown += describe_chips(tags)
+        shown += [f"eta {duration(eta)}"]
     if "train/skipped" in tags:
         shown += [f"skipped {tags['train/skipped']}"]
     say("  ".join(shown))
+
+
+def describe_rate(tags: Mapping[str, float], num_devices: int) -> str:
+    """`8,000 examples/s (1,000 a device)`."""
+    rate = f"{tags['train/examples_per_second']:,.0f} examples/s"
+    if num_devices == 1 or "train/examples_per_second_per_device" not in tags:
+        return rate
+    return f"{rate} ({tags['train/examples_per_second_per_device']:,.0f} a device)"
+
+
+def describe_chips(tags: Mapping[str, float]) -> list[str]:
+    """`["mfu 41.0%", "memory 12.1/79.1 GiB"]`, as far as they are known."""
+    shown = []
+    if "train/mfu" in tags:
+        shown += [f"mfu {tags['train/mfu']:.1%}"]
+    if "memory/peak_bytes_in_use" in tags:
+        peak = tags["memory/peak_bytes_in_use"] / 2**30
+        limit = tags.get("memory/bytes_limit", 0) / 2**30
+        shown += [f"memory {peak:.1f}{f'/{limit:.1f}' if limit else ''} GiB"]
+    return shown
+
+
+def describe_shares(goodput: Goodput) -> str:
+    """`steps 91%, compilation 7%, saving 2%`."""
+    shares = [f"{_KINDS.get(kind, kind)} {share:.0%}" for kind, share in goodput.shares().items()]
+    return ", ".join(share for share in shares if not share.endswith(" 0%"))
 
 
 def say_start(about: About, state: TrainState, seconds: float) -> None:
@@ -95,7 +127,18 @@ def say_start(about: About, state: TrainState, seconds: float) -> None:
         f"{held_out}, {_steps(job.stream.steps_per_epoch)} an epoch; state ready in "
         f"{seconds:.2f} s"
     )
+    if settings.model_table:
+        _say_model(job, state, settings.model_table)
     say(f"workdir {about.folder.path}")
+
+
+def _say_model(job: Job, state: TrainState, depth: int) -> None:
+    example = job.stream.shapes(1)["x"]
+    x = jax.ShapeDtypeStruct(example.shape[1:], example.dtype)
+    try:
+        say(draw_table(model_rows(job.task, state, x, depth)))
+    except Exception as error:  # no reason not to train: a model may not take one example alone
+        warn(f"no table of the model: {type(error).__name__}: {error}")
 
 
 def describe_devices(lift: Lift) -> str:
@@ -115,28 +158,43 @@ def say_evaluation(step: int, stop: int, metrics: Mapping[str, float]) -> None:
     say(f"step {step}/{stop}  {shown}")
 
 
-def say_finished_before(about: About, step: int) -> None:
-    """The run had nothing left to do."""
-    say(f"nothing to do: this run has taken {_steps(step)}, and is to stop at {about.job.stop}")
-    say(f"to go on: {_how_to_go_on(about, step)}")
+def say_finished_before(about: About, step: int, early: str = "") -> None:
+    """The run had nothing left to do; `early` is as for `say_end`."""
+    if early and step < about.job.stop:
+        say(f"nothing to do: stopped early at step {step} of {about.job.num_steps}: {early}")
+    else:
+        say(f"nothing to do: this run has taken {_steps(step)}, and is to stop at {about.job.stop}")
+    say(f"to go on: {_how_to_go_on(about, step, early)}")
 
 
-def say_end(about: About, saver: Saver, goodput: Goodput, step: int, seconds: float) -> None:
-    """What came of it, where it is, and how to go on."""
-    if step < about.job.num_steps:
+def say_end(
+    about: About, saver: Saver, goodput: Goodput, step: int, seconds: float, early: str = ""
+) -> None:
+    """What came of it, where it is, and how to go on.
+
+    Args:
+        about: what the run is.
+        saver: which knows the best state.
+        goodput: which knows where the time went.
+        step: that it has come to.
+        seconds: that it took.
+        early: why it ends before its time, if evaluations have stopped getting better.
+    """
+    if early and step < about.job.stop:
+        say(f"stopped early at step {step} of {about.job.num_steps}: {early}")
+    elif step < about.job.num_steps:
         say(f"stopped at step {step} of {about.job.num_steps} (config.stop_at_step)")
     else:
         say(f"finished: {_steps(step)} in {duration(seconds)}")
-    shares = [f"{_KINDS.get(kind, kind)} {share:.0%}" for kind, share in goodput.shares().items()]
     starts = f", of {goodput.starts} starts" if goodput.starts > 1 else ""
-    say(f"time{starts}: {', '.join(share for share in shares if not share.endswith(' 0%'))}")
+    say(f"time{starts}: {describe_shares(goodput)}")
     if saver.best_value is not None:
         say(
             f"best {about.settings.best_metric} {saver.best_value:.4g} at step "
             f"{saver.best_step}, in {about.folder.best}"
         )
     say(f"last checkpoint: {about.folder.checkpoints / str(step)}")
-    say(f"to go on: {_how_to_go_on(about, step)}")
+    say(f"to go on: {_how_to_go_on(about, step, early)}")
     say(f"curves: tensorboard --logdir {shlex.quote(str(about.folder.path))}")
 
 
@@ -144,9 +202,11 @@ def _steps(count: int) -> str:
     return f"{count} step{'s' * (count != 1)}"
 
 
-def _how_to_go_on(about: About, step: int) -> str:
+def _how_to_go_on(about: About, step: int, early: str) -> str:
     settings = about.settings
-    if step < about.job.num_steps:
+    if early and step < about.job.stop:
+        change = f"and --config.early_stop.patience={2 * (settings.early_stop_patience or 1)}"
+    elif step < about.job.num_steps:
         change = "without config.stop_at_step"
     elif settings.num_steps is not None:
         change = f"and --config.num_steps={2 * step}"

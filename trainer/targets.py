@@ -65,12 +65,20 @@ def build(block: Mapping[str, Any], where: str, **offered: Any) -> Any:
     """
     function, arguments = _prepare(block, where, offered)
     try:
-        inspect.signature(function).bind(**arguments)
+        _signature(function).bind(**arguments)
     except TypeError as error:
         raise UserError(f"{where}: {block['target']}: {error}") from error
     except ValueError:  # some C functions tell nothing about themselves
         pass
     return function(**arguments)
+
+
+def takes(block: Mapping[str, Any], where: str, name: str) -> bool:
+    """Whether what a block's target names has a parameter of this name."""
+    try:
+        return name in _signature(resolve(block.get("target"), where)).parameters
+    except (TypeError, ValueError):  # some C functions tell nothing about themselves
+        return False
 
 
 def bind(block: Mapping[str, Any], where: str) -> Callable[..., Any]:
@@ -95,7 +103,7 @@ def _prepare(
         if name != "target"
     }
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = _signature(function).parameters
     except (TypeError, ValueError):  # some C functions tell nothing about themselves
         return function, arguments
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -110,6 +118,15 @@ def _prepare(
         if name in parameters and arguments.get(name) is None:
             arguments[name] = value
     return function, arguments
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """What a call takes; a metaclass, as that of NNX modules, hides what `__init__` does."""
+    if isinstance(function, type) and type(function).__call__ is not type.__call__:
+        init: Any = inspect.getattr_static(function, "__init__")
+        of_init = inspect.signature(init)
+        return of_init.replace(parameters=list(of_init.parameters.values())[1:])
+    return inspect.signature(function)
 
 
 def _siblings(module_name: str) -> list[str]:

@@ -30,8 +30,8 @@ from ml_collections.config_dict import placeholder
 from trainer import lock
 from trainer.console import warn
 from trainer.errors import UserError
+from trainer.keys import RESUMABLE, flatten, with_defaults
 from trainer.paths import absolute, is_local, write_whole
-from trainer.settings import RESUMABLE, flatten, with_defaults
 
 # Raised when a podlift can no longer read the workdirs of another. 2: checkpoints have a manifest.
 LAYOUT_VERSION = 2

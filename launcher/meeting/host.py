@@ -16,7 +16,7 @@ from launcher.meeting.link import Link
 from launcher.meeting.terms import BEAT_SECS, PROTOCOL, Card, Listener, Start
 from launcher.reactor import Reactor
 from launcher.verdict import MakeVerdict
-from trainer.settings import flatten
+from trainer.keys import flatten
 
 # For a caller to say who it is.
 _INTRODUCTION_SECS = 10.0

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.peaks import PEAKS
+
 # Shares of a TPU's peaks that whole training steps reach.
 #   Compute: 0.75 to 0.89 in dense language models on v5e, 0.76 on v4, 0.67 to 0.71 on v5p, of all
 #   FLOPs including rematerialised ones (MaxText, configs/v5e, v4 and v5p/README.md, one slice).
@@ -114,7 +116,6 @@ def _tpu(
     device_kind: str,
     source: str,
     *,
-    flops: float,
     memory_gib: float,
     memory_bandwidth: float,
     axes: int,
@@ -129,8 +130,8 @@ def _tpu(
         name=name,
         device_kind=device_kind,
         devices_per_chip=devices,
-        flops_bf16=flops,
-        flops_f32=flops,
+        flops_bf16=PEAKS[device_kind].half,
+        flops_f32=PEAKS[device_kind].single,
         memory_bytes=int(devices * memory_gib * _GIB),
         memory_bandwidth=memory_bandwidth,
         link_bandwidth=axes * one_way * _LINK_SHARE,
@@ -151,8 +152,6 @@ def _gpu(
     device_kind: str,
     source: str,
     *,
-    flops: float,
-    flops_tf32: float,
     memory_bytes: int,
     memory_bandwidth: float,
     bus_bandwidth: float,
@@ -163,8 +162,8 @@ def _gpu(
         name=name,
         device_kind=device_kind,
         devices_per_chip=1,
-        flops_bf16=flops,
-        flops_f32=flops_tf32,
+        flops_bf16=PEAKS[device_kind].half,
+        flops_f32=PEAKS[device_kind].single,
         memory_bytes=int(_GPU_MEMORY_TAKEN * memory_bytes),
         memory_bandwidth=memory_bandwidth,
         link_bandwidth=bus_bandwidth,
@@ -194,7 +193,6 @@ _TPUS = (
         # Not in Cloud's documentation any more: 496 Gbit/s a link. Its slices are not joined, so
         # the network's 100 Gbit/s a host are assumed; v3 likewise.
         'Jouppi et al., "A Domain-Specific Supercomputer for Training Deep Neural Networks" (2020)',
-        flops=45e12,
         memory_gib=7.48,
         memory_bandwidth=700e9,
         axes=2,
@@ -208,7 +206,6 @@ _TPUS = (
         "v3",
         "TPU v3",
         "https://cloud.google.com/tpu/docs/v3",
-        flops=123e12,
         memory_gib=15.48,
         memory_bandwidth=900e9,
         axes=2,
@@ -222,7 +219,6 @@ _TPUS = (
         "v4",
         "TPU v4",
         "https://cloud.google.com/tpu/docs/v4",
-        flops=275e12,
         memory_gib=15.25,
         memory_bandwidth=1200e9,
         axes=3,
@@ -236,7 +232,6 @@ _TPUS = (
         "v5e",
         "TPU v5 lite",
         "https://cloud.google.com/tpu/docs/v5e",
-        flops=197e12,
         memory_gib=15.75,
         memory_bandwidth=819e9,
         axes=2,
@@ -249,7 +244,6 @@ _TPUS = (
         "v5p",
         "TPU v5",
         "https://cloud.google.com/tpu/docs/v5p",
-        flops=459e12,
         memory_gib=95.74,
         memory_bandwidth=2765e9,
         axes=3,
@@ -262,7 +256,6 @@ _TPUS = (
         "v6e",
         "TPU v6 lite",
         "https://cloud.google.com/tpu/docs/v6e",
-        flops=918e12,
         memory_gib=31.25,
         memory_bandwidth=1638e9,
         axes=2,
@@ -275,7 +268,6 @@ _TPUS = (
         "tpu7x",
         "TPU7x",
         "https://cloud.google.com/tpu/docs/tpu7x",
-        flops=2307e12,
         memory_gib=94.75,
         memory_bandwidth=7380e9,
         axes=3,
@@ -294,8 +286,6 @@ _GPUS = (
         "h100",
         "NVIDIA H100 80GB HBM3",
         "NVIDIA H100 data sheet, SXM5",
-        flops=989e12,  # from the vendor's data sheet
-        flops_tf32=494e12,  # from the vendor's data sheet
         memory_bytes=84_929_347_584,
         memory_bandwidth=3352e9,
         bus_bandwidth=370e9,  # nccl-tests issue 212, in a ring; 480 with NVLink SHARP from 1 GB up
@@ -305,8 +295,6 @@ _GPUS = (
         "a100",
         "NVIDIA A100-SXM4-80GB",
         "NVIDIA A100 data sheet, SXM4 80GB",
-        flops=312e12,  # from the vendor's data sheet
-        flops_tf32=156e12,  # from the vendor's data sheet
         memory_bytes=85_100_068_864,
         memory_bandwidth=2039e9,
         bus_bandwidth=235e9,  # NCCL's src/graph/tuning.cc, the most it expects
@@ -316,8 +304,6 @@ _GPUS = (
         "l4",
         "NVIDIA L4",
         "NVIDIA L4 data sheet",
-        flops=121e12,  # from the vendor's data sheet
-        flops_tf32=60e12,  # from the vendor's data sheet
         memory_bytes=23_654_531_072,
         memory_bandwidth=300e9,
         bus_bandwidth=12e9,  # assumed: PCIe 4.0 x16 has 32e9, and eight share the host's memory

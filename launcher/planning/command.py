@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from launcher import exit_codes, users_code
 from launcher.command_line import Command, Flags, read_command
 from launcher.planning.topology import Topology, is_topology, parse_topology
 from trainer.errors import UserError
-from trainer.settings import LIFTS, Settings, check
+from trainer.keys import LIFTS, STATE_SHARDINGS
+from trainer.settings import Settings, check
 
 HELP = """\
 Compiles the step of a config for a topology that need not be here, and says whether it fits, what
@@ -32,8 +34,8 @@ it does and how fast it can be. Nothing is allocated and nothing is run.
   --batch=N              examples a device, instead of the config's global_batch_size
   --batch=auto           the most that fit, from a few compilations
   --example=SHAPES       plan without the data: "x=uint8[224,224,3] y=int32[]", of one example
-  --compare=A,B,...      several plans side by side: topologies, lifts (pmap, shard_map, vmap) or
-                         configs
+  --compare=A,B,...      several plans side by side: topologies, lifts (pmap, shard_map, vmap),
+                         state shardings (replicated, zero1, fsdp) or configs
   --nosync_bn            predict without the collectives of batch normalisation
   --effort=quick         or full: let the TPU compiler take the time that a run would
   --json=FILE            everything, for programs
@@ -164,33 +166,37 @@ def _questions(command: Command, argv: list[str]) -> list[Question]:
     given = command.flags
     slices = given["num_slices"]
 
-    def question(label: str, topology: str | None, lift: str | None, command: Command) -> Question:
+    def question(
+        label: str, topology: str | None, changes: Mapping[str, str], command: Command
+    ) -> Question:
         if topology is None:
             raise UserError("--topology is missing", "for example --topology=v5e:4x4, or cpu:8")
-        config = command.config
-        if lift is not None:
-            config.lift = lift
+        config = copy.deepcopy(command.config)
+        config.update(changes)
         parsed = parse_topology(topology, slices)
         label = parsed.label if label == topology else label
         return Question(label, command.spec, check(config), parsed)
 
     if given["compare"] is None:
         topology = given["topology"]
-        return [question(str(topology), topology, None, command)]
+        return [question(str(topology), topology, {}, command)]
     asked = []
     for item in given["compare"].split(","):
         item = item.strip()
         if item.partition(":")[0] in LIFTS:
-            asked.append(question(item, given["topology"], item, command))
+            asked.append(question(item, given["topology"], {"lift": item}, command))
+        elif item in STATE_SHARDINGS:
+            changes = {"lift": "shard_map", "state_sharding": item}
+            asked.append(question(item, given["topology"], changes, command))
         elif is_topology(item):
-            asked.append(question(item, item, None, command))
+            asked.append(question(item, item, {}, command))
         elif ".py" in item:
             rest = [argument for argument in argv if not argument.lstrip("-").startswith("config=")]
             other = read_command(["plan", f"--config={item}", *_without_config(rest)], _FLAGS)
-            asked.append(question(item, given["topology"], None, other))
+            asked.append(question(item, given["topology"], {}, other))
         else:
             raise UserError(
-                f"--compare: {item!r} is no topology, lift or config",
+                f"--compare: {item!r} is no topology, lift, state sharding or config",
                 "for example v5e:4x4,v6e:4x4 or pmap,shard_map or configs/a.py,configs/b.py",
             )
     return asked

@@ -11,7 +11,7 @@ from launcher.planning.cache import PlanCache
 from launcher.planning.chips import Chip
 from launcher.planning.devices import find_devices
 from launcher.planning.example import in_place_of_data
-from launcher.planning.hlo import Array, Collective
+from launcher.planning.hlo import GATHERED, Array, Collective
 from launcher.planning.largest import largest_batch
 from launcher.planning.predict import Cluster, Prediction, Work, predict, scaling
 from launcher.planning.program import Program, State, Step
@@ -39,6 +39,7 @@ class Forecast:
         label: what tells it from others.
         config_name: of the file.
         lift: of the batch axis.
+        state_sharding: of the state over it.
         topology: what it is for.
         num_devices: as jax counts them, that take part; one under `vmap` in one process.
         num_hosts: processes of a run there.
@@ -63,6 +64,7 @@ class Forecast:
     label: str
     config_name: str
     lift: str
+    state_sharding: str
     topology: Topology
     num_devices: int
     num_hosts: int
@@ -106,6 +108,11 @@ class Forecast:
     def note(self) -> str:
         """All notes in one."""
         return "; ".join(self.notes)
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Of params that are put together in a step, where they are cut over the devices."""
+        return sum(item.bytes for item in self.program.collectives if item.module == GATHERED)
 
     def is_batch_norm(self, collective: Collective) -> bool:
         """Whether a collective belongs to a layer that keeps statistics of a batch."""
@@ -196,6 +203,7 @@ def make_forecast(
         label=question.label,
         config_name=question.config_name,
         lift=settings.lift,
+        state_sharding=settings.state_sharding,
         topology=topology,
         num_devices=used,
         num_hosts=topology.num_hosts if used > 1 else 1,

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.step import MEAN_SCOPE
+from trainer.gradients import GATHER_SCOPE, MEAN_SCOPE
 
 _COLLECTIVES = (
     "all-reduce",
@@ -35,6 +35,7 @@ _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?
 
 # What the step itself reduces, under a name of its own.
 UPDATE = "gradients, statistics, metrics"
+GATHERED = "params put together"
 ELSEWHERE = "(not attributed)"
 
 
@@ -46,7 +47,8 @@ class Collective:
         kind: "all-reduce", "all-gather", "reduce-scatter", ...
         module: the path of the module, such as "Block_0/BatchNorm_1".
         count: how many are run.
-        bytes: of all results together, on one device.
+        bytes: of all results together, on one device; of a reduce-scatter what goes in, which is
+            what has to be moved.
         asynchronous: whether the compiler lets it run beside other work.
     """
 
@@ -101,11 +103,14 @@ def find_collectives(text: str) -> list[Collective]:
             if kind not in _COLLECTIVES:
                 continue
             elements = _elements(line)
+            scale = 1.0
+            if kind == "reduce-scatter":
+                scale = _operand_bytes(line, lines) / sum(map(size_of, elements))
             modules: Counter[str] = Counter()
             for index, element in enumerate(elements):
                 source = readers.get((line.name, index), "") if len(elements) > 1 else ""
                 source = source or line.op_name or _reducer(line, computations)
-                modules[module_of(source)] += size_of(element)
+                modules[module_of(source)] += round(scale * size_of(element))
             for module, size in modules.items():
                 sizes[kind, module, asynchronous] += times * size
                 counts[kind, module, asynchronous] += 0
@@ -143,6 +148,8 @@ def largest_arrays(text: str, count: int = 5) -> list[Array]:
 
 def module_of(op_name: str) -> str:
     """`jit(f)/shard_map/transpose(jvp(ResNet))/Block_0/BatchNorm_1/psum` to its module's path."""
+    if GATHER_SCOPE in op_name:  # the way back from there is a sum of gradients
+        return UPDATE if op_name.endswith("scatter") else GATHERED
     if MEAN_SCOPE in op_name:
         return UPDATE
     # Where XLA has joined several names, the first.
@@ -167,6 +174,13 @@ def size_of(shape: str) -> int:
             bits = int(digits[0]) if digits else 0
         total += math.prod(int(d) for d in dims.split(",") if d) * bits // 8
     return total
+
+
+def _operand_bytes(line: Instruction, lines: list[Instruction]) -> int:
+    """What goes into an instruction, from the shapes of those that it names."""
+    shapes = {other.name: other.shape for other in lines}
+    names = re.findall(r"%?([\w.\-]+)", line.rest.partition(")")[0])
+    return sum(size_of(shapes[name]) for name in names if name in shapes)
 
 
 def _elements(line: Instruction) -> list[str]:

@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from launcher.mesh import order_devices
 from launcher.planning.cache import PlanCache
 from launcher.planning.devices import Devices
-from launcher.planning.flops import count_flops
 from launcher.planning.hlo import Array, Collective, find_collectives, largest_arrays, loop_factor
 from launcher.planning.topology import Topology
+from trainer.flops import flops_of_step
 from trainer.job import Job, make_init
 from trainer.lift import Lift, make_lift
 from trainer.lifted import lift_update_step, make_job_step
@@ -44,14 +44,15 @@ _PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin"
 
 @dataclass(frozen=True)
 class State:
-    """What a run holds on every device.
+    """What a run holds on a device.
 
     Attributes:
-        parameters: how many numbers.
+        parameters: how many numbers, over all devices.
         normalisations: paths of the modules that keep statistics of a batch.
         parameter_bytes: of these.
         optimizer_bytes: of the optimizer's state.
         model_bytes: of other state, such as statistics.
+        saved_bytes: what is not there, because the state is cut over the devices.
     """
 
     parameters: int
@@ -59,6 +60,7 @@ class State:
     parameter_bytes: int
     optimizer_bytes: int
     model_bytes: int
+    saved_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Step:
         quick: bool = True,
     ) -> None:
         ordered = order_devices(devices.devices, settings.lift)
-        self.lift: Lift = make_lift(settings.lift, Mesh(np.array(ordered), (AXIS,)))
+        mesh = Mesh(np.array(ordered), (AXIS,))
+        self.lift: Lift = make_lift(settings.lift, mesh, settings.state_sharding)
         # What a call with several steps adds is their batches; one step is what is compiled.
         self._settings = dataclasses.replace(settings, steps_per_call=1)
         self._extra_batches = settings.steps_per_call - 1
@@ -126,24 +129,33 @@ class Step:
 
     @functools.cached_property
     def state(self) -> State:
-        """What every device holds."""
-        shapes = self._shapes
-        statistics = shapes.model_state.get("batch_stats", {})
-        return State(
-            count_params(shapes.params),
-            frozenset(name.rpartition("/")[0] for name in name_leaves(statistics)),
-            _size(shapes.params),
-            _size(shapes.opt_state),
-            _size((shapes.model_state, shapes.ema, shapes.loss_scale)),
+        """What a device holds."""
+        whole = self._shapes
+        here = jax.tree.map(
+            lambda leaf, spec: jax.ShapeDtypeStruct(self._share(leaf.shape, spec), leaf.dtype),
+            whole,
+            self.lift.specs(whole),
         )
+        statistics = whole.model_state.get("batch_stats", {})
+        return State(
+            count_params(whole.params),
+            frozenset(name.rpartition("/")[0] for name in name_leaves(statistics)),
+            _size(here.params),
+            _size(here.opt_state),
+            _size((here.model_state, here.ema, here.loss_scale)),
+            _size(whole) - _size(here),
+        )
+
+    def _share(self, shape: Sequence[int], spec: Sequence[str | None]) -> tuple[int, ...]:
+        """The shape of a device's part of a leaf."""
+        cut = [self.lift.num_shards if axis else 1 for axis in spec]
+        return tuple(n // parts for n, parts in zip(shape, [*cut, *[1] * len(shape)], strict=False))
 
     def flops(self, batch: int) -> Counter[str]:
         """Of one step on one device, by dtype."""
         step = make_job_step(self._settings, self._job, self._topology.platform)
-        mapped = jax.vmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
-        one = {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in self._rows(batch)}
         shards = self.lift.num_shards // self.lift.mesh.size
-        flops = count_flops(jax.make_jaxpr(mapped)(self._shapes, one))
+        flops = flops_of_step(step, self._shapes, dict(self._rows(batch)))
         return Counter({dtype: shards * count for dtype, count in flops.items()})
 
     def compile(self, batch: int) -> Program:

@@ -29,8 +29,7 @@ def one(plan: Forecast) -> str:
     lines += [
         f"batch            {plan.global_batch:,} examples, {plan.batch:,} a device{searched}",
         f"parameters       {state.parameters:,}, {_bytes(state.parameter_bytes)}; optimizer "
-        f"{_bytes(state.optimizer_bytes)}, other state {_bytes(state.model_bytes)}; all of it on "
-        "every device",
+        f"{_bytes(state.optimizer_bytes)}, other state {_bytes(state.model_bytes)}; {_where(plan)}",
         "",
         *_memory(plan),
         "",
@@ -64,6 +63,7 @@ def several(plans: Sequence[Forecast]) -> str:
         ["FLOPs a device", *(_flops(plan.flops) for plan in plans)],
         ["memory traffic", *(_bytes(plan.program.bytes_accessed) for plan in plans)],
         ["collectives", *(_count_and_bytes(plan.program.collectives) for plan in plans)],
+        ["state", *(plan.state_sharding for plan in plans)],
         ["predicted:", *("" for _ in plans)],
     ]
     predictions = [plan.prediction for plan in plans]
@@ -105,6 +105,7 @@ def to_json(plan: Forecast) -> dict[str, Any]:
         "topology": plan.topology.name,
         "num_slices": plan.topology.num_slices,
         "lift": plan.lift,
+        "state_sharding": plan.state_sharding,
         "devices": plan.num_devices,
         "hosts": plan.num_hosts,
         "batch_per_device": plan.batch,
@@ -113,6 +114,8 @@ def to_json(plan: Forecast) -> dict[str, Any]:
         "parameter_bytes": plan.state.parameter_bytes,
         "optimizer_bytes": plan.state.optimizer_bytes,
         "model_state_bytes": plan.state.model_bytes,
+        "state_bytes_saved": plan.state.saved_bytes,
+        "gathered_bytes": plan.gathered_bytes,
         "fits": plan.fits,
         "peak_bytes": plan.needed,
         "hbm_bytes": plan.memory_bytes,
@@ -159,6 +162,15 @@ def write_json(path: str, plans: Sequence[Forecast]) -> None:
     Path(path).write_text(json.dumps(value, indent=1) + "\n")
 
 
+def _where(plan: Forecast) -> str:
+    if plan.state_sharding == "replicated":
+        return "all of it on every device"
+    return (
+        f"a device\n{'':16} {_bytes(plan.state.saved_bytes)} less than a whole state, for "
+        f"{_bytes(plan.gathered_bytes)} more to be received in a step"
+    )
+
+
 def _memory(plan: Forecast) -> list[str]:
     program = plan.program
     if plan.memory_bytes is None:
@@ -192,8 +204,9 @@ def _what_would_help(plan: Forecast) -> list[str]:
     fixed = plan.state.parameter_bytes + plan.state.optimizer_bytes
     if fixed > plan.memory_bytes / 2:
         hints.append(
-            f"parameters and optimizer alone take {_bytes(fixed)} of every device: an optimizer "
-            "with less state, or a chip with more memory"
+            f"parameters and optimizer alone take {_bytes(fixed)} of every device: "
+            "config.state_sharding=zero1 or fsdp, an optimizer with less state, or a chip with "
+            "more memory"
         )
     if plan.batch > 1:
         guess = max(1, int(plan.batch * plan.memory_bytes / plan.needed * 0.9))

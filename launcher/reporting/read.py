@@ -19,9 +19,9 @@ from trainer import lock
 from trainer.checkpoints.folder import QUARANTINE, CheckpointFolder
 from trainer.checkpoints.manifest import Damaged
 from trainer.errors import UserError, first_line
+from trainer.keys import flatten
 from trainer.paths import absolute, local_folder
 from trainer.rows import read_rows
-from trainer.settings import flatten
 from trainer.workdir import NONE_TYPES
 
 # Any of them makes a folder that of a run.
@@ -299,6 +299,8 @@ def _judge(
         return "failed", f"failed{at}"
     if total is not None and steps >= total:
         return "finished", "finished"
+    if last is not None and "stopped early at step" in last.ending:
+        return "finished", f"stopped early at step {steps:,}{of}"
     why = ""
     if last is not None and last.ending.startswith("asked to stop"):
         why = ", as asked"

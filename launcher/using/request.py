@@ -49,7 +49,15 @@ _FLAGS: Flags = {
 FAKE_DEVICES: Flags = {"fake_devices": (absl_flags.DEFINE_integer, None, 1)}
 
 # What may be changed about a run's config: not its model, which is the one that was trained.
-_CHANGEABLE = ("data", "eval", "global_batch_size", "lift", "loss", "metrics")
+_CHANGEABLE = (
+    "data",
+    "eval",
+    "global_batch_size",
+    "lift",
+    "loss",
+    "metrics",
+    "state_sharding",
+)
 
 
 @dataclass(frozen=True)
@@ -203,7 +211,8 @@ def open_model(request: Request, fake_devices: int | None) -> tuple[Trained, Lif
     from trainer.lift import make_lift
     from trainer.summary import describe_devices
 
-    lift = make_lift(request.settings.lift, build_mesh(request.settings.lift))
+    settings = request.settings
+    lift = make_lift(settings.lift, build_mesh(settings.lift), settings.state_sharding)
     say(describe_devices(lift))
     trained = read_model(request)
     return dataclasses.replace(trained, state=lift.put_state(trained.state)), lift

@@ -157,6 +157,27 @@ def test_the_numbers_of_one_process(run, alone, tmp_path, lift, processes, devic
     assert err == ""
 
 
+@pytest.mark.parametrize(
+    ("first", "then"), [("fsdp", "zero1"), pytest.param("zero1", "fsdp", marks=slow)]
+)
+def test_a_state_that_is_cut_over_processes(run, alone, tmp_path, first, then):
+    wide = ["--config.num_steps=6", "--config.model.hidden_size=64"]
+    wide += ["--config.optimizer.target=optax:adagrad", "--config.checkpoint.every_steps=2"]
+    expected = reference(alone, run, "--fake_devices=4", *wide)
+    cut = [*TWO, *wide, "--config.lift=shard_map"]
+    code, out, err = run(
+        tmp_path / "run", *cut, f"--config.state_sharding={first}", "--config.stop_at_step=4"
+    )
+    assert code == 0, out + err
+    code, out, err = run(tmp_path / "run", *cut, f"--config.state_sharding={then}")
+    assert code == 0, out + err
+    assert "restored step 4" in out
+    assert_same_state(tmp_path / "run", expected, atol=1e-5)
+    assert rows_of(tmp_path / "run")[-1]["eval/loss"] == pytest.approx(
+        rows_of(expected)[-1]["eval/loss"], abs=1e-5
+    )
+
+
 @pytest.mark.slow
 def test_a_mesh_in_which_processes_take_turns(run, alone, tmp_path):
     """As on a v5e:4x4; and `trainer.train` in processes that no launcher has started."""

@@ -66,6 +66,39 @@ def bytes_of(found, module=None):
     return sum(c["bytes"] for c in found["collectives"] if module in (None, c["module"]))
 
 
+# The two larger kernels of the MLP, which are cut over the devices; Adam has two numbers for each.
+CUT_BYTES = 4 * (64 * 128 + 128 * 128)
+
+
+@pytest.mark.parametrize(
+    ("topology", "compilers"),
+    [
+        ("v5e:2x2", False),
+        pytest.param("v5e:2x2", True, marks=needs_tpu_compiler),
+        pytest.param("gpu:h100:1x1x4", True, marks=needs_gpu_compiler),
+    ],
+)
+def test_a_state_that_is_cut_over_the_devices(plan, topology, compilers):
+    code, out, err, found = plan(
+        DIGITS,
+        f"--topology={topology}",
+        "--compare=replicated,zero1,fsdp,pmap",
+        compilers=compilers,
+    )
+    assert code == 0, err
+    assert out.splitlines()[0].split() == ["replicated", "zero1", "fsdp", "pmap"]
+    whole, zero1, fsdp, pmap = found["plans"]
+    assert pmap["state_sharding"] == "replicated"
+    assert whole["state_bytes_saved"] == whole["gathered_bytes"] == 0
+    for cut, kinds in ((zero1, 2), (fsdp, 3)):
+        assert cut["state_bytes_saved"] == kinds * CUT_BYTES * 3 // 4
+        assert whole["argument_bytes"] - cut["argument_bytes"] == cut["state_bytes_saved"]
+        # Parameters are put together once, or where a compiler keeps to it, once more to go back.
+        assert cut["gathered_bytes"] in (CUT_BYTES, CUT_BYTES + 4 * 128 * 128)
+        summed = bytes_of(cut, "gradients, statistics, metrics")
+        assert summed == pytest.approx(bytes_of(whole, "gradients, statistics, metrics"), rel=0.01)
+
+
 def test_without_a_compiler_the_plan_is_made_on_fake_devices(plan):
     code, out, err, found = plan(RESNET, "--topology=v5e:2x2", compilers=False)
     assert code == 0, err

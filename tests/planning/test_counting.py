@@ -6,7 +6,6 @@ import pytest
 from conftest import mesh_of
 from jax.sharding import PartitionSpec as P
 
-from launcher.planning.flops import count_flops
 from launcher.planning.hlo import (
     Collective,
     find_collectives,
@@ -15,6 +14,7 @@ from launcher.planning.hlo import (
     module_of,
     size_of,
 )
+from trainer.flops import count_flops
 
 
 def flops_of(function, *shapes):

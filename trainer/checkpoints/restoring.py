@@ -21,6 +21,7 @@ from trainer.checkpoints.folder import QUARANTINE, CheckpointFolder
 from trainer.checkpoints.manifest import Damaged, Manifest
 from trainer.console import say, warn
 from trainer.errors import CheckpointsUnreadable, StateUnreadable, first_line
+from trainer.examine import examine
 from trainer.lift import Lift
 from trainer.state import TrainState, name_leaves, with_leaves
 
@@ -160,7 +161,7 @@ class Restorer:
         adapted = differences.adapt(arrays, wanted, changed, lambda: name_leaves(fresh()))
         state = self._lift.put_state(with_leaves(abstract, adapted))
         as_saved = set(wanted) - {d.name for d in changed}
-        for name, checksum in self._lift.examine(state).checksums.items():
+        for name, checksum in examine(self._lift, state).checksums.items():
             if name in as_saved and checksum != listed.leaves[name].checksum:
                 raise Damaged(f"{name} is not what was saved: its checksum differs")
         if self._lift.writes:

@@ -26,6 +26,7 @@ from trainer.errors import (
     PeerFailed,
     SavesFailed,
 )
+from trainer.examine import examine
 from trainer.lift import Lift
 from trainer.settings import Settings
 from trainer.state import TrainState
@@ -61,6 +62,8 @@ class Saver:
         settings = self._settings
         root = Path(settings.fast_dir)
         if not settings.fast_every_secs or not root.is_dir():
+            return None
+        if not self._lift.is_whole_here:  # every host copies when it likes, and none has it all
             return None
         return FastTier(
             self._workdir.path, root, settings.fast_every_secs, settings.fast_max_gb * 1e9
@@ -190,12 +193,14 @@ class Saver:
         return {"run": self.run, "best": best}
 
     def _submit(self, folder: CheckpointFolder, step: int, state: TrainState, meta: Meta) -> None:
-        examined = self._lift.examine(state)
+        examined = examine(self._lift, state)
         bad = [n for n in examined.not_finite if n.startswith(("params/", "model_state/"))]
         if bad:
             raise NonFiniteState(step, bad)
-        if self._lift.writes:
+        arrays: dict[str, Any] = {}
+        if self._lift.writes or not self._lift.is_whole_here:
             arrays = self._lift.host_copy(state)
+        if self._lift.writes:
             is_latest = folder is self._latest
             self._writer.submit(Save(folder, step, arrays, examined.checksums, meta, is_latest))
 

@@ -1,4 +1,4 @@
-"""Photographs of any size, decoded and cut to one size while a batch is made.
+"""Images of any size, decoded and cut to one size while a batch is made.
 
 A record is a label and an encoded image: four bytes, the label as a little-endian int32, and behind
 them the bytes of the image's file. `folder` makes such records of the files of a folder a class;
@@ -189,6 +189,9 @@ def folder(
     train: str = "train",
     eval: str = "val",
     num_threads: int | None = None,
+    min_area: float = 0.08,
+    max_aspect: float = 4 / 3,
+    central: float = 0.875,
 ) -> dict[str, Any]:
     """Images in one folder a class: `DIRECTORY/train/CLASS/*.JPEG`, `DIRECTORY/val/CLASS/*.JPEG`.
 
@@ -199,20 +202,23 @@ def folder(
         train: the folder of the training images.
         eval: the folder of the held-out images.
         num_threads: see `GrainSource`.
+        min_area: see `Decode`, as for the next two; all three 1.0 take square images whole.
+        max_aspect: see `Decode`.
+        central: see `Decode`.
 
     Raises:
         UserError: a folder is absent, or does not hold what it should.
     """
     directory = os.path.expanduser(directory)
-    decode = Decode(image_size)
+    decode = Decode(image_size, min_area, max_aspect, central)
     paths = [os.path.join(directory, part) for part in (train, eval)]
     for path in paths:
         if not os.path.isdir(path) or not folders_in(path):
             raise UserError(
                 f"config.data.directory={directory!r} has no {os.path.basename(path)}/ with a "
                 "folder of images for each class",
-                "--config.data.directory=DIR; ImageNet is to be had from image-net.org, and "
-                "docs/imagenet.md says how its files have to lie",
+                "--config.data.directory=DIR; docs/imagenet.md says how the files have to lie, and "
+                "ImageNet's are to be had from image-net.org",
             )
     classes = folders_in(paths[0])
     if num_classes not in (None, len(classes)):

@@ -49,7 +49,12 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """`(examples, height, width, channels)` to logits `(examples, num_classes)`."""
+        """`(examples, height, width, channels)` to logits `(examples, num_classes)`.
+
+        Images of uint8 are brought to 0 to 1; those of any other type are taken as they are.
+        """
+        if x.dtype == jnp.uint8:
+            x = x.astype(jnp.float32) / 255
         x = nn.Conv(self.features, (3, 3), strides=self.stem_strides, use_bias=False)(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(x)
         x = nn.relu(x)

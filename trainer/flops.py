@@ -8,11 +8,15 @@ is bound by memory, and is left out.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+
+from trainer.task import AXIS
 
 
 def count_flops(jaxpr: Any) -> Counter[str]:
@@ -22,19 +26,58 @@ def count_flops(jaxpr: Any) -> Counter[str]:
         jaxpr: closed or not. A `cond` counts as its largest branch, a `while` as one iteration.
     """
     total: Counter[str] = Counter()
+    for (dtype, _), count in _count(jaxpr, "", "").items():
+        total[dtype] += count
+    return total
+
+
+def count_flops_by_scope(jaxpr: Any, mark: str) -> Counter[str]:
+    """The same by the innermost `jax.named_scope` whose name begins with a mark, without it."""
+    total: Counter[str] = Counter()
+    for (_, scope), count in _count(jaxpr, mark, "").items():
+        total[scope] += count
+    return total
+
+
+def _count(jaxpr: Any, mark: str, scope: str) -> Counter[tuple[str, str]]:
+    """By dtype and scope; `scope` is that of the equation that holds this jaxpr."""
+    total: Counter[tuple[str, str]] = Counter()
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
+        here = _scope_of(equation, mark) if mark else None
+        here = scope if here is None else here
         if name in ("dot_general", "conv_general_dilated"):
             count = _dot(equation) if name == "dot_general" else _convolution(equation)
-            total[str(equation.invars[0].aval.dtype)] += count
+            total[str(equation.invars[0].aval.dtype), here] += count
         elif name == "cond":
-            branches = [count_flops(branch) for branch in params["branches"]]
+            branches = [_count(branch, mark, here) for branch in params["branches"]]
             total += branches[int(np.argmax([branch.total() for branch in branches]))]
         else:
             times = params["length"] if name == "scan" else 1
             for inner in _inner(params):
-                total += Counter({dtype: times * n for dtype, n in count_flops(inner).items()})
+                found = _count(inner, mark, here)
+                total += Counter({key: times * count for key, count in found.items()})
     return total
+
+
+def _scope_of(equation: Any, mark: str) -> str | None:
+    names = re.findall(rf"{mark}([^/()]*)", str(equation.source_info.name_stack))
+    return names[-1] if names else None
+
+
+def flops_of_step(
+    step: Callable[[Any, Any], Any], state: Any, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> Counter[str]:
+    """The same of a step of one shard, traced on shapes: nothing is compiled or run.
+
+    Args:
+        step: written for one shard, as for `Lift.__call__`.
+        state: a state, or its shapes.
+        batch: the shapes of one shard of a batch.
+    """
+    mapped = jax.vmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+    one = {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in batch.items()}
+    return count_flops(jax.make_jaxpr(mapped)(state, one))
 
 
 def _inner(params: Any) -> list[Any]:

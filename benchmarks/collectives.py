@@ -1,0 +1,107 @@
+"""What a mean over the axis costs on CPU, in several forms: an experiment.
+
+    python benchmarks/collectives.py [--out=FILE.json]
+
+Between processes jax's collectives on CPU go by gloo, within one they do not. Microseconds of one
+of ten, each of which needs the one before it, as those of BatchNorm do:
+
+    psum       what `lax.pmean` is now
+    exchange   a sum with the partner at distance 1, 2, 4, ... by `lax.ppermute`. All shards get the
+               same bits: each level adds two numbers, in either order. For powers of two
+    gather     `lax.all_gather`, and a sum on each device
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from layouts import join, run_layout, tell
+
+LAYOUTS = [(1, 2), (1, 8), (2, 1), (2, 2), (2, 4)]
+SIZES = (1, 128, 1024, 80_000, 300_000)  # floats; 1024 are BatchNorm's of 512 features
+CHAIN = 10
+
+
+def worker(settings: dict[str, Any]) -> None:
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+
+    count = jax.device_count()
+
+    def exchange(x: Any) -> Any:
+        distance = 1
+        while distance < count:
+            pairs = [(place, place ^ distance) for place in range(count)]
+            x = x + lax.ppermute(x, "batch", pairs)
+            distance *= 2
+        return x / count
+
+    forms = {
+        "psum": lambda x: lax.pmean(x, "batch"),
+        "exchange": exchange,
+        "gather": lambda x: lax.all_gather(x, "batch").mean(0),
+    }
+    calls: dict[tuple[int, str], Any] = {}
+    for size in SIZES:
+        values = {}
+        for name, form in forms.items():
+
+            def chain(x: Any, form: Any = form) -> Any:
+                for _ in range(CHAIN):
+                    x = form(x) * 1.001
+                return x
+
+            calls[size, name] = jax.pmap(chain, axis_name="batch")
+            once = jax.pmap(form, axis_name="batch")
+            x = jnp.arange(jax.local_device_count() * size).reshape(-1, size) / size
+            values[name] = once(x).addressable_data(0)
+        for name, value in values.items():
+            assert jnp.allclose(value, values["psum"], rtol=1e-5), name
+    seconds: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
+    for number in range(settings["rounds"] + 2):
+        for (size, name), call in calls.items():
+            x = jnp.ones((jax.local_device_count(), size))
+            jax.block_until_ready(x)
+            began = time.perf_counter()
+            jax.block_until_ready(call(x))
+            if number >= 2:  # not those that compile and connect
+                seconds[size, name].append(time.perf_counter() - began)
+    micros = {key: 1e6 * statistics.median(found) / CHAIN for key, found in seconds.items()}
+    tell(settings, [[size, name, value] for (size, name), value in micros.items()])
+
+
+def main() -> None:
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    if options.worker:
+        settings = json.loads(options.worker)
+        join(settings)
+        return worker(settings)
+    record: dict[str, Any] = {"cores": os.cpu_count(), "load at the start": os.getloadavg()[0]}
+    rows = record["rows"] = []
+    for processes, devices in LAYOUTS:
+        found = run_layout(__file__, processes, devices, {"rounds": options.rounds})
+        for size in SIZES:
+            row = {"processes": processes, "devices of each": devices, "floats": size}
+            row |= {name: value for of, name, value in found if of == size}
+            rows.append(row)
+            shown = "  ".join(f"{n} {row[n]:8.0f} us" for n in ("psum", "exchange", "gather"))
+            print(f"{processes} x {devices}, {size:7} floats: {shown}", flush=True)
+    record["load at the end"] = os.getloadavg()[0]
+    if options.out:
+        Path(options.out).write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

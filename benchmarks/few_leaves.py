@@ -1,0 +1,175 @@
+"""What it would give to keep a state in a few flat buffers between steps: an experiment.
+
+    python benchmarks/few_leaves.py [--rounds=9] [--out=FILE.json]
+
+Every leaf costs a call of the step on every device (`benchmarks/scaling.py`, "dispatch"). The
+contestants are the trainer's step on one batch that lies on the devices, its state kept in three
+ways, on one process of 8 devices and on two of one:
+
+    leaves     as it is now
+    packed     one buffer a dtype between steps; the step cuts it up and puts it together again
+    flat       the same, and the optimizer works on the buffers of params and momentum as they are,
+               (`optax.flatten`), right for one that treats each number by itself, as SGD does
+
+400 leaves are those of a chain of 100 Dense layers, 8 wide, and of their momentum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from layouts import join, run_layout, tell
+
+LAYOUTS = [(1, 8), (2, 1)]
+SEGMENTS = {"mlp": 20, "resnet": 10, "400 leaves": 20}
+IN_FLIGHT = 16
+
+
+def config_of(name: str) -> Any:
+    from scaling import config_of
+
+    if name != "400 leaves":
+        return config_of(name)
+    config = config_of("mlp")
+    config.global_batch_size = 64
+    config.model = {
+        "target": "trainer.models.mlp:PlainMLP",
+        "hidden_sizes": (8,) * 99,
+        "out_size": 10,
+    }
+    return config
+
+
+def packed_step(step: Any, state: Any) -> tuple[Any, Any]:
+    """The step on a state as one buffer a dtype, and the first such state."""
+    import jax
+    import jax.numpy as jnp
+
+    leaves, treedef = jax.tree.flatten(state)
+    dtypes = sorted({str(leaf.dtype) for leaf in leaves})
+
+    def pack(state: Any) -> list[Any]:
+        leaves = jax.tree.leaves(state)
+        return [
+            jnp.concatenate([jnp.ravel(leaf) for leaf in leaves if str(leaf.dtype) == dtype])
+            for dtype in dtypes
+        ]
+
+    def unpack(buffers: list[Any]) -> Any:
+        offsets = dict.fromkeys(dtypes, 0)
+        cut = []
+        for leaf in leaves:
+            dtype = str(leaf.dtype)
+            start = offsets[dtype]
+            offsets[dtype] += leaf.size
+            buffer = buffers[dtypes.index(dtype)]
+            cut.append(buffer[start : start + leaf.size].reshape(leaf.shape))
+        return jax.tree.unflatten(treedef, cut)
+
+    def packed(buffers: list[Any], batch: Any) -> tuple[list[Any], Any]:
+        state, metrics = step(unpack(buffers), batch)
+        return pack(state), metrics
+
+    return packed, jax.jit(pack)(state)
+
+
+def contestant_of(kind: str, config: Any, segment: int) -> Any:
+    import jax
+    import optax
+
+    from trainer.job import build_job
+    from trainer.lift import make_lift
+    from trainer.settings import check
+    from trainer.step import Recipe, init_state, make_update_step, stack_metrics
+
+    settings = check(config)
+    job, lift = build_job(settings), make_lift(settings.lift)
+    task = job.task
+    if kind == "flat":
+        task = dataclasses.replace(task, optimizer=optax.flatten(task.optimizer))
+    update = stack_metrics(make_update_step(task, Recipe(flat=True)))
+    batch = job.stream.batch_at(0, lift.rows(settings.global_batch_size))
+    state = jax.jit(lambda x: init_state(task, 0, x))(batch["x"][0])
+    leaves = len(jax.tree.leaves(state))
+    if kind != "leaves":
+        update, state = packed_step(update, state)
+    step, state = lift(update), lift.put_state(state)
+    on_devices = lift.put_batch(batch)
+    losses: list[float] = []
+
+    def contestant(turn: Any) -> None:
+        nonlocal state
+        while True:
+            window: deque[Any] = deque()
+            for _ in range(segment):
+                state, metrics = step(state, on_devices)
+                window.append(metrics)
+                if len(window) > IN_FLIGHT:
+                    window.popleft().block_until_ready()
+            jax.block_until_ready(state)
+            losses.append(float(lift.read(metrics)[-1]))
+            if turn():
+                return
+
+    return contestant, losses, leaves
+
+
+def worker(settings: dict[str, Any]) -> None:
+    import jax
+    from turns import Turns
+
+    name = settings["model"]
+    segment = SEGMENTS[name]
+    made = {
+        kind: contestant_of(kind, config_of(name), segment) for kind in ("leaves", "packed", "flat")
+    }
+    turns = Turns(settings["rounds"])
+    turns.run({kind: contestant for kind, (contestant, *_) in made.items()})
+    for _, losses, _ in made.values():
+        apart = abs(losses[0] - made["leaves"][1][0])
+        assert apart < 1e-4, {kind: losses[0] for kind, (_, losses, _) in made.items()}
+    tell(
+        settings,
+        {
+            "leaves": made["leaves"][2],
+            **{f"{kind} ms/step": 1000 * turns.median(kind) / segment for kind in made},
+            "packed / leaves": turns.ratio("packed", "leaves"),
+            "flat / leaves": turns.ratio("flat", "leaves"),
+            "jax": jax.__version__,
+        },
+    )
+
+
+def main() -> None:
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    if options.worker:
+        settings = json.loads(options.worker)
+        join(settings)
+        return worker(settings)
+    record: dict[str, Any] = {"cores": os.cpu_count(), "load at the start": os.getloadavg()[0]}
+    rows = record["rows"] = []
+    for model in SEGMENTS:
+        for processes, devices in LAYOUTS:
+            job = {"model": model, "rounds": options.rounds}
+            found = run_layout(__file__, processes, devices, job)
+            rows.append({"job": model, "processes": processes, "devices of each": devices, **found})
+            print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
+                            for k, v in rows[-1].items()), flush=True)  # fmt: skip
+    record["load at the end"] = os.getloadavg()[0]
+    if options.out:
+        Path(options.out).write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""How the same work scales over devices and processes of one machine, and what is not work in it.
+
+python benchmarks/scaling.py [--only=layouts,dispatch] [--rounds=11] [--out=FILE.json]
+
+layouts    one global batch on 1 and 2 processes of 1, 2, 4 and 8 devices: `trainer.train`
+           ("loop"), the same compiled step on a batch that lies on the devices ("bare"), and
+           that step without its collectives, each device on its own shard ("alone"). Devices
+           share the cores, so the best that "alone" reaches in any layout is the machine's
+           limit. In one process they take turns; ratios are within a round. A fourth, "saves",
+           is the loop with a checkpoint in the middle of each segment
+dispatch   the time that a call of a step takes before it returns, by leaves and devices, and a
+           fit of a + b * leaves * devices
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from layouts import fit, join, run_layout, tell
+
+LAYOUTS = [(processes, devices) for processes in (1, 2) for devices in (1, 2, 4, 8)]
+SEGMENTS = {"mlp": 20, "resnet": 10}
+LEAVES = (10, 50, 100, 200, 400)
+IN_FLIGHT = 16
+OF_LIMIT = "of the machine's limit"
+
+
+def config_of(name: str, **changes: Any) -> Any:
+    from ml_collections import ConfigDict
+
+    models = {
+        "mlp": {"target": "trainer.models.mlp:MLP", "hidden_size": 512, "out_size": 10},
+        "resnet": {"target": "trainer.models.resnet:ResNet", "num_classes": 10},
+    }
+    return ConfigDict(
+        {
+            "num_steps": 10**9,
+            "global_batch_size": {"mlp": 1024, "resnet": 256}[name],
+            "model": {**models[name], "axis_name": "batch"},
+            "loss": {"target": "trainer.losses:softmax_cross_entropy"},
+            "optimizer": {"target": "optax:sgd", "learning_rate": 0.01, "momentum": 0.9},
+            "data": {"target": "scaling:load"},
+            "eval": {"every_steps": 10**9},
+            "checkpoint": {"every_steps": 10**9, "fast_every_secs": 0.0},
+            **changes,
+        }
+    )
+
+
+def load() -> dict[str, Any]:
+    """Random examples, 64 batches of 1024."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    x = random.normal(size=(65536, 8, 8, 1)).astype(np.float32)
+    return {"train": {"x": x, "y": random.integers(0, 10, 65536).astype(np.int32)}}
+
+
+def trainers_loop(config: Any, segment: int, folder: str) -> Any:
+    """`trainer.train`, which takes turns in the middle of each `segment` steps."""
+    import trainer
+
+    config.log_every_steps = segment // 2  # the loop has drained there
+
+    def contestant(turn: Any) -> None:
+        calls = -1
+
+        def stop_requested(step: int, phase: str) -> bool:
+            nonlocal calls
+            if phase not in ("compile", "train"):
+                return False
+            calls += 1
+            return calls > 0 and calls % segment == segment // 2 and turn()
+
+        with contextlib.suppress(trainer.Preempted):
+            trainer.train(config, folder, stop_requested=stop_requested)
+
+    return contestant
+
+
+def bare_loop(config: Any, segment: int, *, alone: bool) -> Any:
+    """The loop's step over and over on one batch; `alone` without any collective."""
+    import jax
+
+    from trainer.job import build_job
+    from trainer.lift import make_lift
+    from trainer.settings import check
+    from trainer.step import Recipe, init_state, make_update_step, stack_metrics
+
+    if alone:
+        config.model.axis_name = None
+    settings = check(config)
+    job, lift = build_job(settings), make_lift(settings.lift)
+    axis = None if alone else "batch"
+    update = make_update_step(job.task, Recipe(flat=True), axis=axis)
+    step = lift(stack_metrics(update))
+    batch = job.stream.batch_at(0, lift.rows(settings.global_batch_size))
+    init = jax.jit(lambda x: init_state(job.task, 0, x))
+    state = lift.put_state(init(batch["x"][0]))
+    on_devices = lift.put_batch(batch)
+
+    def contestant(turn: Any) -> None:
+        nonlocal state
+        while True:
+            window: deque[Any] = deque()
+            for _ in range(segment):
+                state, metrics = step(state, on_devices)
+                window.append(metrics)
+                if len(window) > IN_FLIGHT:
+                    window.popleft().block_until_ready()
+            jax.block_until_ready(state)
+            if alone:
+                lift.gather(0)  # so that the slowest process counts
+            if turn():
+                return
+
+    return contestant
+
+
+def layout_worker(settings: dict[str, Any]) -> None:
+    from turns import Turns
+
+    name, folder = settings["model"], settings["folder"]
+    segment = SEGMENTS[name]
+    turns = Turns(settings["rounds"], warmup=3)
+    saving = config_of(name)
+    saving.checkpoint.every_steps = segment
+    turns.run(
+        {
+            "loop": trainers_loop(config_of(name), segment, f"{folder}/loop"),
+            "bare": bare_loop(config_of(name), segment, alone=False),
+            "alone": bare_loop(config_of(name), segment, alone=True),
+            "saves": trainers_loop(saving, segment, f"{folder}/saves"),
+        }
+    )
+    pairs = zip(turns.seconds["saves"], turns.seconds["loop"], strict=True)
+    costs = [saved - plain for saved, plain in pairs]
+    error = statistics.stdev(costs) / len(costs) ** 0.5
+    tell(
+        settings,
+        {
+            **{f"{who} ms/step": 1000 * turns.median(who) / segment for who in turns.seconds},
+            "loop / bare": turns.ratio("loop", "bare"),
+            "alone / loop": turns.ratio("alone", "loop"),
+            "seconds a save": statistics.median(costs),
+            "seconds a save, standard error": error,
+        },
+    )
+
+
+def dispatch_worker(settings: dict[str, Any]) -> None:
+    """Microseconds a call takes to return, the devices being idle, by number of leaves."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from trainer.lift import make_lift
+
+    lift = make_lift(settings["lift"])
+    found = {}
+    for leaves in LEAVES:
+
+        def step(state: Any, batch: Any) -> Any:
+            mean = jax.lax.pmean(jnp.mean(batch["x"]), "batch")
+            return jax.tree.map(lambda leaf: leaf * 0.9 + mean, state), mean
+
+        state = lift.put_state({f"{n:03}": jnp.zeros(8) for n in range(leaves)})
+        rows = np.ones((lift.mesh.size, 1), np.float32)[lift.rows(lift.mesh.size)]
+        batch = lift.put_batch({"x": rows})
+        lifted = lift(step)
+        seconds = []
+        for _ in range(settings["calls"]):
+            began = time.perf_counter()
+            state, _ = lifted(state, batch)
+            seconds.append(time.perf_counter() - began)
+            jax.block_until_ready(state)
+        found[leaves] = 1e6 * statistics.median(seconds[5:])
+    tell(settings, found)
+
+
+def layouts(rounds: int, models: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for model in models:
+        of_model = []
+        for processes, devices in LAYOUTS:
+            job = {"part": "layouts", "model": model, "rounds": rounds}
+            found = run_layout(__file__, processes, devices, job)
+            of_model.append(
+                {"job": model, "processes": processes, "devices of each": devices, **found}
+            )
+        limit = min(row["alone ms/step"] for row in of_model)
+        for row in of_model:
+            row[OF_LIMIT] = limit / row["loop ms/step"]
+            row["percent outside the step"] = 100 * (row["loop / bare"] - 1)
+            row["percent in saves, one a minute"] = 100 * row["seconds a save"] / 60
+            print(
+                f"{model:7} {row['processes']} x {row['devices of each']}:",
+                *(f"{who} {row[f'{who} ms/step']:.2f}" for who in ("loop", "bare", "alone")),
+                f"ms; outside {row['percent outside the step']:.1f} %;",
+                f"{100 * row[OF_LIMIT]:.0f} % of the limit;",
+                f"a save {1000 * row['seconds a save']:.0f}",
+                f"+- {1000 * row['seconds a save, standard error']:.0f} ms",
+                flush=True,
+            )
+        rows += of_model
+    return rows
+
+
+def dispatch(calls: int) -> list[dict[str, Any]]:
+    rows = []
+    for processes in (1, 2):
+        for lift in ("pmap", "shard_map"):
+            points = []
+            for devices in (1, 2, 4, 8):
+                job = {"part": "dispatch", "lift": lift, "calls": calls}
+                found = run_layout(__file__, processes, devices, job)
+                points += [(int(leaves), devices, micros) for leaves, micros in found.items()]
+            a, b = fit(
+                [[1.0, leaves * devices] for leaves, devices, _ in points],
+                [micros for *_, micros in points],
+            )
+            row = {"processes": processes, "lift": lift, "a, us": a, "b, us": b}
+            rows.append({**row, "leaves, devices of each, us a call": points})
+            shown = f"{a:.0f} us + {b:.2f} us * leaves * devices of each"
+            print(f"{processes} processes, {lift}: {shown}", flush=True)
+    return rows
+
+
+def main() -> None:
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--only", default="layouts,dispatch")
+    parser.add_argument("--models", default="mlp,resnet")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    if options.worker:
+        settings = json.loads(options.worker)
+        join(settings)
+        return {"layouts": layout_worker, "dispatch": dispatch_worker}[settings["part"]](settings)
+    record: dict[str, Any] = {"cores": os.cpu_count(), "load at the start": os.getloadavg()[0]}
+    if "layouts" in options.only.split(","):
+        record["layouts"] = layouts(options.rounds, options.models.split(","))
+    if "dispatch" in options.only.split(","):
+        record["dispatch"] = dispatch(20 * options.rounds)
+    record["load at the end"] = os.getloadavg()[0]
+    if options.out:
+        Path(options.out).write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What a step costs where the state is cut over the devices, against a whole one on each.
+
+    python benchmarks/state_sharding.py [--width=512] [--batch=1024] [--devices=8] [--rounds=30]
+        [--reduce=flat]
+
+The same step of the same MLP (Adam, so that the optimizer's state is twice the params) in one
+process on fake CPU devices, the three kinds in turns. Bytes are those of one device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from machine import fake_devices, write
+
+KINDS = ("replicated", "zero1", "fsdp")
+STEPS = 10  # a turn
+
+
+def main() -> None:
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--reduce", default="flat", choices=("flat", "leaves"))
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    fake_devices(options.devices)
+    flat = options.reduce == "flat"
+    result = measure(options.width, options.batch, options.devices, options.rounds, flat)
+    write(result, options.out)
+
+
+def measure(width: int, batch: int, devices: int, rounds: int, flat: bool) -> dict[str, Any]:
+    import jax
+    import numpy as np
+    import optax
+    from turns import Turns
+
+    from trainer.lift import make_lift
+    from trainer.lifted import make_cut_step
+    from trainer.losses import softmax_cross_entropy
+    from trainer.models.mlp import MLP
+    from trainer.step import Recipe, Task, init_state, make_update_step
+
+    random = np.random.default_rng(0)
+    examples = {
+        "x": random.normal(size=(batch, width)).astype(np.float32),
+        "y": random.integers(10, size=batch).astype(np.int32),
+    }
+    model = MLP(hidden_size=width, out_size=10)
+    task = Task(model, softmax_cross_entropy, optax.adam(1e-3), 1e-3)
+    recipe = Recipe(flat=flat)
+    held: dict[str, int] = {}
+    temporary: dict[str, int] = {}
+
+    def init():
+        return init_state(task, 0, examples["x"][0], recipe)
+
+    def contestant(kind):
+        def compete(turn):
+            lift = make_lift("shard_map", state_sharding=kind)
+            shapes = jax.eval_shape(init)
+            if lift.cut:
+                step = lift.compile(make_cut_step(task, recipe, lift, shapes), shapes)
+            else:
+                step = lift(make_update_step(task, recipe))
+            state = lift.make_state(jax.jit(init))
+            held[kind] = sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(state))
+            on_devices = lift.put_batch(examples)
+            memory = step.lower(state, on_devices).compile().memory_analysis()
+            temporary[kind] = memory.temp_size_in_bytes
+            ended = False
+            while not ended:
+                for _ in range(STEPS):
+                    state, metrics = step(state, on_devices)
+                jax.block_until_ready((state, metrics))
+                ended = turn()
+
+        return compete
+
+    turns = Turns(rounds)
+    turns.run({kind: contestant(kind) for kind in KINDS})
+    return {
+        "jax": jax.__version__,
+        "devices": devices,
+        "width": width,
+        "global_batch_size": batch,
+        "reduce": "flat" if flat else "leaves",
+        "state_bytes_a_device": held,
+        "temporary_bytes_a_device": temporary,
+        "ms_a_step": {kind: 1000 * turns.median(kind) / STEPS for kind in KINDS},
+        "ratio_to_replicated": {kind: turns.ratio(kind, "replicated") for kind in KINDS},
+        "load_average": os.getloadavg()[0],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Benchmarks can be started, and their jobs can be read; what they measure is never tested."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
+COMMANDS = [path for path in FILES if "ArgumentParser" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_a_benchmark_says_how_it_is_used(path):
+    done = subprocess.run(
+        [sys.executable, path, "--help"],
+        check=False,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    assert "--out" in done.stdout
+
+
+def test_files_that_other_environments_run_are_python():
+    for path in FILES:
+        compile(path.read_text(), path, "exec")
