@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 
 import jax
 import pytest
@@ -12,6 +13,8 @@ from test_report import collect, rows_of
 from test_resume import assert_bitwise_equal, digits
 
 import trainer
+from trainer.data.digits import load
+from trainer.data.stream import ArraySource
 from trainer.errors import Preempted, UserError
 from trainer.profiling import Profile
 
@@ -111,6 +114,29 @@ def test_the_clock_of_the_log_stands_still_meanwhile():
     take(4, 1)
     log.emit(5)
     assert found["rows"][-1].step_seconds == 1
+
+
+class Slow(ArraySource):
+    """A tenth of a second a batch."""
+
+    def __getitem__(self, indices):
+        if indices.size > 1:  # one is asked for to see the shapes
+            time.sleep(0.1)
+        return super().__getitem__(indices)
+
+
+def slow_digits():
+    """Named by a config below."""
+    return {"train": Slow(load()["train"])}
+
+
+def test_all_other_steps_are_in_the_speed_and_none_of_the_traced(tmp_path):
+    """Steps run ahead of their metrics, which must not move them to the other side."""
+    config = digits(12)
+    config.log_every_steps = 12
+    config.data = {"target": "test_profile:slow_digits"}
+    metrics = trainer.train(config, tmp_path / "run", mesh_of(2), profile="6:3").metrics
+    assert 0.099 < metrics["train/step_seconds"] < 0.2
 
 
 @pytest.mark.slow

@@ -61,6 +61,14 @@ def test_evaluation_is_exact_at_any_device_count(examples, devices):
     np.testing.assert_allclose([found["eval/loss"], found["eval/twice"]], expected, rtol=1e-6)
 
 
+def test_batches_whose_infinities_cancel_evaluate_to_no_number():
+    task = Task(nn.Dense(1), lambda outputs, batch: batch["y"][:, 0], optax.sgd(0.1))
+    source = ArraySource({"x": X[:4], "y": np.float32([[np.inf], [1.0], [-np.inf], [1.0]])})
+    lift = make_lift("pmap", mesh_of(2))
+    found = Evaluator(task, source, lift, batch_size=2)(lift.put_state(state_of(task)))
+    assert np.isnan(found["eval/loss"])
+
+
 def test_a_flat_mean_is_the_mean_and_leaves_integers_alone():
     tree = {
         "a": RANDOM.normal(size=(4, 3, 2)).astype(np.float32),

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.checkpoints.saver import Saver
 from trainer.console import say
+from trainer.curves import Curves
 from trainer.errors import NonFiniteLoss
 from trainer.goodput import Goodput
 from trainer.live import LiveView
@@ -37,6 +38,11 @@ class Account:
         self._rows: Sequence[Mapping[str, Any]] = ()
         self.metrics: dict[str, float] = {}
         self.goodput = Goodput(time.monotonic)
+
+    @property
+    def curves(self) -> Curves | None:
+        """For what goes to TensorBoard alone; None where this process does not write."""
+        return self._report.curves if self._report is not None else None
 
     @property
     def _folder(self) -> Workdir:

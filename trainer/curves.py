@@ -9,11 +9,17 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from trainer.console import warn
 from trainer.keys import flatten
+from trainer.png import encode
 from trainer.workdir import Workdir
+
+if TYPE_CHECKING:
+    from trainer.histograms import Histogram
 
 # Events that may wait for the disk: past it tensorboardX would let the training wait.
 _LONGEST_QUEUE = 10_000
@@ -40,6 +46,34 @@ class Curves:
         with self._errors_told():
             for tag, value in values.items():
                 self._open().add_scalar(tag, value, step)
+
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
+        """Adds histograms, by tag."""
+        with self._errors_told():
+            for tag, one in found.items():
+                self._open().add_histogram_raw(
+                    tag,
+                    min=one.low,
+                    max=one.high,
+                    num=int(one.counts.sum()),
+                    sum=one.total,
+                    sum_squares=one.squares,
+                    bucket_limits=one.edges[1:].tolist(),
+                    bucket_counts=one.counts.tolist(),
+                    global_step=step,
+                )
+
+    def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        """Adds a picture, `(height, width, 1 or 3)` uint8."""
+        with self._errors_told():
+            from tensorboardX.proto.summary_pb2 import Summary
+
+            height, width, channels = pixels.shape
+            image = Summary.Image(
+                height=height, width=width, colorspace=channels, encoded_image_string=encode(pixels)
+            )
+            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+            self._open().file_writer.add_summary(summary, step)
 
     def hparams(self, metrics: Mapping[str, float]) -> None:
         """Adds the closing metrics for the HPARAMS tab, which then lists the run as finished."""

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
+import jax
+import numpy as np
+
 from trainer.data.prefetch import prefetch
 from trainer.data.stream import Source, eval_batches
 from trainer.lift import Lift
@@ -14,11 +17,11 @@ from trainer.progress import InFlight
 from trainer.step import Task, make_eval_step
 
 
-class Evaluator:
-    """Evaluates states on one set of held-out examples.
+class HeldOutSums:
+    """Adds up what a function of the state and a batch gives, over one set of held-out examples.
 
     Args:
-        task: what is evaluated.
+        function: `(state, batch) -> sums`, written for one shard and summed over the axis.
         source: the examples.
         lift: how a batch meets the devices.
         batch_size: rows a batch; rounded up to a multiple of the shards.
@@ -26,23 +29,23 @@ class Evaluator:
     """
 
     def __init__(
-        self, task: Task, source: Source, lift: Lift, batch_size: int, depth: int = 0
+        self,
+        function: Callable[[Any, Any], Any],
+        source: Source,
+        lift: Lift,
+        batch_size: int,
+        depth: int = 0,
     ) -> None:
         self._source = source
         self._lift = lift
         self._batch_size = -(-batch_size // lift.num_shards) * lift.num_shards
         self._depth = depth
-        self._step = lift(make_eval_step(task), donate=False)
+        self._function = lift(function, donate=False)
 
-    def __call__(
-        self, state: Any, stop_requested: Callable[[], bool] = lambda: False
-    ) -> dict[str, float] | None:
-        """The mean of the loss and of each metric over all examples, tagged `eval/...`.
-
-        Sums and counts are added up in float64 on the host. Returns None if asked to stop.
-        """
+    def __call__(self, state: Any, stop_requested: Callable[[], bool] = lambda: False) -> Any:
+        """The sums over all batches, added up in float64 on the host; None if asked to stop."""
         state = dataclasses.replace(state, opt_state=())  # of no use, and perhaps cut
-        totals: dict[str, list[float]] = {}
+        totals: Any = None
         asked_to_stop = False
 
         def read(sums: Any) -> Any:
@@ -53,11 +56,11 @@ class Evaluator:
         in_flight = InFlight(read)
 
         def add(finished: list[Any]) -> None:
+            nonlocal totals
             for _, sums in finished:
-                for name, (numerator, count) in sums.items():
-                    total = totals.setdefault(name, [0.0, 0.0])
-                    total[0] += float(numerator)
-                    total[1] += float(count)
+                sums = jax.tree.map(lambda leaf: leaf.astype(np.float64), sums)
+                with np.errstate(invalid="ignore"):  # infinities may cancel: that is a NaN
+                    totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
 
         rows = self._lift.rows(self._batch_size)
         batches = eval_batches(self._source, self._batch_size, rows)
@@ -65,9 +68,38 @@ class Evaluator:
             for batch in on_devices:
                 if asked_to_stop or stop_requested():
                     return None
-                add(in_flight.push(None, self._step(state, batch)))
+                add(in_flight.push(None, self._function(state, batch)))
         add(in_flight.drain())
+        return totals
+
+
+class Evaluator:
+    """Evaluates states on one set of held-out examples.
+
+    Args:
+        task: what is evaluated.
+        source: the examples, at least one.
+        lift: how a batch meets the devices.
+        batch_size: rows a batch; rounded up to a multiple of the shards.
+        depth: how many batches to prefetch.
+    """
+
+    def __init__(
+        self, task: Task, source: Source, lift: Lift, batch_size: int, depth: int = 0
+    ) -> None:
+        self._sums = HeldOutSums(make_eval_step(task), source, lift, batch_size, depth)
+
+    def __call__(
+        self, state: Any, stop_requested: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """The mean of the loss and of each metric over all examples, tagged `eval/...`.
+
+        Returns None if asked to stop.
+        """
+        totals = self._sums(state, stop_requested)
+        if totals is None:
+            return None
         return {
-            f"eval/{name}": total / count if count else float("nan")
+            f"eval/{name}": float(total / count) if count else float("nan")
             for name, (total, count) in totals.items()
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
@@ -17,11 +18,15 @@ class Goodput:
 
     Args:
         clock: seconds, monotonic.
+        cpu_clock: seconds of processor time of the thread that calls.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._since = clock()
+    def __init__(
+        self, clock: Callable[[], float], cpu_clock: Callable[[], float] = time.thread_time
+    ) -> None:
+        self._clock, self._cpu_clock = clock, cpu_clock
+        self._since, self._cpu_since = clock(), cpu_clock()
+        self._cpu_spent: dict[str, float] = {}
         self._kind = "start"
         self._spent = dict.fromkeys((*KINDS, "step"), 0.0)
         self.starts = 1
@@ -57,6 +62,11 @@ class Goodput:
         spent[self._kind] = spent.get(self._kind, 0.0) + self._clock() - self._since
         return spent
 
+    def cpu_seconds(self, kind: str) -> float:
+        """Of one kind, what this start has computed on the host; waiting is no part of it."""
+        spent = self._cpu_spent.get(kind, 0.0)
+        return spent + self._cpu_clock() - self._cpu_since if kind == self._kind else spent
+
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {"seconds": self.seconds(), "starts": self.starts}
@@ -80,6 +90,8 @@ class Goodput:
         return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
     def _switch(self, kind: str) -> None:
-        now = self._clock()
+        now, cpu_now = self._clock(), self._cpu_clock()
         self._spent[self._kind] = self._spent.get(self._kind, 0.0) + now - self._since
-        self._kind, self._since = kind, now
+        cpu_spent = self._cpu_spent.get(self._kind, 0.0)
+        self._cpu_spent[self._kind] = cpu_spent + cpu_now - self._cpu_since
+        self._kind, self._since, self._cpu_since = kind, now, cpu_now

@@ -45,6 +45,7 @@ RESUMABLE = (
     "nan",
     "replica_check_every_steps",
     "early_stop.",
+    "summaries.",
     # Of a fresh run only.
     "init_from",
     "init_map",
@@ -138,6 +139,19 @@ KEYS: dict[str, tuple[Any, str]] = {
         "goes on",
     ),
     "early_stop.min_delta": (0.0, "better means better by more than this"),
+    "summaries.stragglers": (
+        False,
+        "at log rows, compare the ranks' own time a step, and name one that holds up the others",
+    ),
+    "summaries.histograms_every_steps": (
+        int,
+        "steps from one histogram of the params and their gradients to the next; None: none",
+    ),
+    "summaries.images": (0, "how many held-out examples are shown, at the first evaluation"),
+    "summaries.confusion": (
+        False,
+        "at each evaluation, count which class was taken for which (a second pass over the data)",
+    ),
     "data.shuffle": (True, "a new order of the training examples each epoch"),
     "data.prefetch": (int, "batches made ahead in a thread; None: 2, and 0 on CPU"),
 }

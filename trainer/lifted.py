@@ -47,7 +47,7 @@ def lift_update_step(
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), batch)
         unroll = has_convolution(make_job_step(settings, job, platform), state, shapes)
     if lift.cut:
-        recipe = _recipe(settings, job, platform, unroll=unroll)
+        recipe = recipe_on(settings, job, platform, unroll=unroll)
         update_step = stack_metrics(make_cut_step(job.task, recipe, lift, state))
         return lift.compile(update_step, state, scan=scan, unroll=unroll)
     update_step = make_job_step(settings, job, platform, unroll=unroll)
@@ -58,7 +58,7 @@ def make_job_step(
     settings: Settings, job: Job, platform: str, *, unroll: bool = False
 ) -> Callable[[Any, Batch], tuple[Any, Any]]:
     """The step of one shard, `(state, batch) -> (state, metrics as one array)`."""
-    recipe = _recipe(settings, job, platform, unroll=unroll)
+    recipe = recipe_on(settings, job, platform, unroll=unroll)
     return stack_metrics(make_update_step(job.task, recipe))
 
 
@@ -110,6 +110,7 @@ def make_cut_step(
     return update_step
 
 
-def _recipe(settings: Settings, job: Job, platform: str, *, unroll: bool) -> Recipe:
+def recipe_on(settings: Settings, job: Job, platform: str, *, unroll: bool) -> Recipe:
+    """The job's recipe with what a platform likes."""
     flat = settings.reduce == "flat" or (settings.reduce == "auto" and platform == "cpu")
     return dataclasses.replace(job.recipe, flat=flat, unroll=unroll)

@@ -34,6 +34,7 @@ from trainer.report import evaluation_at
 from trainer.settings import Settings, check
 from trainer.shared_folder import SharedFolder, refuse_changes
 from trainer.state import TrainState
+from trainer.summaries import Summaries
 from trainer.summary import (
     About,
     say_finished_before,
@@ -165,6 +166,7 @@ class _Run:
             goodput=self.goodput,
             drain=self._drain,
         )
+        self.summaries = Summaries(self.about, self.account, self.log, stop_requested)
         self.evaluator: Evaluator | None = None
         if job.held_out is not None:
             batch_size = settings.eval_batch_size or settings.global_batch_size
@@ -221,7 +223,9 @@ class _Run:
                 if last or is_due(self.settings.log_every_steps, before, step):
                     self._drain()  # so that a row's time is that of its own steps
                     self.log.emit(step)
+                    self.summaries.after_row(step)
                 self.account.progress(step)
+                self.summaries.after_call(before, step, state, self._drain)
                 if self.evaluator and (last or is_due(self.eval_every_steps, before, step)):
                     self._evaluate(state, step)
                     if self.early_stop.reason:
@@ -354,6 +358,7 @@ class _Run:
             self.early_stop.add(step, metrics)
             self.saver.save_if_best(step, state, metrics)
             self.account.flush()
+            self.summaries.after_evaluation(step, state)
         self.log.exclude(time.monotonic() - began)
 
     def _save(self, state: TrainState, step: int) -> None:

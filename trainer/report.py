@@ -18,6 +18,9 @@ class Report:
         workdir: the claimed folder of the run.
         step: the step the run goes on from; what was written past it is cut away.
         rows: up to that step, which may be missing in the file.
+
+    Attributes:
+        curves: TensorBoard's.
     """
 
     def __init__(self, workdir: Workdir, step: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -26,7 +29,7 @@ class Report:
         for row in rows:
             if row not in there:
                 self._rows.add(row)
-        self._curves = Curves(workdir, step)
+        self.curves = Curves(workdir, step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one row.
@@ -37,23 +40,23 @@ class Report:
         """
         finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
         self._rows.add({"step": step, **dict.fromkeys(values), **finite})
-        self._curves.scalars(step, finite)
+        self.curves.scalars(step, finite)
 
     def times(self, step: int, seconds: Mapping[str, float]) -> None:
         """Writes what time was spent on, for TensorBoard only: no two runs agree about it."""
-        self._curves.scalars(step, {f"goodput/{kind}": spent for kind, spent in seconds.items()})
+        self.curves.scalars(step, {f"goodput/{kind}": spent for kind, spent in seconds.items()})
 
     def curves_only(self, step: int, values: Mapping[str, float]) -> None:
         """Writes finite values, by tag, for TensorBoard only: no two runs agree about them."""
-        self._curves.scalars(step, values)
+        self.curves.scalars(step, values)
 
     def hparams(self, metrics: Mapping[str, float]) -> None:
         """Writes the run's settings and closing metrics for TensorBoard's HPARAMS tab."""
-        self._curves.hparams({tag: v for tag, v in metrics.items() if math.isfinite(v)})
+        self.curves.hparams({tag: v for tag, v in metrics.items() if math.isfinite(v)})
 
     def flush(self) -> bool:
         """Hands everything written so far to the file system; says whether it took the rows."""
-        self._curves.flush()
+        self.curves.flush()
         return self._rows.flush()
 
     def unwritten(self) -> list[dict[str, Any]]:
@@ -63,11 +66,13 @@ class Report:
     def close(self) -> None:
         """Flushes and closes the files."""
         self._rows.flush()
-        self._curves.close()
+        self.curves.close()
 
 
 class NoReport:
     """What the processes that do not write have in place of a report."""
+
+    curves = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes nothing."""

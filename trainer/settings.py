@@ -75,6 +75,10 @@ class Settings:
     nan_limit: int
     replica_check_every_steps: int
     log_every_steps: int
+    stragglers: bool
+    histograms_every_steps: int | None
+    images: int
+    confusion: bool
 
 
 def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
@@ -197,6 +201,10 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         nan_limit=positive("nan_limit"),
         replica_check_every_steps=positive("replica_check_every_steps"),
         log_every_steps=positive("log_every_steps"),
+        stragglers=config.summaries.stragglers,
+        histograms_every_steps=positive_or_none("summaries.histograms_every_steps"),
+        images=int(not_negative("summaries.images")),
+        confusion=config.summaries.confusion,
     )
 
 
