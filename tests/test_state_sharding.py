@@ -61,11 +61,18 @@ def init(task, recipe, dtype=np.float32):
 
 
 def run(
-    task, recipe=PLAIN, sharding="replicated", devices=8, steps=4, scan=False, dtype=np.float32
+    task,
+    recipe=PLAIN,
+    sharding="replicated",
+    devices=8,
+    steps=4,
+    scan=False,
+    dtype=np.float32,
+    batch=None,
 ):
     """The lift, and the state and metrics on the devices after some steps."""
     lift = make_lift("shard_map", mesh_of(devices), sharding)
-    batch = TEXT if task is CHARACTERS else BATCH
+    batch = batch or (TEXT if task is CHARACTERS else BATCH)
     start = init(task, recipe, dtype)
     shapes = jax.eval_shape(start)
     if lift.cut:
@@ -127,10 +134,18 @@ def test_a_part_that_is_frozen_is_cut_and_stays(sharding, flat):
     compare(task, sharding, Recipe(flat=flat, ema_decay=0.9))
 
 
+@pytest.mark.parametrize("devices", [1, 3, 5, 7])
 @pytest.mark.parametrize("sharding", CUT)
-def test_several_steps_in_one_call_and_other_device_counts(sharding):
-    lift, state, metrics = run(NORMALISED, devices=2)
-    cut_lift, cut_state, cut_metrics = run(NORMALISED, sharding=sharding, devices=2, scan=True)
+def test_several_steps_in_one_call_and_other_device_counts(sharding, devices):
+    # Of its kernels, (60, 70) and (70, 70), 1 device cuts none, 3 the first only, 7 not along 60.
+    task = dataclasses.replace(NORMALISED, model=MLP(hidden_size=70, out_size=1))
+    batch = {name: np.repeat(array, 105, axis=0)[5:215] for name, array in BATCH.items()}
+    lift, state, metrics = run(task, devices=devices, batch=batch)
+    cut_lift, cut_state, cut_metrics = run(
+        task, sharding=sharding, devices=devices, batch=batch, scan=True
+    )
+    cut = [leaf for leaf in jax.tree.leaves(cut_state.opt_state) if not leaf.is_fully_replicated]
+    assert len(cut) == {1: 0, 3: 1, 5: 2, 7: 2}[devices]
     assert_close(cut_lift.host_copy(cut_state), lift.host_copy(state))
     assert float(cut_metrics["loss"][-1]) == pytest.approx(float(metrics["loss"]), abs=1e-5)
 
@@ -289,3 +304,32 @@ def test_a_lift_that_cannot_says_which_can():
     with pytest.raises(trainer.UserError, match="needs the lift shard_map") as error:
         trainer.train(CONFIG | {"lift": "pmap", "state_sharding": "zero1"}, "unused")
     assert "--config.lift=shard_map" in str(error.value.hint)
+
+
+def averaging(learning_rate):
+    """SGD that takes the mean of the gradients once more."""
+
+    def update(updates, state, params=None):
+        return jax.lax.pmean(updates, "batch"), state
+
+    again = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.chain(again, optax.sgd(learning_rate))
+
+
+def mistaken(learning_rate):
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), lambda *_: learningrate)  # noqa: F821
+
+
+def test_an_optimizer_that_uses_the_axis_needs_a_whole_state(tmp_path):
+    def config(target, kind):
+        optimizer = {"target": f"{__name__}:{target}", "learning_rate": 0.1}
+        return CONFIG | {"optimizer": optimizer, "state_sharding": kind, "num_steps": 1}
+
+    for kind in CUT:
+        with pytest.raises(trainer.UserError, match="uses the axis 'batch' itself") as error:
+            trainer.train(config("averaging", kind), tmp_path / "run")
+        assert "--config.state_sharding=replicated" in error.value.hint
+        assert not (tmp_path / "run").exists()
+        with pytest.raises(NameError, match="learningrate"):
+            trainer.train(config("mistaken", kind), tmp_path / "run")
+    trainer.train(config("averaging", "replicated"), tmp_path / "run")
