@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import tracemalloc
 
@@ -13,6 +14,7 @@ import optax
 import pytest
 from conftest import mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
+from test_resume import flip_a_bit, save_another_state, truncate
 
 import trainer
 from trainer.cutting import cut_dimension
@@ -298,6 +300,61 @@ def test_a_run_may_change_how_its_state_lies(tmp_path):
 
 def leaves_of(state):
     return {name: np.asarray(leaf) for name, leaf in name_leaves(state).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, save_another_state])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, damage):
+    config = CONFIG | {"state_sharding": "fsdp", "checkpoint": {"every_steps": 2}}
+    straight = trainer.train(config, tmp_path / "straight")
+    trainer.train(config | {"stop_at_step": 4}, tmp_path / "run")
+    damage(tmp_path / "run/checkpoints/4")
+    capsys.readouterr()
+    rest = trainer.train(config, tmp_path / "run")
+    out, err = capsys.readouterr()
+    assert "warning: step 4 cannot be restored from the checkpoint" in err
+    assert "restored step 2 from " in out
+    assert list((tmp_path / "run/checkpoints/quarantine").glob("4-*"))
+    assert_close(leaves_of(rest.state), leaves_of(straight.state), atol=0)
+
+
+@pytest.mark.parametrize(("there", "here"), [("fsdp", "replicated"), ("replicated", "fsdp")])
+def test_a_run_begins_with_the_params_of_one_that_lies_in_another_way(tmp_path, there, here):
+    first = trainer.train(CONFIG | {"state_sharding": there}, tmp_path / "first")
+    begun = {"init_from": str(tmp_path / "first"), "num_steps": 2}
+    fresh = [
+        trainer.train(CONFIG | begun | {"state_sharding": kind}, tmp_path / kind)
+        for kind in (here, there)
+    ]
+    found, expected = (leaves_of(result.state) for result in fresh)
+    assert_close(found, expected)
+    started = leaves_of(first.state)["params/Dense_0/kernel"]
+    assert np.abs(found["params/Dense_0/kernel"] - started).max() < 0.1  # of two steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 3])
+def test_what_was_trained_cut_is_evaluated_on_any_devices(launch, tmp_path, devices):
+    config = CONFIG | {"state_sharding": "fsdp", "ema_decay": 0.9}
+    trained = trainer.train(config, tmp_path / "run")
+    where = f"--workdir={tmp_path}/run", f"--fake_devices={devices}"
+    code, out, err = launch("eval", *where, f"--json={tmp_path}/found.json")
+    assert code == 0, out + err
+    found = json.loads((tmp_path / "found.json").read_text())["metrics"]
+    assert found["eval/loss"] == pytest.approx(trained.metrics["eval/loss"], abs=1e-6)
+    code, out, err = launch("predict", *where, f"--out={tmp_path}/outputs.npz")
+    assert code == 0, out + err
+    with np.load(tmp_path / "outputs.npz") as outputs:
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs["outputs"], outputs["y"])
+    assert float(losses.mean()) == pytest.approx(trained.metrics["eval/loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_where_nothing_can_be_cut_it_is_said(tmp_path, capsys):
+    config = CONFIG | {"state_sharding": "fsdp", "global_batch_size": 14, "num_steps": 1}
+    for devices, told in ((7, 1), (2, 0)):
+        trainer.train(config, tmp_path / str(devices), mesh_of(devices))
+        assert capsys.readouterr().err.count("cuts nothing") == told
 
 
 def test_a_lift_that_cannot_says_which_can():
