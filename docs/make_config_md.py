@@ -16,7 +16,9 @@ HEAD = """\
 A config file has a function `get_config(arg=None)` that returns an `ml_collections.ConfigDict`. It
 is data: code is named by import path, `target="package.module:attribute"`, and the rest of the
 block becomes its keyword arguments. What a file leaves out takes the defaults below, so every key
-can be changed on the command line: `--config.optimizer.learning_rate=0.1`.
+can be changed on the command line: `--config.optimizer.learning_rate=0.1`. `--config.KEY=None`
+sets None, where a key may be None: those whose default it is, `checkpoint.every_steps`, and what is
+in a block that names code (`--config.data.augment=None`).
 
 `python -m launcher --config=FILE --print_config` shows the result and runs nothing.
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import config_path
 
 from trainer.errors import UserError
 from trainer.keys import flatten, with_defaults
@@ -73,20 +74,25 @@ def read_command(
         path = Path(spec)
     if change is not None:
         change(config, overridden_keys(rest))
-    _check_keys(config, overridden_keys(rest))
+    nones, rest = _take_nones(rest)
+    _check_keys(config, [*nones, *overridden_keys(rest)])
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
         left = _read_flags(rest, defined, values)
+        for key in nones:
+            config_path.set_value(key, config, None)
+        with_defaults(config)  # says which of them cannot be None
     except flags.UnrecognizedFlagError as error:
         raise _unknown_flag(error.flagname, ["config", *defined]) from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(_first_line(error), "see --help and --print_config") from error
+    _check_keys(config, overridden_keys(rest))  # not within what is None now
     if left:
         near = difflib.get_close_matches(left[0], COMMANDS, n=1)
         hint = f"did you mean the command {near[0]}?" if near else "flags are written --name=value"
         raise UserError(f"unexpected argument {left[0]!r}", hint)
-    return Command(path, spec, values.config, {name: values[name].value for name in defined})
+    return Command(path, spec, config, {name: values[name].value for name in defined})
 
 
 def read_arguments(argv: Sequence[str], defined: Flags) -> tuple[list[str], dict[str, Any]]:
@@ -130,6 +136,28 @@ def take_flag(name: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             found.append(match[1] if match[1] is not None else next(arguments, ""))
     return found, rest
+
+
+def _take_nones(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The keys of the config whose last override is None, and the arguments without these.
+
+    `config_flags` reads it as a number, or as the text "None".
+    """
+    is_none: dict[str, bool] = {}
+    rest: list[str] = []
+    left = [*argv]
+    while left:
+        argument = left.pop(0)
+        match = re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if match:
+            key, value = match.groups()
+            if value is None and left[:1] == ["None"]:
+                value = left.pop(0)
+            is_none[key] = value == "None"
+            if is_none[key]:
+                continue
+        rest.append(argument)
+    return [key for key, none in is_none.items() if none], rest
 
 
 def _check_flags(argv: Sequence[str], defined: Flags) -> None:

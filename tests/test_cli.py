@@ -14,6 +14,7 @@ from conftest import ROOT
 
 from launcher import environment, flags
 from trainer.errors import UserError
+from trainer.keys import KEYS, flatten
 
 MLP = "--config=configs/mlp.py"
 
@@ -45,6 +46,8 @@ WITHOUT_JAX = [
     ([MLP, "--config.seed=-1"], 2, "config.seed=-1 should be 0 or more"),
     ([MLP, "--config.checkpoint.best_metric=eval/acc"], 2, "it can be eval/loss"),
     ([MLP, "--config.lift=pmpa"], 2, "is not one of pmap, shard_map, vmap"),
+    ([MLP, "--config.seed=None"], 2, "config.seed=None should be of type int"),
+    ([MLP, "--config.eval=None"], 2, "config.eval=None should be of type"),
     ([MLP, "--fake_devices=0"], 2, "fake_devices"),
     ([MLP, "--workdir=/dev/null/x"], 2, "/dev/null is a file"),
     ([MLP, "--workdir=configs"], 2, "is not empty and holds no podlift run"),
@@ -150,6 +153,37 @@ def test_overrides_reach_the_config_and_references_follow(tmp_path):
     assert options.config.model.sizes == (3,)
     assert options.config.stop_at_step == 4
     assert options.workdir.startswith(os.path.join("runs", "mine-16-19"))
+
+
+def test_none_on_the_command_line_is_none(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    c = ConfigDict({'num_steps': 1, 'early_stop': {'patience': 3}, 'init_from': 'run'})\n"
+        "    c.data = {'target': 'a:b', 'sizes': (1, 2), 'augment': {'target': 'a:b'}}\n"
+        "    c.optimizer = {'target': 'a:b', 'mask': None, 'decay': 0.1}\n"
+        "    c.checkpoint = {'every_steps': None}\n"
+        "    return c\n"
+    )
+    optional = [key for key, (default, _) in KEYS.items() if isinstance(default, type)]
+    own = ["data.sizes", "data.augment", "optimizer.mask", "optimizer.decay"]
+    keys = [*optional, *own, "checkpoint.every_steps"]
+    arguments = ["launcher", f"--config={path}", *(f"--config.{key}=None" for key in keys)]
+    config = flags.parse([*arguments, "--noconfig.data.shuffle"]).config
+    assert {key: value for key, value in flatten(config).items() if key in keys} == dict.fromkeys(
+        keys
+    )
+    assert config.data.shuffle is False
+    later = [
+        "--config.checkpoint.every_steps=7",
+        "--config.seed",
+        "3",
+        "--config.init_from",
+        "None",
+    ]
+    config = flags.parse([*arguments, "--config.init_from=there", *later]).config
+    assert (config.checkpoint.every_steps, config.seed, config.init_from) == (7, 3, None)
 
 
 def test_environment_of_fake_devices(tmp_path):

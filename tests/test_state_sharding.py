@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import tracemalloc
 
@@ -13,6 +14,7 @@ import optax
 import pytest
 from conftest import mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
+from test_resume import flip_a_bit, save_another_state, truncate
 
 import trainer
 from trainer.cutting import cut_dimension
@@ -61,11 +63,18 @@ def init(task, recipe, dtype=np.float32):
 
 
 def run(
-    task, recipe=PLAIN, sharding="replicated", devices=8, steps=4, scan=False, dtype=np.float32
+    task,
+    recipe=PLAIN,
+    sharding="replicated",
+    devices=8,
+    steps=4,
+    scan=False,
+    dtype=np.float32,
+    batch=None,
 ):
     """The lift, and the state and metrics on the devices after some steps."""
     lift = make_lift("shard_map", mesh_of(devices), sharding)
-    batch = TEXT if task is CHARACTERS else BATCH
+    batch = batch or (TEXT if task is CHARACTERS else BATCH)
     start = init(task, recipe, dtype)
     shapes = jax.eval_shape(start)
     if lift.cut:
@@ -127,10 +136,18 @@ def test_a_part_that_is_frozen_is_cut_and_stays(sharding, flat):
     compare(task, sharding, Recipe(flat=flat, ema_decay=0.9))
 
 
+@pytest.mark.parametrize("devices", [1, 3, 5, 7])
 @pytest.mark.parametrize("sharding", CUT)
-def test_several_steps_in_one_call_and_other_device_counts(sharding):
-    lift, state, metrics = run(NORMALISED, devices=2)
-    cut_lift, cut_state, cut_metrics = run(NORMALISED, sharding=sharding, devices=2, scan=True)
+def test_several_steps_in_one_call_and_other_device_counts(sharding, devices):
+    # Of its kernels, (60, 70) and (70, 70), 1 device cuts none, 3 the first only, 7 not along 60.
+    task = dataclasses.replace(NORMALISED, model=MLP(hidden_size=70, out_size=1))
+    batch = {name: np.repeat(array, 105, axis=0)[5:215] for name, array in BATCH.items()}
+    lift, state, metrics = run(task, devices=devices, batch=batch)
+    cut_lift, cut_state, cut_metrics = run(
+        task, sharding=sharding, devices=devices, batch=batch, scan=True
+    )
+    cut = [leaf for leaf in jax.tree.leaves(cut_state.opt_state) if not leaf.is_fully_replicated]
+    assert len(cut) == {1: 0, 3: 1, 5: 2, 7: 2}[devices]
     assert_close(cut_lift.host_copy(cut_state), lift.host_copy(state))
     assert float(cut_metrics["loss"][-1]) == pytest.approx(float(metrics["loss"]), abs=1e-5)
 
@@ -285,7 +302,91 @@ def leaves_of(state):
     return {name: np.asarray(leaf) for name, leaf in name_leaves(state).items()}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, save_another_state])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, damage):
+    config = CONFIG | {"state_sharding": "fsdp", "checkpoint": {"every_steps": 2}}
+    straight = trainer.train(config, tmp_path / "straight")
+    trainer.train(config | {"stop_at_step": 4}, tmp_path / "run")
+    damage(tmp_path / "run/checkpoints/4")
+    capsys.readouterr()
+    rest = trainer.train(config, tmp_path / "run")
+    out, err = capsys.readouterr()
+    assert "warning: step 4 cannot be restored from the checkpoint" in err
+    assert "restored step 2 from " in out
+    assert list((tmp_path / "run/checkpoints/quarantine").glob("4-*"))
+    assert_close(leaves_of(rest.state), leaves_of(straight.state), atol=0)
+
+
+@pytest.mark.parametrize(("there", "here"), [("fsdp", "replicated"), ("replicated", "fsdp")])
+def test_a_run_begins_with_the_params_of_one_that_lies_in_another_way(tmp_path, there, here):
+    first = trainer.train(CONFIG | {"state_sharding": there}, tmp_path / "first")
+    begun = {"init_from": str(tmp_path / "first"), "num_steps": 2}
+    fresh = [
+        trainer.train(CONFIG | begun | {"state_sharding": kind}, tmp_path / kind)
+        for kind in (here, there)
+    ]
+    found, expected = (leaves_of(result.state) for result in fresh)
+    assert_close(found, expected)
+    started = leaves_of(first.state)["params/Dense_0/kernel"]
+    assert np.abs(found["params/Dense_0/kernel"] - started).max() < 0.1  # of two steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 3])
+def test_what_was_trained_cut_is_evaluated_on_any_devices(launch, tmp_path, devices):
+    config = CONFIG | {"state_sharding": "fsdp", "ema_decay": 0.9}
+    trained = trainer.train(config, tmp_path / "run")
+    where = f"--workdir={tmp_path}/run", f"--fake_devices={devices}"
+    code, out, err = launch("eval", *where, f"--json={tmp_path}/found.json")
+    assert code == 0, out + err
+    found = json.loads((tmp_path / "found.json").read_text())["metrics"]
+    assert found["eval/loss"] == pytest.approx(trained.metrics["eval/loss"], abs=1e-6)
+    code, out, err = launch("predict", *where, f"--out={tmp_path}/outputs.npz")
+    assert code == 0, out + err
+    with np.load(tmp_path / "outputs.npz") as outputs:
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs["outputs"], outputs["y"])
+    assert float(losses.mean()) == pytest.approx(trained.metrics["eval/loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_where_nothing_can_be_cut_it_is_said(tmp_path, capsys):
+    config = CONFIG | {"state_sharding": "fsdp", "global_batch_size": 14, "num_steps": 1}
+    for devices, told in ((7, 1), (2, 0)):
+        trainer.train(config, tmp_path / str(devices), mesh_of(devices))
+        assert capsys.readouterr().err.count("cuts nothing") == told
+
+
 def test_a_lift_that_cannot_says_which_can():
     with pytest.raises(trainer.UserError, match="needs the lift shard_map") as error:
         trainer.train(CONFIG | {"lift": "pmap", "state_sharding": "zero1"}, "unused")
     assert "--config.lift=shard_map" in str(error.value.hint)
+
+
+def averaging(learning_rate):
+    """SGD that takes the mean of the gradients once more."""
+
+    def update(updates, state, params=None):
+        return jax.lax.pmean(updates, "batch"), state
+
+    again = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.chain(again, optax.sgd(learning_rate))
+
+
+def mistaken(learning_rate):
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), lambda *_: learningrate)  # noqa: F821
+
+
+def test_an_optimizer_that_uses_the_axis_needs_a_whole_state(tmp_path):
+    def config(target, kind):
+        optimizer = {"target": f"{__name__}:{target}", "learning_rate": 0.1}
+        return CONFIG | {"optimizer": optimizer, "state_sharding": kind, "num_steps": 1}
+
+    for kind in CUT:
+        with pytest.raises(trainer.UserError, match="uses the axis 'batch' itself") as error:
+            trainer.train(config("averaging", kind), tmp_path / "run")
+        assert "--config.state_sharding=replicated" in error.value.hint
+        assert not (tmp_path / "run").exists()
+        with pytest.raises(NameError, match="learningrate"):
+            trainer.train(config("mistaken", kind), tmp_path / "run")
+    trainer.train(config("averaging", "replicated"), tmp_path / "run")

@@ -22,6 +22,9 @@ LEAF_CHANGES = ("shape", "dtype", "missing", "extra")
 # Keys of `data` that belong to the order of examples, not to the target that loads them.
 STREAM_KEYS = ("augment", "prefetch", "shuffle")
 
+# Keys that may be None though they are not by default.
+OR_NONE = ("checkpoint.every_steps",)
+
 RESERVED_METRICS = (
     "loss",
     "grad_norm",
@@ -195,17 +198,20 @@ def _add_missing(config: ConfigDict, template: ConfigDict, where: str) -> None:
     with config.unlocked():
         for key in template:
             expected = template.get_type(key)
-            untyped_none = key in config and config.get_type(key) is type(None)
-            if key not in config or (untyped_none and template[key] is None):
+            name = f"{where}.{key}"
+            may_be_none = template[key] is None or name.removeprefix("config.") in OR_NONE
+            if key not in config:
                 config[key] = placeholder(expected) if template[key] is None else template[key]
+            elif config.get_type(key) is type(None) and may_be_none:
+                config[key] = placeholder(expected)  # so that an override knows its type
             elif isinstance(template[key], ConfigDict) and isinstance(config[key], ConfigDict):
-                _add_missing(config[key], template[key], f"{where}.{key}")
+                _add_missing(config[key], template[key], name)
             elif expected is float and type(config[key]) is int:
                 config[key] = float(config[key])
-            elif config[key] is not None and not isinstance(config[key], expected):
-                raise UserError(
-                    f"{where}.{key}={config[key]!r} should be of type {expected.__name__}"
-                )
+            elif not isinstance(config[key], expected) and not (
+                config[key] is None and may_be_none
+            ):
+                raise UserError(f"{name}={config[key]!r} should be of type {expected.__name__}")
 
 
 def hint_for(name: str, known: Sequence[str], prefix: str, otherwise: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
@@ -10,6 +11,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from trainer.cutting import FIELDS, Cuts, cuts_of, gather
+from trainer.errors import UserError
 from trainer.gradients import GATHER_SCOPE, Gradients, make_gradient_step
 from trainer.job import Job
 from trainer.lift import Lift
@@ -38,6 +40,9 @@ def lift_update_step(
         lift: how the batch axis is laid over devices.
         state: a state, or its shapes.
         platform: whose habits to follow; that of the devices where None.
+
+    Raises:
+        UserError: the optimizer cannot work with a state that is cut.
     """
     platform = platform or lift.platform
     scan = settings.steps_per_call > 1
@@ -47,6 +52,7 @@ def lift_update_step(
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), batch)
         unroll = has_convolution(make_job_step(settings, job, platform), state, shapes)
     if lift.cut:
+        _check_optimizer(settings, job.task, state)
         recipe = recipe_on(settings, job, platform, unroll=unroll)
         update_step = stack_metrics(make_cut_step(job.task, recipe, lift, state))
         return lift.compile(update_step, state, scan=scan, unroll=unroll)
@@ -114,3 +120,20 @@ def recipe_on(settings: Settings, job: Job, platform: str, *, unroll: bool) -> R
     """The job's recipe with what a platform likes."""
     flat = settings.reduce == "flat" or (settings.reduce == "auto" and platform == "cpu")
     return dataclasses.replace(job.recipe, flat=flat, unroll=unroll)
+
+
+def _check_optimizer(settings: Settings, task: Task, state: Any) -> None:
+    """Raises a UserError if the optimizer needs the axis, outside of which it is to run."""
+    args = task.trained(state.params), state.opt_state, state.params
+    try:
+        jax.eval_shape(task.optimizer.update, *args)
+    except NameError as error:
+        # Of a name that is bound neither here nor there, the step itself will tell.
+        with contextlib.suppress(NameError):
+            jax.make_jaxpr(task.optimizer.update, axis_env=[(AXIS, 1)])(*args)
+            raise UserError(
+                f"config.optimizer.target={settings.optimizer['target']!r} uses the axis {AXIS!r} "
+                f"itself, which it cannot under config.state_sharding={settings.state_sharding!r}",
+                "its gradients are means over the axis already: leave that to podlift, or "
+                "--config.state_sharding=replicated",
+            ) from error

@@ -127,6 +127,12 @@ def say_start(about: About, state: TrainState, seconds: float) -> None:
         f"{held_out}, {_steps(job.stream.steps_per_epoch)} an epoch; state ready in "
         f"{seconds:.2f} s"
     )
+    is_whole = all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
+    if lift.cut and is_whole and lift.num_shards > 1:
+        warn(
+            f"config.state_sharding={settings.state_sharding!r} cuts nothing: each leaf is small, "
+            f"or has no dimension that {lift.num_shards} divides"
+        )
     if settings.model_table:
         _say_model(job, state, settings.model_table)
     say(f"workdir {about.folder.path}")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from test_cli import wait_for
+from test_resume import flip_a_bit, save_another_state, truncate
 
 import trainer
 from launcher.meeting.address import hold_port
@@ -176,6 +177,74 @@ def test_a_state_that_is_cut_over_processes(run, alone, tmp_path, first, then):
     assert rows_of(tmp_path / "run")[-1]["eval/loss"] == pytest.approx(
         rows_of(expected)[-1]["eval/loss"], abs=1e-5
     )
+
+
+def cut(kind):
+    """Flags of a model of which something is cut."""
+    wide = ["--config.model.hidden_size=64", "--config.optimizer.target=optax:adagrad"]
+    return [*wide, "--config.lift=shard_map", f"--config.state_sharding={kind}"]
+
+
+@pytest.mark.slow
+def test_a_cut_state_goes_on_with_other_processes_cut_in_another_way(run, alone, tmp_path):
+    expected = reference(alone, run, "--fake_devices=4", *cut("replicated"))
+    layouts = [
+        (["--processes=4"], "fsdp"),
+        (TWO, "zero1"),
+        (["--fake_devices=4"], "fsdp"),
+        (["--processes=2", "--fake_devices=4"], "fsdp"),
+        (["--fake_devices=2"], "replicated"),
+    ]
+    for number, (layout, kind) in enumerate(layouts):
+        stop = f"--config.stop_at_step={8 * (number + 1)}"
+        code, out, err = run(tmp_path / "run", *layout, *cut(kind), stop)
+        assert code == 0, out + err
+        assert (f"restored step {8 * number}" in out) == (number > 0)
+    assert_same_state(tmp_path / "run", expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "zero1"])
+def test_a_killed_rank_of_a_cut_state_goes_on_from_the_last_checkpoint(run, alone, tmp_path, kind):
+    """No host has all of it in its memory, however often copies are to be taken."""
+    four = ["--processes=4", *cut(kind)]
+    fault = ["--config.data.kind=kill", "--config.data.at_step=25", "--config.data.delay=0.02"]
+    often = ["--config.checkpoint.fast_every_secs=0.1", f"--config.data.once={tmp_path}/once"]
+    code, out, err = run(tmp_path / "run", *four, *fault, *often, "--max_restarts=1")
+    assert code == 0, out + err
+    assert "rank 1 was killed by SIGKILL" in err
+    assert f"restored step 20 from {tmp_path}/run/checkpoints" in out
+    assert_same_state(tmp_path / "run", reference(alone, run, *four), atol=0)
+    steps = [row["step"] for row in rows_of(tmp_path / "run") if "train/loss" in row]
+    assert steps == [10, 20, 30, 40]
+
+
+@pytest.mark.slow
+def test_a_cut_state_asked_to_stop_goes_on_bit_for_bit(begin, run, alone, tmp_path):
+    four = ["--processes=4", *cut("fsdp")]
+    process = begin(tmp_path / "run", *four, "--config.num_steps=40")
+    os.kill(worker_of(tmp_path / "run", 2), signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 42, err
+    code, out, err = run(tmp_path / "run", *four, "--config.data.delay=0.02")
+    assert code == 0, out + err
+    assert "restored step" in out
+    assert_same_state(tmp_path / "run", reference(alone, run, *four), atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, save_another_state])
+def test_a_damaged_checkpoint_of_a_state_cut_over_processes_gives_way(run, alone, tmp_path, damage):
+    two = [*TWO, *cut("fsdp")]
+    checkpoints = tmp_path / "run/checkpoints"
+    assert run(tmp_path / "run", *two, "--config.stop_at_step=20")[0] == 0
+    damage(checkpoints / "20")
+    code, out, err = run(tmp_path / "run", *two)
+    assert code == 0, out + err
+    assert "warning: step 20 cannot be restored from the checkpoint" in err
+    assert f"restored step 10 from {checkpoints}" in out
+    assert len(list((checkpoints / "quarantine").glob("20-*"))) == 1
+    assert_same_state(tmp_path / "run", reference(alone, run, *two), atol=0)
 
 
 @pytest.mark.slow
