@@ -92,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         settings = json.loads(options.worker)
-        join(settings)
+        join(settings, exchanges=False)
         return worker(settings)
     record: dict[str, Any] = {"cores": os.cpu_count(), "load at the start": os.getloadavg()[0]}
     rows = record["rows"] = []

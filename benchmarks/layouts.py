@@ -54,14 +54,18 @@ def run_layout(script: str, processes: int, devices: int, job: dict[str, Any]) -
         return json.loads(out.read_text())
 
 
-def join(settings: dict[str, Any]) -> None:
-    """In a worker: joins the others."""
+def join(settings: dict[str, Any], *, exchanges: bool = True) -> None:
+    """In a worker: joins the others, with sums as `launcher/exchange.py` has them, or as jax has."""
     import jax
 
     if settings["processes"] > 1:
         jax.distributed.initialize(
             f"127.0.0.1:{settings['port']}", settings["processes"], settings["rank"]
         )
+        if exchanges:
+            from launcher import exchange
+
+            exchange.use_where_it_pays()
 
 
 def tell(settings: dict[str, Any], found: Any) -> None:

@@ -147,9 +147,9 @@ class Account:
         self._report.hparams(self.metrics)
         self._report.close()
 
-    def say_end(self, saver: Saver, step: int, seconds: float, early: str = "") -> None:
+    def say_end(self, saver: Saver, step: int, early: str = "") -> None:
         """The closing lines; `early` is why the run ends before its time, if it does."""
-        say_end(self._about, saver, self.goodput, step, seconds, early)
+        say_end(self._about, saver, self.goodput, step, early)
 
     def close(self) -> None:
         """Takes the view off the screen and closes the files, also where the run has failed."""

@@ -247,8 +247,7 @@ class _Run:
             self.saver.finish()
         self.account.finish(step)
         self.lift.gather(0)  # whoever leaves early would be taken for lost
-        seconds = time.monotonic() - began
-        self.account.say_end(self.saver, step, seconds, self.early_stop.reason)
+        self.account.say_end(self.saver, step, self.early_stop.reason)
         self.profiler.say_end()
         return Result(state, self.account.metrics)
 

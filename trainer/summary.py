@@ -173,17 +173,14 @@ def say_finished_before(about: About, step: int, early: str = "") -> None:
     say(f"to go on: {_how_to_go_on(about, step, early)}")
 
 
-def say_end(
-    about: About, saver: Saver, goodput: Goodput, step: int, seconds: float, early: str = ""
-) -> None:
+def say_end(about: About, saver: Saver, goodput: Goodput, step: int, early: str = "") -> None:
     """What came of it, where it is, and how to go on.
 
     Args:
         about: what the run is.
         saver: which knows the best state.
-        goodput: which knows where the time went.
+        goodput: which knows where the time went, that of earlier starts too.
         step: that it has come to.
-        seconds: that it took.
         early: why it ends before its time, if evaluations have stopped getting better.
     """
     if early and step < about.job.stop:
@@ -191,7 +188,7 @@ def say_end(
     elif step < about.job.num_steps:
         say(f"stopped at step {step} of {about.job.num_steps} (config.stop_at_step)")
     else:
-        say(f"finished: {_steps(step)} in {duration(seconds)}")
+        say(f"finished: {_steps(step)} in {duration(sum(goodput.seconds().values()))}")
     starts = f", of {goodput.starts} starts" if goodput.starts > 1 else ""
     say(f"time{starts}: {describe_shares(goodput)}")
     if saver.best_value is not None:
