@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -30,3 +31,11 @@ def test_a_benchmark_says_how_it_is_used(path):
 def test_files_that_other_environments_run_are_python():
     for path in FILES:
         compile(path.read_text(), path, "exec")
+
+
+def test_the_docs_have_the_ratios_that_were_recorded():
+    recorded = json.loads((ROOT / "benchmarks/results/peers.json").read_text())
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    ratios = [f"{row['it / podlift']:.2f}" for row in recorded["steps"] if "podlift" in row]
+    assert len(ratios) == 10
+    assert [ratio for ratio in ratios if ratio not in text] == []
