@@ -55,7 +55,7 @@ def run_layout(script: str, processes: int, devices: int, job: dict[str, Any]) -
 
 
 def join(settings: dict[str, Any], *, exchanges: bool = True) -> None:
-    """In a worker: joins the others, with sums as `launcher/exchange.py` has them, or as jax has."""
+    """In a worker: joins the others; sums are exchanges where a run has them so, or jax's."""
     import jax
 
     if settings["processes"] > 1:

@@ -58,8 +58,8 @@ class _Supervisor:
             self._attempt = Attempt(self._plan, self._reactor, self._environ, self._strangers)
             ending = self._attempt.run()
             self._attempt = None
-            self._tell(ending)
             why_not = why_not_again(ending, previous, restarts, self._plan.limits.max_restarts)
+            self._tell(ending, goes_on=why_not is None)
             if why_not is not None:
                 if why_not:
                     show_line(why_not)
@@ -100,15 +100,16 @@ class _Supervisor:
             more = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             show_line(f"{signal.Signals(number).name}: saving, then stopping{more}")
 
-    def _tell(self, ending: Ending) -> None:
+    def _tell(self, ending: Ending, *, goes_on: bool) -> None:
         """Says how an attempt ended, and leaves it in `failure.json`."""
         failure, plan = ending.failure, self._plan
+        copies = plan.settings.fast_every_secs > 0
         has_rank_0 = any(worker.rank == 0 for worker in plan.workers)
         if failure is not None:
             # One traceback for a job whose launchers all write to one place.
             text = failure.tell(brief=not has_rank_0)
-            if failure.exit_code != exit_codes.USAGE and has_rank_0:
-                text += "\n  " + how_to_go_on(plan.workdir, smoke=plan.smoke)
+            if failure.exit_code != exit_codes.USAGE and has_rank_0 and not goes_on:
+                text += "\n  " + how_to_go_on(plan.workdir, smoke=plan.smoke, copies=copies)
             show(text)
             if failure.exit_code != exit_codes.USAGE and ending.number and has_rank_0:
                 try:

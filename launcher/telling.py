@@ -59,12 +59,13 @@ def _write_to(stream: TextIO | None, text: str) -> None:
             stream.flush()
 
 
-def how_to_go_on(workdir: str, *, smoke: bool = False) -> str:
+def how_to_go_on(workdir: str, *, smoke: bool = False, copies: bool = False) -> str:
     """One line: the newest checkpoint, and the command that goes on from it.
 
     Args:
         workdir: the run's folder.
         smoke: whether it only tried whether the run would work.
+        copies: whether the run may have left a copy of its state in memory.
     """
     if smoke:
         return "HINT: this was a smoke test; nothing of the run itself was touched"
@@ -72,6 +73,11 @@ def how_to_go_on(workdir: str, *, smoke: bool = False) -> str:
     with contextlib.suppress(OSError):
         folder = epath.Path(workdir) / "checkpoints"
         steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    if not steps and copies:
+        return (
+            "HINT: there is no checkpoint yet: the same command goes on from a copy in memory if "
+            "one was made, or starts at step 0"
+        )
     if not steps:
         return (
             "HINT: there is no checkpoint yet, so the same command starts at step 0; "

@@ -78,7 +78,7 @@ def run_here(plan: Plan) -> int:
             path = f"cannot be written ({error})"
         _report(
             f"{outcome.trace}error: {outcome.message}\n  full log: {path}\n  "
-            f"{how_to_go_on(workdir, smoke=plan.smoke)}"
+            f"{how_to_go_on(workdir, smoke=plan.smoke, copies=plan.settings.fast_every_secs > 0)}"
         )
         with contextlib.suppress(OSError):
             write_failure(local_dir, outcome, rank=0, log=path, attempt=rank_log.attempt)

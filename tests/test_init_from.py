@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing_behind(tmp_path, pretra
         trainer.train(config, tmp_path / "run", mesh_of(2))
     with pytest.raises(UserError, match="none of its leaves has a place in this model"):
         trainer.train(fine(pretrained / "run", init_map="->net"), tmp_path / "run", mesh_of(2))
-    with pytest.raises(CheckpointsUnreadable, match=r"config\.init_from='.*no checkpoint\n  HINT"):
+    with pytest.raises(CheckpointsUnreadable, match=r"init_from='.*there is no .*typo\n  HINT"):
         trainer.train(fine(tmp_path / "typo"), tmp_path / "run", mesh_of(2))
     assert not (tmp_path / "run").exists()
 

@@ -6,6 +6,7 @@ state, the step and the random numbers are the new run's own.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from trainer.checkpoints.load import Saved, read_saved
 from trainer.checkpoints.manifest import Leaf
@@ -89,6 +91,10 @@ def read(place: str) -> Saved:
         CheckpointsUnreadable: there is no such checkpoint, or it is not what was saved.
     """
     folder = absolute(place)
+    if not folder.exists():
+        near = difflib.get_close_matches(folder.name, _names_beside(folder), n=1)
+        hint = f"did you mean {folder.parent / near[0]}?" if near else _PLACES
+        raise CheckpointsUnreadable(f"there is no {folder}", hint)
     is_run = any((folder / name).exists() for name in ("config.json", "checkpoints"))
     if not is_run and folder.name.isdigit() and folder.parent.name in ("best", "checkpoints"):
         saved = read_saved(folder.parent.parent, step=int(folder.name))
@@ -109,6 +115,13 @@ def read(place: str) -> Saved:
         leaves={new: saved.leaves[old] for old, new in names.items()},
         listed={new: saved.listed[old] for old, new in names.items()},
     )
+
+
+def _names_beside(folder: epath.Path) -> list[str]:
+    try:
+        return [path.name for path in folder.parent.iterdir()]
+    except OSError:
+        return []
 
 
 def match_leaves(

@@ -186,13 +186,12 @@ class TrainLog:
             return
         values = dict(zip(self._names, (self._total / self._steps).tolist(), strict=True))
         values["learning_rate"] = float(self._last[self._names.index("learning_rate")])
-        now = self._now()
-        elapsed = now - self._since if self._since is not None else 0.0
+        elapsed = self._now() - self._since if self._since is not None else 0.0
         seconds = elapsed / self._timed_steps if self._timed_steps else float("nan")
         self._total = np.zeros(len(self._names))
         self._steps = self._timed_steps = 0
-        self._since = now
         self._on_row(LogRow(step, values, seconds))
+        self._since = self._now()  # the first row opens files, which is no part of the next one
 
     def exclude(self, seconds: float) -> None:
         """Leaves time that was spent on something else than steps out of the speed."""

@@ -145,9 +145,10 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
             f"config.lift={config.lift!r} is not one of {', '.join(LIFTS)}",
             'or "vmap:8", to simulate 8 chips on one',
         )
-    if config.state_sharding != "replicated" and lift != "shard_map":
+    state_sharding = one_of("state_sharding", config.state_sharding, STATE_SHARDINGS)
+    if state_sharding != "replicated" and lift != "shard_map":
         raise UserError(
-            f"config.state_sharding={config.state_sharding!r} needs the lift shard_map, and "
+            f"config.state_sharding={state_sharding!r} needs the lift shard_map, and "
             f"config.lift is {config.lift!r}",
             "add --config.lift=shard_map, or --config.state_sharding=replicated",
         )
@@ -164,7 +165,7 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         global_batch_size=positive("global_batch_size"),
         steps_per_call=positive("steps_per_call"),
         lift=config.lift,
-        state_sharding=one_of("state_sharding", config.state_sharding, STATE_SHARDINGS),
+        state_sharding=state_sharding,
         devices_per_process=positive_or_none("devices_per_process"),
         reduce=one_of("reduce", config.reduce, REDUCES),
         precision=one_of("precision", config.precision, PRECISIONS),
