@@ -284,14 +284,20 @@ def unknown_key(config: ConfigDict, key: str, prefix: str = "") -> str:
     blocks = {leaf[:i] for leaf in leaves for i in range(len(leaf)) if leaf[i] == "."}
     if key in blocks or key in leaves:
         return ""
+    block, _, name = key.rpartition(".")
+    siblings = [leaf for leaf in leaves if leaf.rpartition(".")[0] == block]
+    names = [leaf.rpartition(".")[2] for leaf in siblings]
+    if "target" in names and not difflib.get_close_matches(name, names, n=1, cutoff=0.6):
+        # It may well be what the target takes: overrides change what a file names.
+        return (
+            f"config.{block} has {', '.join(names)}; another keyword of its target goes in the file"
+        )
     near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.6) or [
-        leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]
+        leaf for leaf in leaves if leaf.split(".")[-1] == name
     ]
     if near:
         return f"did you mean {prefix}{near[0]}?"
-    block = key.rpartition(".")[0]
-    siblings = [leaf for leaf in leaves if leaf.rpartition(".")[0] == block] or leaves
-    return f"its keys there are {', '.join(siblings)}"
+    return f"its keys there are {', '.join(siblings or leaves)}"
 
 
 def _first_line(error: Any) -> str:

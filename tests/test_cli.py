@@ -33,7 +33,13 @@ WITHOUT_JAX = [
     (["--config=configs/mpl.py"], 2, "did you mean configs/mlp.py?"),
     (["--config=configs/digits.py:restnet"], 2, "there is no model 'restnet'"),
     ([MLP, "--config.num_epoch=3"], 2, "did you mean --config.num_epochs?"),
+    ([MLP, "--config.state_sharding=fdsp"], 2, "is not one of replicated, zero1, fsdp"),
     ([MLP, "--config.hidden_size=3"], 2, "did you mean --config.model.hidden_size?"),
+    (
+        [MLP, "--config.optimizer.nesterov=True"],
+        2,
+        "another keyword of its target goes in the file",
+    ),
     ([MLP, "--config.num_epochs=many"], 2, "--config.num_epochs=many"),
     ([MLP, "--config.optimizer.learning_rate=fast"], 2, "learning_rate=fast"),
     ([MLP, "--config.log_every_steps=0"], 2, "should be a whole number of at least 1"),
