@@ -278,6 +278,8 @@ def test_flags_that_are_named_exist():
             known |= {f"--{name}", f"--no{name}"} if kind == "bool" else {f"--{name}"}
     for path in ROOT.glob("scripts/**/*.*"):
         known |= set(re.findall(r"--[a-z][\w-]*", path.read_text()))
+    for path in ROOT.glob("benchmarks/*.py"):
+        known |= set(re.findall(r'add_argument\("(--[a-z][\w-]*)"', path.read_text()))
     known |= {flag for flags in FOREIGN.values() for flag in flags.split()}
     found = named(r"(?<![\w-])(--[a-z][\w-]*)")
     assert len(found) > 100
