@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 import os
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from layouts import join, run_layout, tell
 
 LAYOUTS = [(1, 8), (2, 1)]
 SEGMENTS = {"mlp": 20, "resnet": 10, "400 leaves": 20}
-IN_FLIGHT = 16
 
 
 def config_of(name: str) -> Any:
@@ -82,6 +80,7 @@ def packed_step(step: Any, state: Any) -> tuple[Any, Any]:
 def contestant_of(kind: str, config: Any, segment: int) -> Any:
     import jax
     import optax
+    from turns import take_steps
 
     from trainer.job import build_job
     from trainer.lift import make_lift
@@ -106,13 +105,7 @@ def contestant_of(kind: str, config: Any, segment: int) -> Any:
     def contestant(turn: Any) -> None:
         nonlocal state
         while True:
-            window: deque[Any] = deque()
-            for _ in range(segment):
-                state, metrics = step(state, on_devices)
-                window.append(metrics)
-                if len(window) > IN_FLIGHT:
-                    window.popleft().block_until_ready()
-            jax.block_until_ready(state)
+            state, metrics = take_steps(step, state, on_devices, segment)
             losses.append(float(lift.read(metrics)[-1]))
             if turn():
                 return

@@ -20,7 +20,6 @@ import json
 import os
 import statistics
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from layouts import fit, join, run_layout, tell
 LAYOUTS = [(processes, devices) for processes in (1, 2) for devices in (1, 2, 4, 8)]
 SEGMENTS = {"mlp": 20, "resnet": 10}
 LEAVES = (10, 50, 100, 200, 400)
-IN_FLIGHT = 16
 OF_LIMIT = "of the machine's limit"
 
 
@@ -89,6 +87,7 @@ def trainers_loop(config: Any, segment: int, folder: str) -> Any:
 def bare_loop(config: Any, segment: int, *, alone: bool) -> Any:
     """The loop's step over and over on one batch; `alone` without any collective."""
     import jax
+    from turns import take_steps
 
     from trainer.job import build_job
     from trainer.lift import make_lift
@@ -110,13 +109,7 @@ def bare_loop(config: Any, segment: int, *, alone: bool) -> Any:
     def contestant(turn: Any) -> None:
         nonlocal state
         while True:
-            window: deque[Any] = deque()
-            for _ in range(segment):
-                state, metrics = step(state, on_devices)
-                window.append(metrics)
-                if len(window) > IN_FLIGHT:
-                    window.popleft().block_until_ready()
-            jax.block_until_ready(state)
+            state, _ = take_steps(step, state, on_devices, segment)
             if alone:
                 lift.gather(0)  # so that the slowest process counts
             if turn():

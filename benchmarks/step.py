@@ -36,15 +36,14 @@ from flax import jax_utils
 from flax.training import train_state
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from turns import Turns
+from turns import Turns, take_steps
 
 import trainer
 from trainer.job import build_job
 from trainer.lift import make_lift
+from trainer.progress import MAX_IN_FLIGHT
 from trainer.settings import check
 from trainer.step import Recipe, init_state, make_update_step, stack_metrics
-
-IN_FLIGHT = 16
 
 
 def digits(model: dict, batch: int) -> dict:
@@ -141,13 +140,7 @@ def bare_loop(config: ConfigDict, segment: int, mesh: Mesh):
     def contestant(turn) -> None:
         nonlocal state
         while True:
-            window: deque = deque()
-            for _ in range(segment):
-                state, metrics = step(state, on_devices)
-                window.append(metrics)
-                if len(window) > IN_FLIGHT:
-                    window.popleft().block_until_ready()
-            jax.block_until_ready(state)
+            state, _ = take_steps(step, state, on_devices, segment)
             if turn():
                 return
 
@@ -220,7 +213,7 @@ def by_hand(config: ConfigDict, segment: int, mesh: Mesh):
                 state, metrics = step(state, next(on_devices))
                 collected.append(metrics)
                 window.append(metrics["loss"])
-                if len(window) > IN_FLIGHT:
+                if len(window) > MAX_IN_FLIGHT:
                     window.popleft().block_until_ready()
             # common_utils.get_metrics: one copy of each, to the host.
             host = jax.device_get(

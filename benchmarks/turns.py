@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -72,3 +73,22 @@ class Turns:
     def median(self, name: str) -> float:
         """The median time of a segment, in seconds."""
         return statistics.median(self.seconds[name])
+
+
+def take_steps(
+    step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any, count: int
+) -> tuple[Any, Any]:
+    """Takes steps on one batch and waits for the last; the state after it and its metrics."""
+    import jax  # not before a benchmark has asked for its devices
+
+    from trainer.progress import MAX_IN_FLIGHT
+
+    metrics = None
+    window: deque[Any] = deque()
+    for _ in range(count):
+        state, metrics = step(state, batch)
+        window.append(metrics)
+        if len(window) > MAX_IN_FLIGHT:
+            window.popleft().block_until_ready()
+    jax.block_until_ready(state)
+    return state, metrics

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 from launcher import environment, flags
+from launcher.telling import how_to_go_on
 from trainer.errors import UserError
 from trainer.keys import KEYS, flatten
 
@@ -360,3 +361,11 @@ def test_the_installed_command_finds_packages_in_the_current_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "runs").iterdir())
+
+
+def test_the_hint_after_a_failure_knows_of_copies_in_memory(tmp_path):
+    assert "starts at step 0; config.checkpoint.every_steps" in how_to_go_on(str(tmp_path))
+    assert "from a copy in memory if one was made" in how_to_go_on(str(tmp_path), copies=True)
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    hint = f"HINT: the same command with --workdir={tmp_path} goes on from step 20"
+    assert how_to_go_on(str(tmp_path)) == how_to_go_on(str(tmp_path), copies=True) == hint

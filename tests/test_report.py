@@ -65,14 +65,19 @@ def test_both_files_hold_the_same_numbers_across_a_resume(tmp_path):
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
-def collect(steps_per_epoch=4):
+def collect(steps_per_epoch=4, seconds_a_row=0.0):
     found = {"epochs": [], "rows": [], "now": 0.0}
+
+    def write(row):
+        found["rows"].append(row)
+        found["now"] += seconds_a_row
+
     log = TrainLog(
         ["grad_norm", "learning_rate", "loss"],
         steps_per_epoch=steps_per_epoch,
         clock=lambda: found["now"],
         on_epoch=lambda epoch, loss: found["epochs"].append((epoch, loss)),
-        on_row=found["rows"].append,
+        on_row=write,
     )
     return log, found
 
@@ -114,6 +119,15 @@ def test_the_first_call_and_what_is_excluded_do_not_count_as_speed():
     log.add(3, rows_of([1]))
     log.emit(4)
     assert found["rows"][1].step_seconds == pytest.approx(2.0)
+
+
+def test_what_it_takes_to_write_a_row_is_no_part_of_the_next():
+    log, found = collect(seconds_a_row=5.0)  # the first one opens files
+    for step in range(3):
+        found["now"] += 2.0
+        log.add(step, rows_of([1]))
+        log.emit(step + 1)
+    assert [row.step_seconds for row in found["rows"][1:]] == pytest.approx([2.0, 2.0])
 
 
 def slow_loss(outputs, batch):

@@ -446,6 +446,7 @@ def test_a_restart_goes_on_as_one_run(run, alone, tmp_path):
     code, out, err = run(workdir, *TWO, *fault, once, "--max_restarts=2")
     assert code == 0, out + err
     assert "rank 1 was killed by SIGKILL" in err
+    assert "HINT" not in err  # nobody has to do anything
     assert "restart 1 of 2\n" in out
     assert "restored step 20" in out
     expected = reference(alone, run, "--fake_devices=4", "--config.num_steps=40")
