@@ -162,8 +162,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         shutil.copytree(ROOT / "configs", folder / "configs")
-        picture = draw(record(folder))
-    (ROOT / "docs" / "terminal.svg").write_text(picture)
+        recording = record(folder)
+    (ROOT / "docs" / "terminal.svg").write_text(draw(recording))
+    for start in ("error: ", "restored ", "first step done"):  # for what README says of it
+        when, line = [found for found in recording.lines if found[1].startswith(start)][-1]
+        print(f"{when - recording.kill[0]:.1f} s after the kill: {line}")
 
 
 if __name__ == "__main__":
