@@ -84,7 +84,8 @@ class Lift(Peers):
 
     @functools.cached_property
     def _local_mesh(self) -> Mesh:
-        return Mesh(self.mesh.devices.flat[self._positions], (AXIS,))
+        devices = self.mesh.devices.flat[self._positions]
+        return self.mesh if self.num_processes == 1 else Mesh(devices, (AXIS,))
 
     def rows(self, batch_size: int) -> slice | np.ndarray:
         """Which rows of a global batch this process feeds, and the only ones it needs to read."""
@@ -188,11 +189,10 @@ class Lift(Peers):
         batch_dim = 1 if scan else 0
         if self.kind != "shard_map":
             batch = {name: self._split(array, batch_dim) for name, array in batch.items()}
-        if self.num_processes == 1:
-            return jax.device_put(dict(batch), self._batch_sharding(batch_dim))
         spec = self._batch_spec(batch_dim)
-        local = jax.device_put(dict(batch), NamedSharding(self._local_mesh, spec))
-        if self.kind == "pmap":  # takes what is local to its process
+        sharding = NamedSharding(self._local_mesh, spec)
+        local = {name: _from_host(array, sharding) for name, array in batch.items()}
+        if self.num_processes == 1 or self.kind == "pmap":  # which takes what is in its process
             return local
 
         def join(leaf: jax.Array) -> jax.Array:
@@ -380,9 +380,9 @@ def _to_host(leaf: jax.Array) -> np.ndarray:
 
 
 def _from_host(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array over several processes, each of which has all of it."""
+    """An array whose shards of this process are parts of what it has; quicker than device_put."""
     whole = np.asarray(leaf)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda place: whole[place])
+    return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
 
 
 def _rewrap(

@@ -53,7 +53,13 @@ class ArraySource:
         return self.length
 
     def __getitem__(self, indices: np.ndarray, /) -> HostBatch:
-        return {name: array[indices] for name, array in self.arrays.items()}
+        return {name: _gather(array, indices) for name, array in self.arrays.items()}
+
+
+def _gather(array: Any, indices: np.ndarray) -> Any:
+    if isinstance(array, np.ndarray):  # in less than half the time that indexing takes
+        return array.take(indices, axis=0)
+    return array[indices]
 
 
 def as_source(value: Any, where: str) -> Source:
