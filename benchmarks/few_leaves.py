@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -105,7 +106,7 @@ def contestant_of(kind: str, config: Any, segment: int) -> Any:
     def contestant(turn: Any) -> None:
         nonlocal state
         while True:
-            state, metrics = take_steps(step, state, on_devices, segment)
+            state, metrics = take_steps(step, state, itertools.repeat(on_devices, segment))
             losses.append(float(lift.read(metrics)[-1]))
             if turn():
                 return

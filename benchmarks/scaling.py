@@ -1,6 +1,6 @@
 """How the same work scales over devices and processes of one machine, and what is not work in it.
 
-python benchmarks/scaling.py [--only=layouts,dispatch] [--rounds=11] [--out=FILE.json]
+python benchmarks/scaling.py [--only=layouts,outside,dispatch] [--rounds=11] [--out=FILE.json]
 
 layouts    one global batch on 1 and 2 processes of 1, 2, 4 and 8 devices: `trainer.train`
            ("loop"), the same compiled step on a batch that lies on the devices ("bare"), and
@@ -8,6 +8,9 @@ layouts    one global batch on 1 and 2 processes of 1, 2, 4 and 8 devices: `trai
            share the cores, so the best that "alone" reaches in any layout is the machine's
            limit. In one process they take turns; ratios are within a round. A fourth, "saves",
            is the loop with a checkpoint in the middle of each segment
+outside    what the loop adds to a step in one process, with a row every 25 steps: "loop" and
+           "bare" as above, and "loading", the bare step with each of its batches gathered and
+           moved to the devices, which the loop does too
 dispatch   the time that a call of a step takes before it returns, by leaves and devices, and a
            fit of a + b * leaves * devices
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -27,6 +31,7 @@ from layouts import fit, join, run_layout, tell
 
 LAYOUTS = [(processes, devices) for processes in (1, 2) for devices in (1, 2, 4, 8)]
 SEGMENTS = {"mlp": 20, "resnet": 10}
+EVERY = 25  # steps a row
 LEAVES = (10, 50, 100, 200, 400)
 OF_LIMIT = "of the machine's limit"
 
@@ -62,11 +67,11 @@ def load() -> dict[str, Any]:
     return {"train": {"x": x, "y": random.integers(0, 10, 65536).astype(np.int32)}}
 
 
-def trainers_loop(config: Any, segment: int, folder: str) -> Any:
-    """`trainer.train`, which takes turns in the middle of each `segment` steps."""
+def trainers_loop(config: Any, segment: int, folder: str, rows: int = 2) -> Any:
+    """`trainer.train`, with so many rows in each `segment` steps and a turn after the first."""
     import trainer
 
-    config.log_every_steps = segment // 2  # the loop has drained there
+    config.log_every_steps = segment // rows  # the loop has drained there
 
     def contestant(turn: Any) -> None:
         calls = -1
@@ -76,7 +81,7 @@ def trainers_loop(config: Any, segment: int, folder: str) -> Any:
             if phase not in ("compile", "train"):
                 return False
             calls += 1
-            return calls > 0 and calls % segment == segment // 2 and turn()
+            return calls > 0 and calls % segment == segment // rows % segment and turn()
 
         with contextlib.suppress(trainer.Preempted):
             trainer.train(config, folder, stop_requested=stop_requested)
@@ -84,8 +89,8 @@ def trainers_loop(config: Any, segment: int, folder: str) -> Any:
     return contestant
 
 
-def bare_loop(config: Any, segment: int, *, alone: bool) -> Any:
-    """The loop's step over and over on one batch; `alone` without any collective."""
+def bare_loop(config: Any, segment: int, *, alone: bool = False, loading: bool = False) -> Any:
+    """The loop's step, `alone` without any collective, over and over on one batch or `loading`."""
     import jax
     from turns import take_steps
 
@@ -101,15 +106,21 @@ def bare_loop(config: Any, segment: int, *, alone: bool) -> Any:
     axis = None if alone else "batch"
     update = make_update_step(job.task, Recipe(flat=True), axis=axis)
     step = lift(stack_metrics(update))
-    batch = job.stream.batch_at(0, lift.rows(settings.global_batch_size))
+    rows = lift.rows(settings.global_batch_size)
+    batch = job.stream.batch_at(0, rows)
     init = jax.jit(lambda x: init_state(job.task, 0, x))
     state = lift.put_state(init(batch["x"][0]))
     on_devices = lift.put_batch(batch)
+    numbers = itertools.count()
+
+    def next_batch() -> Any:
+        return lift.put_batch(job.stream.batch_at(next(numbers), rows)) if loading else on_devices
 
     def contestant(turn: Any) -> None:
         nonlocal state
         while True:
-            state, _ = take_steps(step, state, on_devices, segment)
+            batches = (next_batch() for _ in range(segment))
+            state, _ = take_steps(step, state, batches)
             if alone:
                 lift.gather(0)  # so that the slowest process counts
             if turn():
@@ -129,7 +140,7 @@ def layout_worker(settings: dict[str, Any]) -> None:
     turns.run(
         {
             "loop": trainers_loop(config_of(name), segment, f"{folder}/loop"),
-            "bare": bare_loop(config_of(name), segment, alone=False),
+            "bare": bare_loop(config_of(name), segment),
             "alone": bare_loop(config_of(name), segment, alone=True),
             "saves": trainers_loop(saving, segment, f"{folder}/saves"),
         }
@@ -147,6 +158,31 @@ def layout_worker(settings: dict[str, Any]) -> None:
             "seconds a save, standard error": error,
         },
     )
+
+
+def outside_worker(settings: dict[str, Any]) -> None:
+    from turns import Turns
+
+    name = settings["model"]
+    turns = Turns(settings["rounds"], warmup=2)
+    loop = trainers_loop(config_of(name), EVERY, f"{settings['folder']}/loop", rows=1)
+    turns.run(
+        {
+            "loop": loop,
+            "bare": bare_loop(config_of(name), EVERY),
+            "loading": bare_loop(config_of(name), EVERY, loading=True),
+        }
+    )
+    found = {f"{who} ms/step": 1000 * turns.median(who) / EVERY for who in turns.seconds}
+    for who in ("loop", "loading"):
+        pairs = zip(turns.seconds[who], turns.seconds["bare"], strict=True)
+        percents = [100 * (time / bare - 1) for time, bare in pairs]
+        middle = found[f"percent, {who}"] = statistics.median(percents)
+        deviation = statistics.median(abs(percent - middle) for percent in percents)
+        # Of the median of a normal distribution, by the median of its absolute deviations.
+        error = 1.2533 * 1.4826 * deviation / len(percents) ** 0.5
+        found[f"percent, {who}, standard error"] = error
+    tell(settings, found)
 
 
 def dispatch_worker(settings: dict[str, Any]) -> None:
@@ -192,18 +228,36 @@ def layouts(rounds: int, models: list[str]) -> list[dict[str, Any]]:
         limit = min(row["alone ms/step"] for row in of_model)
         for row in of_model:
             row[OF_LIMIT] = limit / row["loop ms/step"]
-            row["percent outside the step"] = 100 * (row["loop / bare"] - 1)
             row["percent in saves, one a minute"] = 100 * row["seconds a save"] / 60
             print(
                 f"{model:7} {row['processes']} x {row['devices of each']}:",
                 *(f"{who} {row[f'{who} ms/step']:.2f}" for who in ("loop", "bare", "alone")),
-                f"ms; outside {row['percent outside the step']:.1f} %;",
+                "ms;",
                 f"{100 * row[OF_LIMIT]:.0f} % of the limit;",
                 f"a save {1000 * row['seconds a save']:.0f}",
                 f"+- {1000 * row['seconds a save, standard error']:.0f} ms",
                 flush=True,
             )
         rows += of_model
+    return rows
+
+
+def outside(rounds: int, models: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for model in models:
+        for devices in (1, 2, 8):
+            job = {"part": "outside", "model": model, "rounds": rounds}
+            found = run_layout(__file__, 1, devices, job)
+            rows.append({"job": model, "devices": devices, **found})
+            print(
+                f"{model:7} {devices} devices: step {found['bare ms/step']:.2f} ms;",
+                *(
+                    f"{who} {found[f'percent, {who}']:+.1f} %"
+                    f" +- {found[f'percent, {who}, standard error']:.1f}"
+                    for who in ("loading", "loop")
+                ),
+                flush=True,
+            )
     return rows
 
 
@@ -231,7 +285,7 @@ def main() -> None:
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--only", default="layouts,dispatch")
+    parser.add_argument("--only", default="layouts,outside,dispatch")
     parser.add_argument("--models", default="mlp,resnet")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out")
@@ -239,10 +293,17 @@ def main() -> None:
     if options.worker:
         settings = json.loads(options.worker)
         join(settings)
-        return {"layouts": layout_worker, "dispatch": dispatch_worker}[settings["part"]](settings)
+        workers = {
+            "layouts": layout_worker,
+            "outside": outside_worker,
+            "dispatch": dispatch_worker,
+        }
+        return workers[settings["part"]](settings)
     record: dict[str, Any] = {"cores": os.cpu_count(), "load at the start": os.getloadavg()[0]}
     if "layouts" in options.only.split(","):
         record["layouts"] = layouts(options.rounds, options.models.split(","))
+    if "outside" in options.only.split(","):
+        record["outside"] = outside(options.rounds, options.models.split(","))
     if "dispatch" in options.only.split(","):
         record["dispatch"] = dispatch(20 * options.rounds)
     record["load at the end"] = os.getloadavg()[0]

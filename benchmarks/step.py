@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -140,7 +141,7 @@ def bare_loop(config: ConfigDict, segment: int, mesh: Mesh):
     def contestant(turn) -> None:
         nonlocal state
         while True:
-            state, _ = take_steps(step, state, on_devices, segment)
+            state, _ = take_steps(step, state, itertools.repeat(on_devices, segment))
             if turn():
                 return
 

@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Contestant = Callable[[Callable[[], bool]], Any]
@@ -76,16 +76,16 @@ class Turns:
 
 
 def take_steps(
-    step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any, count: int
+    step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batches: Iterable[Any]
 ) -> tuple[Any, Any]:
-    """Takes steps on one batch and waits for the last; the state after it and its metrics."""
+    """Takes a step a batch and waits for the last; the state after it and its metrics."""
     import jax  # not before a benchmark has asked for its devices
 
     from trainer.progress import MAX_IN_FLIGHT
 
     metrics = None
     window: deque[Any] = deque()
-    for _ in range(count):
+    for batch in batches:
         state, metrics = step(state, batch)
         window.append(metrics)
         if len(window) > MAX_IN_FLIGHT:
