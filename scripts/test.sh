@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests: scripts/test.sh [--fast] [arguments of pytest]
+# Runs the tests: scripts/test.sh [--fast | --wide] [arguments of pytest]
 #
-#   --fast    leave out what is marked slow
+#   --fast    leave out what is marked slow or wide
+#   --wide    leave out what is marked slow
 #
 # Sets up .venv the first time.
 set -euo pipefail
@@ -11,6 +12,8 @@ python=${PODLIFT_VENV:-.venv}/bin/python
 arguments=()
 for argument in "$@"; do
   if [[ $argument == --fast ]]; then
+    arguments+=(-m "not slow and not wide")
+  elif [[ $argument == --wide ]]; then
     arguments+=(-m "not slow")
   else
     arguments+=("$argument")

@@ -37,6 +37,11 @@ def skip_here(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(reason) and "CI" not in os.environ, reason=reason or "-")
 
 
+def wide(*values):
+    """A case that a quick run of the tests leaves out."""
+    return pytest.param(*values, marks=pytest.mark.wide)
+
+
 def mesh_of(count: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:count]), ("batch",))
 

@@ -145,6 +145,7 @@ def test_a_typo_in_what_is_allowed_is_told(tmp_path):
         trainer.train(config, tmp_path / "run", mesh_of(2))
 
 
+@pytest.mark.wide
 def test_the_launcher_refuses_before_it_starts_anything(launch, tmp_path):
     arguments = ["--config=configs/digits.py", f"--workdir={tmp_path}/run", "--fake_devices=2"]
     assert launch(*arguments, "--config.num_steps=3")[0] == 0

@@ -64,6 +64,7 @@ def test_the_bias_adder_learns_on_several_devices(tmp_path, capsys, data):
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.wide
 def test_char_lm_learns(tmp_path):
     config = config_of("char_lm", num_steps=30, log_every_steps=10, global_batch_size=16)
     config.model.width, config.model.num_layers, config.data.length = 32, 1, 32

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from conftest import mesh_of
+from conftest import mesh_of, wide
 from test_resume import assert_bitwise_equal, config_of, digits, steps_of, without_speed
 
 import trainer
@@ -53,7 +53,8 @@ def test_another_metric_begins_to_count_anew():
 
 
 @pytest.mark.parametrize(
-    ("lift", "steps_per_call"), [("pmap", 1), ("shard_map", 1), ("vmap", 1), ("pmap", 4)]
+    ("lift", "steps_per_call"),
+    [("pmap", 1), wide("shard_map", 1), wide("vmap", 1), wide("pmap", 4)],
 )
 def test_it_ends_stays_ended_and_goes_on_with_more_patience(tmp_path, capsys, lift, steps_per_call):
     changes = {"lift": lift, "steps_per_call": steps_per_call}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 PROGRAM = """
@@ -75,6 +76,7 @@ print("equal")
 """
 
 
+@pytest.mark.wide
 def test_the_bits_of_sums_by_exchange():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, text=True, capture_output=True, check=False

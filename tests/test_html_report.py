@@ -504,6 +504,7 @@ def real_runs(tmp_path_factory, cache_dir):
     return folder
 
 
+@pytest.mark.wide
 def test_real_runs(start, real_runs, tmp_path):
     code, out, err = run_report(
         start, real_runs / "good", "--out", tmp_path / "r.html", real_runs / "bad"

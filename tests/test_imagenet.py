@@ -101,6 +101,7 @@ def reduced(**changes):
     return config
 
 
+@pytest.mark.wide
 def test_the_config_trains_on_several_devices(tmp_path, capsys):
     state, metrics = trainer.train(reduced(), tmp_path, mesh_of(8))
     printed = capsys.readouterr()

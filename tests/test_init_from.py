@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import mesh_of
+from conftest import mesh_of, wide
 from test_resume import assert_bitwise_equal, digits, steps_of
 
 import trainer
@@ -80,9 +80,9 @@ def fine(source, steps=1, **changes):
     [
         ("", 20, "pmap"),
         ("best", 10, "shard_map"),
-        ("checkpoints", 20, "vmap"),
-        ("checkpoints/10", 10, "pmap"),
-        ("best/10", 10, "pmap"),
+        wide("checkpoints", 20, "vmap"),
+        wide("checkpoints/10", 10, "pmap"),
+        wide("best/10", 10, "pmap"),
     ],
 )
 def test_params_and_statistics_are_taken_and_nothing_else(
@@ -115,7 +115,7 @@ def test_an_average_is_what_is_taken_and_begun_with(tmp_path, pretrained):
         np.testing.assert_allclose(leaf, name_leaves(there["ema"])[name], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("state_sharding", ["zero1", "fsdp"])
+@pytest.mark.parametrize("state_sharding", [wide("zero1"), "fsdp"])
 def test_leaves_go_to_where_a_cut_state_has_its_own(tmp_path, state_sharding):
     wide = digits(2, seed=5, ema_decay=0.5)
     wide.model.hidden_size = 64

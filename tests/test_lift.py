@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import mesh_of
+from conftest import mesh_of, wide
 
 from trainer.data import tutorial
 from trainer.errors import ReplicasDiffer, UserError
@@ -170,7 +170,7 @@ def test_state_that_is_not_synchronised_is_found_before_a_step_is_run():
 
 
 @pytest.mark.parametrize("kind", LIFTS)
-@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("unroll", [False, wide(True)])
 def test_several_steps_in_one_call_are_the_same_steps(kind, unroll):
     lift = make_lift(kind, mesh_of(4))
     once = lifted("mlp", lift, flat=True)

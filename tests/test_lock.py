@@ -132,7 +132,7 @@ class Holders(RuleBasedStateMachine):
             assert taken == [who == holder for who in range(3)]
 
 
-TestHolders = Holders.TestCase
+TestHolders = pytest.mark.wide(Holders.TestCase)
 TestHolders.settings = settings(max_examples=40, stateful_step_count=20)
 
 
@@ -153,6 +153,7 @@ def test_a_refusal_names_host_process_and_time(processes, tmp_path):
         assert "kill 101" in refused.value.hint
 
 
+@pytest.mark.wide
 @given(st.binary())
 @example(b"")
 @example(b"\xff\xfe\x00")
@@ -174,6 +175,7 @@ def test_whatever_a_dead_process_left_is_taken_over(content):
             other.kill()
 
 
+@pytest.mark.wide
 @given(st.binary())
 @example(b"")
 @example(b"{}")

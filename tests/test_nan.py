@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import mesh_of
+from conftest import mesh_of, wide
 from test_resume import assert_bitwise_equal, digits, steps_of, without_speed
 
 import trainer
@@ -64,7 +64,7 @@ def test_the_run_stops_with_the_step_the_metric_and_the_last_good_checkpoint(tmp
     assert int(trainer.train(skipping, tmp_path / "run", mesh_of(2)).state.step) == 20
 
 
-@pytest.mark.parametrize("lift", ["pmap", "shard_map", "vmap"])
+@pytest.mark.parametrize("lift", ["pmap", wide("shard_map"), wide("vmap")])
 @pytest.mark.parametrize("steps_per_call", [1, 4])
 def test_skipped_updates_change_nothing_but_the_step(tmp_path, lift, steps_per_call):
     """As if the batch had not been there: the same as training on without its update."""

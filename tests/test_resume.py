@@ -13,7 +13,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, mesh_of
+from conftest import ROOT, mesh_of, wide
 from test_cli import wait_for
 
 import trainer
@@ -64,7 +64,7 @@ def without_speed(path):
 
 
 @pytest.mark.parametrize("lift", ["pmap", "shard_map", "vmap"])
-@pytest.mark.parametrize("steps_per_call", [1, 4])
+@pytest.mark.parametrize("steps_per_call", [wide(1), 4])
 def test_two_halves_are_the_whole_bit_for_bit(tmp_path, lift, steps_per_call):
     mesh = mesh_of(4)
     changes = {"lift": lift, "steps_per_call": steps_per_call}
@@ -368,7 +368,7 @@ class Asked:
         return self.left < 0
 
 
-@pytest.mark.parametrize("questions", [3, 12, 16, 25, 33, 38, 44])
+@pytest.mark.parametrize("questions", [3, wide(12), 16, wide(25), wide(33), wide(38), 44])
 def test_asked_to_stop_at_any_moment_nothing_is_lost(tmp_path, questions):
     """Between steps, in the middle of a row, of an evaluation, and of the last evaluation."""
 

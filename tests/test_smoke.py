@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import ROOT, mesh_of
+from conftest import ROOT, mesh_of, wide
 from test_resume import config_of, digits
 
 import trainer.smoke
@@ -97,7 +97,7 @@ def test_lifts_and_several_steps_a_call(tmp_path, capsys, lift, steps_per_call):
     assert list((tmp_path / "s").iterdir()) == []
 
 
-@pytest.mark.parametrize("state_sharding", ["zero1", "fsdp"])
+@pytest.mark.parametrize("state_sharding", [wide("zero1"), "fsdp"])
 def test_a_state_that_is_cut_and_begins_with_that_of_another_run(tmp_path, capsys, state_sharding):
     trainer.train(digits(2), tmp_path / "run", mesh_of(2))
     config = digits(1, lift="shard_map", state_sharding=state_sharding)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import mesh_of
+from conftest import mesh_of, wide
 from jax.sharding import NamedSharding, PartitionSpec
 from test_resume import flip_a_bit, save_another_state, truncate
 
@@ -106,7 +106,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-@pytest.mark.parametrize("flat", [True, False], ids=["flat", "leaves"])
+@pytest.mark.parametrize("flat", [True, wide(False)], ids=["flat", "leaves"])
 @pytest.mark.parametrize("sharding", CUT)
 def test_the_numbers_are_those_of_a_whole_state(sharding, flat, recipe):
     compare(NORMALISED, sharding, dataclasses.replace(recipe, flat=flat))
@@ -127,7 +127,7 @@ def compare(task, sharding, recipe, dtype=np.float32):
     assert_close(cut_lift.read(cut_metrics), lift.read(metrics))
 
 
-@pytest.mark.parametrize("flat", [True, False], ids=["flat", "leaves"])
+@pytest.mark.parametrize("flat", [True, wide(False)], ids=["flat", "leaves"])
 @pytest.mark.parametrize("sharding", CUT)
 def test_a_part_that_is_frozen_is_cut_and_stays(sharding, flat):
     frozen = ("Dense_0",)
@@ -136,7 +136,7 @@ def test_a_part_that_is_frozen_is_cut_and_stays(sharding, flat):
     compare(task, sharding, Recipe(flat=flat, ema_decay=0.9))
 
 
-@pytest.mark.parametrize("devices", [1, 3, 5, 7])
+@pytest.mark.parametrize("devices", [1, wide(3), wide(5), 7])
 @pytest.mark.parametrize("sharding", CUT)
 def test_several_steps_in_one_call_and_other_device_counts(sharding, devices):
     # Of its kernels, (60, 70) and (70, 70), 1 device cuts none, 3 the first only, 7 not along 60.
@@ -284,6 +284,7 @@ CONFIG = {
 }
 
 
+@pytest.mark.wide
 def test_a_run_may_change_how_its_state_lies(tmp_path):
     straight = trainer.train(CONFIG, tmp_path / "straight")
     kinds = ["fsdp", "replicated", "zero1", "fsdp", "zero1", "replicated"]
@@ -318,7 +319,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, dama
     assert_close(leaves_of(rest.state), leaves_of(straight.state), atol=0)
 
 
-@pytest.mark.parametrize(("there", "here"), [("fsdp", "replicated"), ("replicated", "fsdp")])
+@pytest.mark.parametrize(("there", "here"), [wide("fsdp", "replicated"), ("replicated", "fsdp")])
 def test_a_run_begins_with_the_params_of_one_that_lies_in_another_way(tmp_path, there, here):
     first = trainer.train(CONFIG | {"state_sharding": there}, tmp_path / "first")
     begun = {"init_from": str(tmp_path / "first"), "num_steps": 2}

@@ -14,7 +14,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, skip_here
+from conftest import ROOT, skip_here, wide
 from test_cli import wait_for
 from test_local_processes import (
     CONFIG,
@@ -70,7 +70,7 @@ def kill_with_copies(begin, workdir, memory):
     process.communicate(timeout=30)
 
 
-@pytest.mark.parametrize("layout", [[], TWO], ids=["1x4", "2x2"])
+@pytest.mark.parametrize("layout", [wide([]), TWO], ids=["1x4", "2x2"])
 def test_a_kill_goes_on_from_the_copy_in_memory(begin, run, alone, tmp_path, memory, layout):
     layout = layout or ["--fake_devices=4"]
     workdir = tmp_path / "run"

@@ -174,6 +174,7 @@ def test_contradictions_are_named_and_not_run(begin, tmp_path, one, other, text)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.wide
 def test_two_jobs_on_one_port(begin, start, port, tmp_path):
     """The stranger is sent away, and the job whose port it is goes on waiting."""
     first = begin_in_slurm(start, port, tmp_path, job=7, rank=0)

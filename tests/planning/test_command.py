@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, skip_here
+from conftest import ROOT, skip_here, wide
 
 slow = pytest.mark.slow
 needs_tpu_compiler = skip_here(
@@ -74,8 +74,8 @@ CUT_BYTES = 4 * (64 * 128 + 128 * 128)
     ("topology", "compilers"),
     [
         ("v5e:2x2", False),
-        pytest.param("v5e:2x2", True, marks=needs_tpu_compiler),
-        pytest.param("gpu:h100:1x1x4", True, marks=needs_gpu_compiler),
+        pytest.param("v5e:2x2", True, marks=[needs_tpu_compiler, pytest.mark.wide]),
+        pytest.param("gpu:h100:1x1x4", True, marks=[needs_gpu_compiler, pytest.mark.wide]),
     ],
 )
 def test_a_state_that_is_cut_over_the_devices(plan, topology, compilers):
@@ -118,6 +118,7 @@ def test_without_a_compiler_the_plan_is_made_on_fake_devices(plan):
     assert "sync BN" in out
 
 
+@pytest.mark.wide
 @needs_tpu_compiler
 def test_the_tpu_compiler_and_fake_devices_agree_about_the_program(plan):
     code, _, err, real = plan(RESNET, "--topology=v5e:2x2")
@@ -151,6 +152,7 @@ def test_a_second_plan_asks_no_compiler_and_the_lifts_are_alike(plan):
     assert one["peak_bytes"] == pytest.approx(two["peak_bytes"], rel=0.05)
 
 
+@pytest.mark.wide
 @needs_gpu_compiler
 def test_gpus_of_several_hosts(plan):
     code, _, err, found = plan(RESNET, "--topology=gpu:h100:2x4", "--batch=32")
@@ -166,7 +168,7 @@ def test_gpus_of_several_hosts(plan):
 
 
 @needs_tpu_compiler
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1", "v3:2x2"])
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", wide("tpu7x:2x2x1"), wide("v3:2x2")])
 def test_every_chip_reduces_the_same_bytes(plan, topology):
     code, _, err, found = plan(DIGITS, f"--topology={topology}", "--batch=512")
     assert code == 0, err
@@ -174,6 +176,7 @@ def test_every_chip_reduces_the_same_bytes(plan, topology):
     assert bytes_of(found, "gradients, statistics, metrics") == 4 * (26_634 + 2 * 256 + 3)
 
 
+@pytest.mark.wide
 @needs_tpu_compiler
 def test_several_slices_cost_what_scaling_says_and_have_their_names(plan):
     _, _, _, one = plan(RESNET, "--topology=v5e:16x16", "--batch=4")
@@ -225,6 +228,7 @@ def resnet50_flops():
     return 3 * (sum(forward) + 2 * 2048 * 1000) - forward[0]
 
 
+@pytest.mark.wide
 @needs_tpu_compiler
 def test_quick_and_full_compilations_agree_about_memory(plan):
     arguments = (RESNET, "--topology=v5e:2x2", "--batch=64")
@@ -320,6 +324,7 @@ def test_shapes_alone_with_a_schedule_over_epochs(plan):
     assert found["argument_bytes"] > 10 * 16 * 64 * 4
 
 
+@pytest.mark.wide
 def test_a_damaged_cache_is_no_cache(plan, tmp_path):
     cache = tmp_path / "cache"
     _, _, _, first = plan(DIGITS, "--topology=cpu:2", compilers=False)
