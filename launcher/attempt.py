@@ -30,7 +30,7 @@ from launcher.meeting.terms import BEAT_SECS
 from launcher.plan import Plan, host_name
 from launcher.rank_log import RankFile, remove_logs
 from launcher.reactor import Reactor, Timer
-from launcher.signals import STACKS_SIGNAL
+from launcher.signals import STACKS_SIGNAL, STOPPED_AT_ONCE
 from launcher.telling import show
 from launcher.verdict import MakeVerdict, Verdict
 from launcher.watchdog import Watchdog
@@ -345,8 +345,10 @@ class Attempt:
                 f"the launcher of rank {self._rank} on {host_name()} was stopped at once (Ctrl-C)"
             )
             self._meeting.abandon(Failure(self._rank, exit_codes.RETRY, line))
+        for file in self._files.values():
+            file.write(STOPPED_AT_ONCE)
         code = 128 + signal.SIGINT
-        self._ending = Ending(code, "stopped at once; not saved", None, True, self._number)
+        self._ending = Ending(code, STOPPED_AT_ONCE, None, True, self._number)
 
     # The end
 

@@ -15,6 +15,8 @@ from trainer.console import warn
 from trainer.errors import UserError
 from trainer.lock import is_taken_here
 
+_STAMP = "%Y-%m-%d %H:%M:%S"
+
 
 def next_attempt(folder: Path) -> int:
     """The number of the next attempt in a run's local folder, from 1.
@@ -72,7 +74,7 @@ class RankFile:
 
     def write(self, text: str) -> None:
         """Adds lines."""
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        stamp = time.strftime(_STAMP)
         for line in text.splitlines():
             self._tail.append(line[:1000])
             with contextlib.suppress(OSError):
@@ -118,7 +120,7 @@ class RankLog(logging.Handler):
 
     def __init__(self, workdir: str, folder: Path) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", _STAMP))
         self._workdir = workdir
         self._folder = folder
         self._held: list[str] = []
@@ -133,6 +135,12 @@ class RankLog(logging.Handler):
                 self.open()
             except (OSError, UserError):  # a full disk is no reason to stop training
                 del self._held[:-1000]
+
+    def last_words(self, line: str) -> None:
+        """Writes to the file, if there is one, from a signal handler: past the locks of logging."""
+        if self._path is not None:
+            with contextlib.suppress(OSError), self._path.open("ab", buffering=0) as file:
+                file.write(f"{time.strftime(_STAMP)} {line}\n".encode())
 
     def open(self) -> Path:
         """Makes the file if need be, writes what was held back, and returns its path."""

@@ -18,18 +18,20 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # a collective.
 STACKS_SIGNAL = signal.SIGUSR2
 
+STOPPED_AT_ONCE = "stopped at once; not saved"
+
 
 class StopRequest:
     """Remembers that this process was asked to stop. Call it to ask whether it was.
 
     Args:
-        interactive: whether a person may press Ctrl-C here: the first is answered with a line, the
-            second does not wait.
+        last_words: where a person may press Ctrl-C; the first is answered with a line, the second
+            does not wait, and is told here, out of a signal handler.
     """
 
-    def __init__(self, *, interactive: bool = False) -> None:
+    def __init__(self, last_words: Callable[[str], None] | None = None) -> None:
         self._requested = False
-        self._interactive = interactive
+        self._last_words = last_words
 
     def __call__(self, step: int, phase: str) -> bool:
         """Whether the process was asked to stop."""
@@ -42,9 +44,10 @@ class StopRequest:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._interactive:
+        if number == signal.SIGINT and self._last_words is not None:
             if self._requested:
-                _write("stopped at once; not saved")
+                _write(STOPPED_AT_ONCE)
+                self._last_words(STOPPED_AT_ONCE)
                 os._exit(128 + signal.SIGINT)
             _write("SIGINT: saving, then stopping; Ctrl-C again to stop at once")
         self._requested = True

@@ -50,12 +50,12 @@ from trainer.workdir import config_from_json
 def run_here(plan: Plan) -> int:
     """Trains in this process, alone; returns the exit code."""
     workdir, local_dir = plan.workdir, plan.local_dir
-    stop_requested = StopRequest(interactive=True)
+    rank_log = RankLog(workdir, local_dir)
+    stop_requested = StopRequest(rank_log.last_words)
     stop_requested.install()
     os.register_at_fork(after_in_child=forget_signals)
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     open_terminal()
-    rank_log = RankLog(workdir, local_dir)
     for name in ("podlift", "py.warnings"):
         logging.getLogger(name).addHandler(rank_log)
 

@@ -23,7 +23,14 @@ _STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)", re.DOTALL)
 _STEP = re.compile(r"step (\d+)/(\d+)  ")
 _RESTORED = re.compile(r"restored step (\d+) from ")
 _SAVED = re.compile(r"asked to stop: sav(?:ing|ed) at step (\d+)")
-_DONE = ("finished: ", "stopped at step ", "stopped early ", "nothing to do: ", "asked to stop")
+_DONE = (
+    "finished: ",
+    "stopped at step ",
+    "stopped early ",
+    "stopped at once",
+    "nothing to do: ",
+    "asked to stop",
+)
 _STACKS = re.compile(r"(Current thread|Thread) 0x[0-9a-f]+ \(most recent call first\)")
 
 

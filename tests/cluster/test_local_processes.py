@@ -14,12 +14,13 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wide
 from test_cli import wait_for
 from test_resume import flip_a_bit, save_another_state, truncate
 
 import trainer
 from launcher.meeting.address import hold_port
+from launcher.reporting.attempts import read_attempts
 from trainer.state import name_leaves
 
 HERE = ROOT / "tests/cluster"
@@ -159,7 +160,7 @@ def test_the_numbers_of_one_process(run, alone, tmp_path, lift, processes, devic
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [("fsdp", "zero1"), pytest.param("zero1", "fsdp", marks=slow)]
+    ("first", "then"), [wide("fsdp", "zero1"), pytest.param("zero1", "fsdp", marks=slow)]
 )
 def test_a_state_that_is_cut_over_processes(run, alone, tmp_path, first, then):
     wide = ["--config.num_steps=6", "--config.model.hidden_size=64"]
@@ -403,17 +404,21 @@ def test_asked_to_stop_when_no_step_is_taken(begin, tmp_path, phase):
 
 
 @pytest.mark.slow
-def test_ctrl_c_twice_does_not_wait(begin, tmp_path):
-    process = begin(tmp_path / "run", *TWO)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_twice_does_not_wait(begin, tmp_path, processes):
+    # Slow batches: one process asks between steps, and would have saved before the second.
+    process = begin(tmp_path / "run", f"--processes={processes}", "--config.data.delay=0.3")
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     pressed = time.monotonic()
-    out, _ = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert time.monotonic() - pressed < AT_ONCE
-    assert "Ctrl-C again to stop at once" in out
+    assert "Ctrl-C again to stop at once" in out + err
     assert processes_of(tmp_path / "run") == []
+    (attempt,) = read_attempts(tmp_path / "run", {})
+    assert (attempt.ending, attempt.went_well) == ("stopped at once; not saved", True)
 
 
 @pytest.mark.slow
