@@ -28,6 +28,14 @@ COMMANDS = ("env", "eval", "export", "plan", "predict", "report")
 Flags = Mapping[str, tuple[Any, Any, float | None]]
 
 
+# How Python's messages about the value of a flag begin, and what is meant.
+_MEANT = {
+    "invalid literal for int()": "not an integer",
+    "could not convert string to float": "not a number",
+    "('Non-boolean argument": "neither True nor False",
+}
+
+
 @dataclass(frozen=True)
 class Command:
     """A command line that names a config, split up.
@@ -86,7 +94,7 @@ def read_command(
     except flags.UnrecognizedFlagError as error:
         raise _unknown_flag(error.flagname, ["config", *defined]) from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(_first_line(error), "see --help and --print_config") from error
+        raise UserError(_wrong_value(error), "see --help and --print_config") from error
     _check_keys(config, overridden_keys(rest))  # not within what is None now
     if left:
         near = difflib.get_close_matches(left[0], COMMANDS, n=1)
@@ -112,7 +120,7 @@ def read_arguments(argv: Sequence[str], defined: Flags) -> tuple[list[str], dict
     except flags.UnrecognizedFlagError as error:
         raise _unknown_flag(error.flagname, [*defined]) from error
     except (flags.Error, ValueError) as error:
-        raise UserError(_first_line(error), "see --help") from error
+        raise UserError(_wrong_value(error), "see --help") from error
     return arguments, {name: values[name].value for name in defined}
 
 
@@ -298,6 +306,16 @@ def unknown_key(config: ConfigDict, key: str, prefix: str = "") -> str:
     if near:
         return f"did you mean {prefix}{near[0]}?"
     return f"its keys there are {', '.join(siblings or leaves)}"
+
+
+def _wrong_value(error: Exception) -> str:
+    """What absl says about the value of a flag, in other words where it has only Python's."""
+    message = _first_line(error).removeprefix("flag ")
+    for pythons, ours in _MEANT.items():
+        flag, found, _ = message.partition(f": {pythons}")
+        if found:
+            return f"{flag}: {ours}"
+    return message
 
 
 def _first_line(error: Any) -> str:

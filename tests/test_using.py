@@ -418,7 +418,7 @@ MISTAKES = [
     (["eval", "--workdir=RUN", "--json=/nowhere/x"], "there is no folder /nowhere"),
     (["eval", "--workdir=RUN", "--json=configs"], "--json=configs is a folder"),
     (["predict", "--workdir=RUN"], "--out is missing"),
-    (["predict", "--workdir=RUN", "--out=x", "--split=test"], "eval or train"),
+    (["predict", "--workdir=RUN", "--out=x", "--split=test"], "--split=test is neither"),
     (["export", "--workdir=RUN"], "--out is missing"),
     (["export", "--workdir=RUN", "--out=x", "--platforms=gpu"], "did you mean cuda?"),
     (["export", "--workdir=RUN", "--out=x", "--batch=0"], "batch"),

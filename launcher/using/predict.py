@@ -57,7 +57,7 @@ def _predict(argv: Sequence[str]) -> None:
     if not file:
         raise UserError("--out is missing", "for example --out=outputs.npz")
     if split not in ("eval", "train"):
-        raise UserError(f"--split={split}", "eval or train")
+        raise UserError(f"--split={split} is neither eval nor train")
     check_writable("out", file)
     trained, lift = open_model(request, request.flags["fake_devices"])
     import numpy as np
