@@ -6,6 +6,7 @@ for the same: save and stop.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -44,18 +45,27 @@ class StopRequest:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        again, self._requested = self._requested, True
         if number == signal.SIGINT and self._last_words is not None:
-            if self._requested:
-                _write(STOPPED_AT_ONCE)
+            if again:
+                write_at_once(f"{_show_cursor()}{STOPPED_AT_ONCE}")
                 self._last_words(STOPPED_AT_ONCE)
                 os._exit(128 + signal.SIGINT)
-            _write("SIGINT: saving, then stopping; Ctrl-C again to stop at once")
-        self._requested = True
+            write_at_once("SIGINT: saving, then stopping; Ctrl-C again to stop at once")
 
 
-def _write(line: str) -> None:
-    """Not with `print`: the handler may have interrupted one."""
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{line}\n".encode())
+def write_at_once(line: str) -> None:
+    """Writes a line to stderr out of a signal handler, which may have interrupted a `print`.
+
+    Ctrl-C also ends a `tee` that stderr goes to: nobody there to read is no reason not to save.
+    """
+    with contextlib.suppress(OSError):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{line}\n".encode())
+
+
+def _show_cursor() -> str:
+    """What gives a terminal back the cursor that the live view has hidden (ECMA-48, DECTCEM)."""
+    return "\x1b[?25h" if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""
 
 
 class SyncPoint:

@@ -9,11 +9,14 @@ import os
 import shutil
 import signal
 import sys
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, mesh_of, wide
+from flax import linen as nn
 from test_cli import wait_for
 
 import trainer
@@ -22,7 +25,7 @@ from trainer.checkpoints import arrays, fast
 from trainer.checkpoints.fast import FastTier
 from trainer.checkpoints.manifest import Manifest
 from trainer.checkpoints.saver import Saver
-from trainer.errors import CheckpointsUnreadable, StateUnreadable, UserError
+from trainer.errors import CheckpointsUnreadable, ReplicasDiffer, StateUnreadable, UserError
 from trainer.examine import examine
 
 
@@ -345,6 +348,53 @@ def test_asked_to_stop_it_saves_and_goes_on(start, launch, tmp_path, number):
     last = [without_speed(tmp_path / d / "metrics.jsonl")[-1] for d in ("run", "whole")]
     assert last[0]["step"] == saved[0] + 50
     assert last[0]["eval/loss"] == last[1]["eval/loss"]
+
+
+def test_ctrl_c_saves_also_where_it_has_ended_who_reads_the_log(start, tmp_path):
+    process = start("--config=configs/digits.py", "--fake_devices=2", "--config.num_steps=100000",
+                    "--config.log_every_steps=20", f"--workdir={tmp_path}/run")  # fmt: skip
+    wait_for(tmp_path / "run/metrics.jsonl")
+    time.sleep(0.5)  # past the first row: what writes it may forgive an error
+    process.stderr.close()  # as of `2>&1 | tee log`
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 42
+    process.stdout.close()
+    assert steps_of(tmp_path / "run/checkpoints")
+
+
+class Drifting(nn.Module):
+    """After eight steps the devices no longer agree about its state."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        steps = self.variable("state", "steps", lambda: jnp.zeros((), jnp.int32))
+        place = self.variable("state", "place", lambda: jnp.zeros((), jnp.int32))
+        if train:
+            steps.value += 1
+            place.value = jnp.where(steps.value > 8, jax.lax.axis_index("batch"), 0)
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+def test_devices_that_differ_leave_no_copy_in_memory_to_go_on_from(tmp_path, capsys):
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    config = digits(40, model={"target": "test_resume:Drifting"}, replica_check_every_steps=20)
+    config.checkpoint = {"every_steps": 8, "fast_dir": str(memory), "fast_every_secs": 1e-6}
+    copied = set()
+
+    def watch(step, phase):
+        for found in memory.rglob("manifest.json"):
+            copied.add(json.loads(found.read_text())["body"]["step"])
+        time.sleep(0.05 * (step > 8))
+        return False
+
+    with pytest.raises(ReplicasDiffer, match="model_state/state/place"):
+        trainer.train(config, tmp_path / "run", mesh_of(2), stop_requested=watch)
+    assert max(copied) > 8
+    assert list(memory.rglob("manifest.json")) == []
+    with pytest.raises(ReplicasDiffer):
+        trainer.train(config, tmp_path / "run", mesh_of(2))
+    assert "restored step 8 from" in capsys.readouterr().out
 
 
 def test_asked_to_stop_before_the_first_step(tmp_path):

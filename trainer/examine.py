@@ -29,6 +29,11 @@ class Examined:
     checksums: dict[str, int]
     not_finite: list[str]
 
+    @property
+    def unusable(self) -> list[str]:
+        """Those of them that no run can go on from; an optimizer may hold infinities."""
+        return [name for name in self.not_finite if name.startswith(("params/", "model_state/"))]
+
 
 def examine(lift: Lift, state: Any) -> Examined:
     """Looks at every leaf, after checking that all devices hold the same bits.

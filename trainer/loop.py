@@ -21,7 +21,7 @@ from trainer.checkpoints.saver import Saver
 from trainer.console import open_terminal, say
 from trainer.data.prefetch import depth_for, prefetch
 from trainer.early_stop import EarlyStop
-from trainer.errors import NonFiniteLoss, Preempted
+from trainer.errors import NonFiniteLoss, Preempted, ReplicasDiffer
 from trainer.evaluate import Evaluator
 from trainer.examine import examine
 from trainer.init_from import begin_from
@@ -34,6 +34,7 @@ from trainer.report import evaluation_at
 from trainer.settings import Settings, check
 from trainer.shared_folder import SharedFolder, refuse_changes
 from trainer.state import TrainState
+from trainer.step import metric_names
 from trainer.summaries import Summaries
 from trainer.summary import (
     About,
@@ -107,6 +108,9 @@ def train(
     run = _Run(settings, folder, lift, job, stop_requested, local_dir, profile)
     try:
         return run.train()
+    except ReplicasDiffer:
+        run.saver.distrust_copies()
+        raise
     finally:
         run.close()
 
@@ -145,11 +149,9 @@ class _Run:
         self.scan = settings.steps_per_call > 1
         self.eval_every_steps = settings.eval_every_steps or job.stream.steps_per_epoch
         self.prefetch_depth = depth_for(settings.prefetch, lift.platform)
-        scale = ["loss_scale"] if job.recipe.scale_loss else []
-        names = sorted(["loss", "grad_norm", "learning_rate", *scale, *job.task.metrics])
         self.in_flight = InFlight(self._read_rows)
         self.log = TrainLog(
-            names,
+            metric_names(job.task, job.recipe),
             steps_per_epoch=job.stream.steps_per_epoch,
             clock=time.monotonic,
             on_epoch=self.account.epoch,
@@ -290,7 +292,7 @@ class _Run:
         self.log.from_json(meta["log"])
         self.account.go_on_from(meta)
         self.early_stop.from_json(meta.get("early_stop"))
-        if meta["evaluation_pending"]:
+        if meta["evaluation_pending"] and self.evaluator:
             found = json.dumps(evaluation_at(self.folder, restored.step))
             done = json.loads(self.lift.tell(found))
             self.evaluation_pending = done is None

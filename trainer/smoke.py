@@ -30,6 +30,7 @@ from trainer.paths import absolute
 from trainer.settings import Settings, check
 from trainer.shared_folder import SharedFolder
 from trainer.state import TrainState, count_params
+from trainer.step import metric_names
 from trainer.summary import describe_devices, warn_of_unsynced_state
 from trainer.workdir import Workdir
 
@@ -195,8 +196,7 @@ class _Smoke:
         state, values = update(state, on_devices)
         jax.block_until_ready((state, values))
         seconds = time.monotonic() - began
-        scale = ["loss_scale"] if job.recipe.scale_loss else []
-        names = sorted(["loss", "grad_norm", "learning_rate", *scale, *job.task.metrics])
+        names = metric_names(job.task, job.recipe)
         losses = np.atleast_2d(lift.read(values))[:, names.index("loss")]
         for bad in np.flatnonzero(~np.isfinite(losses)):
             raise SmokeFailed(f"the loss is {losses[bad]} at step {step + bad + 1}")

@@ -139,6 +139,12 @@ def stack_metrics(
     return stacked
 
 
+def metric_names(task: Task, recipe: Recipe) -> list[str]:
+    """The names of a step's metrics, in the order in which `stack_metrics` has them."""
+    scale = ["loss_scale"] if recipe.scale_loss else []
+    return sorted(["loss", "grad_norm", "learning_rate", *scale, *task.metrics])
+
+
 def make_eval_step(
     task: Task, *, axis: str | None = AXIS
 ) -> Callable[[TrainState, Batch], dict[str, tuple[jax.Array, jax.Array]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-from launcher.signals import STACKS_SIGNAL, STOP_SIGNALS
+from launcher.signals import STACKS_SIGNAL, STOP_SIGNALS, write_at_once
 
 
 class Foreground:
@@ -65,8 +64,7 @@ class Foreground:
         if number != STACKS_SIGNAL:
             again, self.asked_to_stop = self.asked_to_stop, True
             if number == signal.SIGINT and not again:
-                # Not with `print`: the handler may have interrupted one.
-                os.write(2, b"\nthe run saves, then the sweep stops; Ctrl-C again stops at once\n")
+                write_at_once("the run saves, then the sweep stops; Ctrl-C again stops at once")
                 number = signal.SIGTERM  # also well received by one that only just begins
         self._send(number)
 

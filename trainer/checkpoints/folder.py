@@ -79,10 +79,12 @@ class CheckpointFolder:
             with tempfile.TemporaryDirectory(prefix="podlift-") as name:
                 self._complete(Path(name), write, describe)
                 _upload(Path(name), self.path / str(step))
-        for old in expired(self.steps(), self._keep, step):
-            with contextlib.suppress(OSError):  # it is tried again after the next save
-                self._remove(old)
-        with contextlib.suppress(OSError):
+        # The new one is complete, whatever becomes of the others: they are tried again after the
+        # next save. Clients of object stores raise many types.
+        with contextlib.suppress(Exception):
+            for old in expired(self.steps(), self._keep, step):
+                with contextlib.suppress(Exception):
+                    self._remove(old)
             self._note_newest(max([step, *self.steps()]))
 
     @staticmethod

@@ -161,7 +161,10 @@ class Restorer:
         adapted = differences.adapt(arrays, wanted, changed, lambda: name_leaves(fresh()))
         state = self._lift.put_state(with_leaves(abstract, adapted))
         as_saved = set(wanted) - {d.name for d in changed}
-        for name, checksum in examine(self._lift, state).checksums.items():
+        examined = examine(self._lift, state)
+        if candidate.in_memory and examined.unusable:  # what is saved on disk was looked at before
+            raise Damaged(f"{examined.unusable[0]} holds a NaN or an infinity")
+        for name, checksum in examined.checksums.items():
             if name in as_saved and checksum != listed.leaves[name].checksum:
                 raise Damaged(f"{name} is not what was saved: its checksum differs")
         if self._lift.writes:

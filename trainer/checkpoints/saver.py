@@ -10,6 +10,7 @@ import json
 import math
 import platform
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -194,9 +195,8 @@ class Saver:
 
     def _submit(self, folder: CheckpointFolder, step: int, state: TrainState, meta: Meta) -> None:
         examined = examine(self._lift, state)
-        bad = [n for n in examined.not_finite if n.startswith(("params/", "model_state/"))]
-        if bad:
-            raise NonFiniteState(step, bad)
+        if examined.unusable:
+            raise NonFiniteState(step, examined.unusable)
         arrays: dict[str, Any] = {}
         if self._lift.writes or not self._lift.is_whole_here:
             arrays = self._lift.host_copy(state)
@@ -232,6 +232,13 @@ class Saver:
         arrays = self._lift.host_copy(state)
         blocked = time.monotonic() - began
         self._fast.copy(step, {**meta, **self._own_meta()}, arrays, blocked)
+
+    def distrust_copies(self) -> None:
+        """Gives up all copies: devices differ, and nobody has looked since they last agreed."""
+        if self._lift.writes:
+            self._workdir.record(uuid.uuid4().hex)  # those on other hosts are of another run now
+        if self._fast is not None:
+            self._fast.remove()
 
     def finish(self) -> None:
         """Waits until everything is on disk, in all processes, and gives the memory back.
