@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import threading
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -53,6 +54,17 @@ def test_each_process_takes_its_rows_of_the_same_global_batch():
 
 def test_a_whole_set_in_one_batch_keeps_its_order():
     assert (TrainStream(SOURCE, N, seed=0).batch_at(4)["x"] == np.arange(N)).all()
+
+
+@pytest.mark.parametrize("layout", ["C", "F"])
+def test_only_the_rows_of_a_batch_are_copied(layout):
+    source = ArraySource({"x": np.zeros((1000, 1000), order=layout)})
+    indices = np.arange(3)
+    tracemalloc.start()
+    source[indices]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
 
 
 def test_a_batch_larger_than_the_data_is_refused():

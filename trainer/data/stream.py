@@ -57,7 +57,8 @@ class ArraySource:
 
 
 def _gather(array: Any, indices: np.ndarray) -> Any:
-    if isinstance(array, np.ndarray):  # in less than half the time that indexing takes
+    # In less than half the time that indexing takes; of another layout it would copy all first.
+    if isinstance(array, np.ndarray) and array.flags.c_contiguous:
         return array.take(indices, axis=0)
     return array[indices]
 
