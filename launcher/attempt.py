@@ -34,6 +34,7 @@ from launcher.signals import STACKS_SIGNAL, STOPPED_AT_ONCE
 from launcher.telling import show
 from launcher.verdict import MakeVerdict, Verdict
 from launcher.watchdog import Watchdog
+from trainer.errors import UserError
 
 # After all is said, until a worker must be gone, and the other launchers must be done.
 _EXIT_SECS = 30.0
@@ -104,7 +105,10 @@ class Attempt:
             try:
                 self._meeting.open()
                 self._reactor.run(lambda: self._ending is not None)
-            except Exception as error:  # of the launcher itself: the others are to know
+            except UserError as error:  # found by the launcher itself: the others are to know
+                self._report(Failure(self._rank, exit_codes.USAGE, str(error)))
+                self._reactor.run(lambda: self._ending is not None)
+            except Exception as error:
                 message = f"{type(error).__name__} in the launcher of rank {self._rank}: {error}"
                 trace = traceback.format_exc()
                 self._report(Failure(self._rank, exit_codes.FAILED, message, trace=trace))

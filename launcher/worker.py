@@ -54,7 +54,7 @@ def run_here(plan: Plan) -> int:
     stop_requested = StopRequest(rank_log.last_words)
     stop_requested.install()
     os.register_at_fork(after_in_child=forget_signals)
-    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    _show_stacks()
     open_terminal()
     for name in ("podlift", "py.warnings"):
         logging.getLogger(name).addHandler(rank_log)
@@ -103,8 +103,7 @@ def main() -> None:
     stop_requested = StopRequest()
     stop_requested.install()
     os.register_at_fork(after_in_child=forget_signals)
-    faulthandler.enable()  # a crash in native code leaves its stack in the log
-    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    _show_stacks()
     # The launcher holds these back until here, so that none of them finds its default.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, STACKS_SIGNAL})
     assigned, page_file, report_file = (int(text) for text in sys.argv[1].split(","))
@@ -135,7 +134,12 @@ def main() -> None:
             smoke=assignment.smoke,
         )
 
-    outcome = _outcome_of(train, assignment.rank, lambda: page.read().step)
+    outcome = _outcome_of(
+        train,
+        assignment.rank,
+        lambda: page.read().step,
+        has_peers=assignment.coordinator is not None,
+    )
     if os.getpid() != me:  # a fork of user code that was not kept from coming back here
         os._exit(1)
     with os.fdopen(report_file, "wb", closefd=True) as report:
@@ -184,7 +188,11 @@ def _train(
 
 
 def _outcome_of(
-    train: Callable[[], Any], rank: int, step: Callable[[], int | None] = lambda: None
+    train: Callable[[], Any],
+    rank: int,
+    step: Callable[[], int | None] = lambda: None,
+    *,
+    has_peers: bool = False,
 ) -> Outcome:
     """Runs a training; whatever it raises becomes an outcome."""
     try:
@@ -211,8 +219,16 @@ def _outcome_of(
         except Exception:
             text = trace.splitlines()[-1]
         message = f"{type(error).__name__} on rank {rank}: {text}"
-        return Outcome(exit_codes.FAILED, message, trace, step(), is_of_a_lost_peer(text))
+        # A network error of the operating system is one of the user's code: jax has its own types.
+        lost_peer = has_peers and not isinstance(error, OSError) and is_of_a_lost_peer(text)
+        return Outcome(exit_codes.FAILED, message, trace, step(), lost_peer)
     return Outcome(exit_codes.DONE)
+
+
+def _show_stacks() -> None:
+    """To stderr: of a crash in native code, and of all threads whenever that is asked for."""
+    faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
 
 
 def _die_with(parent: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -14,11 +15,13 @@ from launcher.attempt import Ending
 from launcher.bug_report import relevant
 from launcher.exit_codes import RETRY
 from launcher.failure import CONSEQUENCE, Failure, of_exit, of_outcome
+from launcher.meeting.link import Link
 from launcher.progress import Progress
 from launcher.reactor import Reactor
 from launcher.supervisor import backoff_secs, why_not_again
 from launcher.verdict import Verdict
 from launcher.watchdog import Watchdog
+from launcher.worker import _outcome_of
 from trainer.errors import UserError
 from trainer.keys import flatten
 from trainer.workdir import config_from_json
@@ -162,6 +165,42 @@ def test_the_cause_comes_before_its_consequences():
     lost = story_of(*seen[:2])
     assert (lost.rank, lost.exit_code) == (0, 42)
     assert lost.message.startswith("rank 0 lost contact to its peers (JaxRuntimeError on rank 0")
+
+
+def test_an_error_of_the_network_is_a_lost_peer_only_where_jax_raised_it_and_there_are_peers():
+    def outcome(error, has_peers):
+        def train():
+            raise error
+
+        return _outcome_of(train, 0, has_peers=has_peers)
+
+    gloo = RuntimeError("Gloo all-reduce failed: Connection reset by peer")
+    assert outcome(gloo, True).lost_peer
+    assert not outcome(gloo, False).lost_peer
+    of_the_data = outcome(ConnectionResetError(104, "Connection reset by peer"), True)
+    assert not of_the_data.lost_peer
+    assert "ConnectionResetError" in of_the_data.trace
+
+
+def test_what_a_message_sets_off_is_not_the_fault_of_who_sent_it():
+    lost = []
+
+    def claim(message):
+        raise OSError(28, "No space left on device")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
+    with Reactor() as reactor, theirs:
+        link = Link(reactor, ours, claim, lost.append)
+        theirs.sendall(b'{"kind": "start"}\n')
+        with pytest.raises(OSError, match="No space left"):
+            reactor.run(lambda: bool(lost))
+        assert lost == []
+        theirs.sendall(b"hello\n")
+        reactor.run(lambda: bool(lost))
+        assert lost == ["it does not speak as a launcher does"]
+        link.close()
 
 
 def test_of_ranks_that_hang_the_one_furthest_behind_is_the_story():

@@ -124,7 +124,7 @@ class Summaries:
         text = json.dumps({**found, "counts": counts.astype(np.int64).tolist()})
         try:
             write_whole(self._about.folder.path / "confusion.json", text + "\n")
-        except OSError as error:
+        except Exception as error:  # a disk, or the client of an object store
             warn(f"confusion.json was not written: {error}")
 
     @contextlib.contextmanager

@@ -90,6 +90,7 @@ class Link:
                 message = json.loads(line)
                 if message["kind"] != "beat" and self._is_open:
                     self._on_message(message)
-            except Exception:  # whatever a stranger may send
+            # What a stranger may bring about; a disk that is full, for example, is not its fault.
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 return self._lose("it does not speak as a launcher does")
         return None
