@@ -111,7 +111,7 @@ if [ ! -x podlift-venv/bin/python ]; then
 fi
 cd podlift
 python3 -m uv pip install --quiet --python ../podlift-venv/bin/python \
-  --constraint requirements.lock --editable ".[tpu]" "etils[epath-gcs]"'
+  --constraint requirements.lock --editable ".[tpu,data]" "etils[epath-gcs]"'
 # shellcheck disable=SC2016
 start='"$@" >../podlift.log 2>&1 & echo $! >../podlift.pid; wait $!; echo $? >../podlift.exit'
 # shellcheck disable=SC2016

@@ -638,7 +638,13 @@ def test_values_for_tpus_and_gpus(run):
 
 @pytest.mark.parametrize(
     ("code", "action"),
-    [(1, "FailJobSet"), (2, "FailJobSet"), (42, "RestartJobSet"), (137, "RestartJobSet")],
+    [
+        (1, "FailJobSet"),
+        (2, "FailJobSet"),
+        (42, "RestartJobSet"),
+        (137, "RestartJobSet"),
+        (139, "FailJobSet"),
+    ],
 )
 def test_what_a_jobset_starts_again(run, code, action):
     """The rules of the Job controller and of JobSet, in their order."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, skip_here
 from slurm import Slurm, why_not
-from test_local_processes import log_of, wait_for_line
+from test_local_processes import CONFIG, HERE, log_of, wait_for_line
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,7 +35,7 @@ def submit(slurm, cache_dir):
     def sbatch(options, *arguments):
         environ = {
             "PODLIFT_PYTHON": sys.executable,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT}:{HERE}",
             "PODLIFT_RUNS": str(slurm.folder / "runs"),
             "JAX_COMPILATION_CACHE_DIR": str(cache_dir),
         }
@@ -89,6 +89,15 @@ def test_what_the_program_gets_wrong_is_not_requeued(slurm, submit):
     assert slurm.state(job)["Restarts"] == "0"
     output = (slurm.folder / f"slurm-{job}.out").read_text()
     assert "there is no module 'a'" in output
+
+
+def test_a_crash_in_native_code_without_a_launcher_is_not_requeued(slurm, submit):
+    job = submit(["-N1", "-n1"], CONFIG, "--config.data.kind=abort", "--config.data.rank=0")
+    slurm.wait_for(lambda: slurm.state(job)["JobState"] == "FAILED", 60)
+    assert slurm.state(job)["ExitCode"] == "1:0"
+    assert slurm.state(job)["Restarts"] == "0"
+    output = (slurm.folder / f"slurm-{job}.out").read_text()
+    assert "Fatal Python error: Segmentation fault" in output
 
 
 def test_a_killed_task_is_requeued_and_goes_on(slurm, submit):
