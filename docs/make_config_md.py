@@ -16,7 +16,8 @@ HEAD = """\
 A config file has a function `get_config(arg=None)` that returns an `ml_collections.ConfigDict`. It
 is data: code is named by import path, `target="package.module:attribute"`, and the rest of the
 block becomes its keyword arguments. What a file leaves out takes the defaults below, so every key
-can be changed on the command line: `--config.optimizer.learning_rate=0.1`. `--config.KEY=None`
+can be changed on the command line: `--config.optimizer.learning_rate=0.1`. An argument of a
+target can be changed there only if the file names it. `--config.KEY=None`
 sets None, where a key may be None: those whose default it is, `checkpoint.every_steps`, and what is
 in a block that names code (`--config.data.augment=None`).
 

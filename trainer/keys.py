@@ -46,6 +46,7 @@ RESUMABLE = (
     "checkpoint.",
     "eval.",
     "nan",
+    "nan_limit",
     "replica_check_every_steps",
     "early_stop.",
     "summaries.",
@@ -113,10 +114,13 @@ KEYS: dict[str, tuple[Any, str]] = {
         "steps from one check that all devices hold the same state to the next; also at each save",
     ),
     "eval.every_steps": (int, "steps from one evaluation to the next; None: once an epoch"),
-    "eval.batch_size": (int, "None: `global_batch_size`; rounded up to fill the devices"),
+    "eval.batch_size": (
+        int,
+        "examples a step of it; None: `global_batch_size`; rounded up to fill the devices",
+    ),
     "checkpoint.every_steps": (
         1000,
-        "steps from one checkpoint to the next; one is saved at the end",
+        "steps from one checkpoint to the next; None: only one at the end",
     ),
     "checkpoint.allow": (
         "",

@@ -13,7 +13,7 @@ from flax import struct, traverse_util
 
 @struct.dataclass
 class TrainState:
-    """One replica of the training state; equal on every device.
+    """The training state: equal on every device, but for what `state_sharding` cuts over them.
 
     Attributes:
         step: steps taken so far, int32, shape ().
