@@ -28,14 +28,14 @@ def worker(settings: dict[str, Any]) -> None:
     if settings["local"]:
         config.model.axis_name = None
     segment = SEGMENTS[name]
-    by_exchange = bare_loop(config, segment, alone=False)
+    by_exchange = bare_loop(config, segment)
 
     def begin_by_exchange(turn: Any) -> None:
         exchange.use()  # the other contestant has compiled its step by now
         by_exchange(turn)
 
     turns = Turns(rounds, warmup=3)
-    turns.run({"gloo": bare_loop(config, segment, alone=False), "exchange": begin_by_exchange})
+    turns.run({"gloo": bare_loop(config, segment), "exchange": begin_by_exchange})
     found = {f"{who} ms/step": 1000 * turns.median(who) / segment for who in turns.seconds}
     tell(settings, {**found, "gloo / exchange": turns.ratio("gloo", "exchange")})
 

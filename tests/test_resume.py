@@ -363,7 +363,9 @@ def test_ctrl_c_saves_also_where_it_has_ended_who_reads_the_log(start, tmp_path)
 
 
 class Drifting(nn.Module):
-    """After eight steps the devices no longer agree about its state."""
+    """After so many steps the devices no longer agree about its state."""
+
+    agreeing: int = 8
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -371,7 +373,7 @@ class Drifting(nn.Module):
         place = self.variable("state", "place", lambda: jnp.zeros((), jnp.int32))
         if train:
             steps.value += 1
-            place.value = jnp.where(steps.value > 8, jax.lax.axis_index("batch"), 0)
+            place.value = jnp.where(steps.value > self.agreeing, jax.lax.axis_index("batch"), 0)
         return nn.Dense(10)(x.reshape(len(x), -1))
 
 
@@ -395,6 +397,13 @@ def test_devices_that_differ_leave_no_copy_in_memory_to_go_on_from(tmp_path, cap
     with pytest.raises(ReplicasDiffer):
         trainer.train(config, tmp_path / "run", mesh_of(2))
     assert "restored step 8 from" in capsys.readouterr().out
+
+
+def test_devices_that_differ_from_the_first_step_on_leave_nothing(tmp_path):
+    config = digits(40, model={"target": "test_resume:Drifting", "agreeing": 0})
+    with pytest.raises(ReplicasDiffer):
+        trainer.train(config, tmp_path / "run", mesh_of(2))
+    assert not (tmp_path / "run").exists()
 
 
 def test_asked_to_stop_before_the_first_step(tmp_path):

@@ -6,6 +6,7 @@ whoever can read it gives it to the others.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
@@ -26,6 +27,7 @@ from trainer.errors import (
     NonFiniteState,
     PeerFailed,
     SavesFailed,
+    UserError,
 )
 from trainer.examine import examine
 from trainer.lift import Lift
@@ -234,9 +236,13 @@ class Saver:
         self._fast.copy(step, {**meta, **self._own_meta()}, arrays, blocked)
 
     def distrust_copies(self) -> None:
-        """Gives up all copies: devices differ, and nobody has looked since they last agreed."""
-        if self._lift.writes:
-            self._workdir.record(uuid.uuid4().hex)  # those on other hosts are of another run now
+        """Gives up all copies: devices differ, and nobody has looked since they last agreed.
+
+        Hides nothing of why, and touches no folder that is not this run's yet.
+        """
+        if self.run and self._lift.writes:
+            with contextlib.suppress(UserError):  # those on other hosts are of another run now
+                self._workdir.record(uuid.uuid4().hex)
         if self._fast is not None:
             self._fast.remove()
 
