@@ -5,7 +5,7 @@
 Between processes jax's collectives on CPU go by gloo, within one they do not. Microseconds of one
 of ten, each of which needs the one before it, as those of BatchNorm do:
 
-    psum       what `lax.pmean` is without `launcher/exchange.py`
+    psum       what `lax.pmean` is without `launcher/worker/exchange.py`
     exchange   a sum with the partner at distance 1, 2, 4, ... by `lax.ppermute`, for powers of two.
                Devices may round differently: see there
     gather     `lax.all_gather`, and a sum on each device

@@ -41,7 +41,7 @@ def measure(model: str, batch: int, seconds: float) -> dict[str, object]:
 
     import trainer
     from configs.digits import get_config
-    from trainer.checkpoints.fast import FastTier
+    from trainer.checkpoints.in_memory import FastTier
 
     copies: list[tuple[float, float, int]] = []  # when begun, when written, bytes
     copy, write = FastTier.copy, FastTier._write
@@ -80,7 +80,7 @@ def measure(model: str, batch: int, seconds: float) -> dict[str, object]:
 
 def summary(ends, copies, version, batch, model) -> dict[str, object]:
     """What the steps beside a copy took longer than those before and after them."""
-    from trainer.progress import MAX_IN_FLIGHT
+    from trainer.lift.in_flight import MAX_IN_FLIGHT
 
     costs, steps = [], []
     for began, written, _ in copies:

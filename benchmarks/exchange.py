@@ -1,4 +1,4 @@
-"""What sums by exchange (`launcher/exchange.py`) give: two processes of one device each.
+"""What sums by exchange (`launcher/worker/exchange.py`) give: two processes of one device each.
 
     python benchmarks/exchange.py [--rounds=15] [--out=FILE.json]
 
@@ -21,7 +21,7 @@ from scaling import SEGMENTS, bare_loop, config_of
 def worker(settings: dict[str, Any]) -> None:
     from turns import Turns
 
-    from launcher import exchange
+    from launcher.worker import exchange
 
     name, rounds = settings["model"], settings["rounds"]
     config = config_of(name)

@@ -83,10 +83,12 @@ def contestant_of(kind: str, config: Any, segment: int) -> Any:
     import optax
     from turns import take_steps
 
-    from trainer.job import build_job
-    from trainer.lift import make_lift
-    from trainer.settings import check
-    from trainer.step import Recipe, init_state, make_update_step, stack_metrics
+    from trainer.config.settings import check
+    from trainer.lift.lift import make_lift
+    from trainer.step.init import init_state
+    from trainer.step.job import build_job
+    from trainer.step.task import Recipe
+    from trainer.step.update import make_update_step, stack_metrics
 
     settings = check(config)
     job, lift = build_job(settings), make_lift(settings.lift)

@@ -63,7 +63,7 @@ def join(settings: dict[str, Any], *, exchanges: bool = True) -> None:
             f"127.0.0.1:{settings['port']}", settings["processes"], settings["rank"]
         )
         if exchanges:
-            from launcher import exchange
+            from launcher.worker import exchange
 
             exchange.use_where_it_pays()
 

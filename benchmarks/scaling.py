@@ -94,10 +94,12 @@ def bare_loop(config: Any, segment: int, *, alone: bool = False, loading: bool =
     import jax
     from turns import take_steps
 
-    from trainer.job import build_job
-    from trainer.lift import make_lift
-    from trainer.settings import check
-    from trainer.step import Recipe, init_state, make_update_step, stack_metrics
+    from trainer.config.settings import check
+    from trainer.lift.lift import make_lift
+    from trainer.step.init import init_state
+    from trainer.step.job import build_job
+    from trainer.step.task import Recipe
+    from trainer.step.update import make_update_step, stack_metrics
 
     if alone:
         config.model.axis_name = None
@@ -191,7 +193,7 @@ def dispatch_worker(settings: dict[str, Any]) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from trainer.lift import make_lift
+    from trainer.lift.lift import make_lift
 
     lift = make_lift(settings["lift"])
     found = {}

@@ -41,11 +41,13 @@ def measure(width: int, batch: int, devices: int, rounds: int, flat: bool) -> di
     import optax
     from turns import Turns
 
-    from trainer.lift import make_lift
-    from trainer.lifted import make_cut_step
+    from trainer.lift.lift import make_lift
+    from trainer.lift.update import make_cut_step
     from trainer.losses import softmax_cross_entropy
     from trainer.models.mlp import MLP
-    from trainer.step import Recipe, Task, init_state, make_update_step
+    from trainer.step.init import init_state
+    from trainer.step.task import Recipe, Task
+    from trainer.step.update import make_update_step
 
     random = np.random.default_rng(0)
     examples = {

@@ -40,11 +40,13 @@ from ml_collections import ConfigDict
 from turns import Turns, take_steps
 
 import trainer
-from trainer.job import build_job
-from trainer.lift import make_lift
-from trainer.progress import MAX_IN_FLIGHT
-from trainer.settings import check
-from trainer.step import Recipe, init_state, make_update_step, stack_metrics
+from trainer.config.settings import check
+from trainer.lift.in_flight import MAX_IN_FLIGHT
+from trainer.lift.lift import make_lift
+from trainer.step.init import init_state
+from trainer.step.job import build_job
+from trainer.step.task import Recipe
+from trainer.step.update import make_update_step, stack_metrics
 
 
 def digits(model: dict, batch: int) -> dict:

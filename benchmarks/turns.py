@@ -81,7 +81,7 @@ def take_steps(
     """Takes a step a batch and waits for the last; the state after it and its metrics."""
     import jax  # not before a benchmark has asked for its devices
 
-    from trainer.progress import MAX_IN_FLIGHT
+    from trainer.lift.in_flight import MAX_IN_FLIGHT
 
     metrics = None
     window: deque[Any] = deque()

@@ -5,7 +5,7 @@ python -m launcher --config=configs/from_json.py:WORKDIR/config.json --config.se
 
 from ml_collections import ConfigDict
 
-from trainer.workdir import config_from_json
+from trainer.config.config_json import config_from_json
 
 
 def get_config(path: str) -> ConfigDict:

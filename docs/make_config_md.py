@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer.keys import KEYS, RESUMABLE
+from trainer.config.keys import KEYS, RESUMABLE
 
 HEAD = """\
 # Config keys

@@ -7,8 +7,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.flags import Options
-    from launcher.plan import Plan
+    from launcher.command_line.flags import Options
+    from launcher.launch.spec import Plan
 
 
 def main() -> None:
@@ -20,47 +20,49 @@ def main() -> None:
     arguments = sys.argv[2:]
     match sys.argv[1:2]:
         case ["env"]:
-            from launcher.bug_report import print_environment
+            from launcher.cli.env import print_environment
 
             sys.exit(print_environment())
         case ["eval"]:
-            from launcher.using.evaluate import main as evaluate
+            from launcher.cli.evaluate import main as evaluate
 
             sys.exit(evaluate(arguments))
         case ["export"]:
-            from launcher.using.export import main as export
+            from launcher.cli.export import main as export
 
             sys.exit(export(arguments))
         case ["plan"]:
-            from launcher.planning.command import main as plan
+            from launcher.cli.plan import main as plan
 
             sys.exit(plan(arguments))
         case ["predict"]:
-            from launcher.using.predict import main as predict
+            from launcher.cli.predict import main as predict
 
             sys.exit(predict(arguments))
         case ["report"]:
-            from launcher.reporting.command import main as report
+            from launcher.cli.report import main as report
 
             sys.exit(report(arguments))
     from absl import app
 
-    from launcher import flags
+    from launcher.command_line import flags
 
     app.run(run, flags_parser=flags.parse_or_exit)
 
 
 def run(options: Options) -> int:
     """Plans a run and runs it, in place or in processes of its own; returns the exit code."""
-    from launcher import exit_codes, plan, smoke
-    from trainer import lock
+    from launcher import exit_codes
+    from launcher.launch import smoke
+    from launcher.launch import spec as plan
     from trainer.console import open_terminal
     from trainer.errors import UserError
+    from trainer.workdir import lock
 
     open_terminal()
     try:
         if options.sweep:
-            from launcher.sweeping.run import run_sweep
+            from launcher.sweep.sweep import run_sweep
 
             return run_sweep(options, sys.argv[1:], os.environ)
         planned = plan.make_plan(options, os.environ)
@@ -83,10 +85,10 @@ def run(options: Options) -> int:
 def _start(planned: Plan) -> int:
     """Runs a plan, in place or in processes of its own; returns the exit code."""
     if planned.supervised:
-        from launcher.supervisor import supervise
+        from launcher.supervisor.supervise import supervise
 
         return supervise(planned)
-    from launcher.worker import run_here
+    from launcher.worker.run import run_here
 
     return run_here(planned)
 
@@ -102,8 +104,8 @@ def _refuse_changes(planned: Plan) -> None:
     if planned.placement is None or planned.placement.process_id == 0:
         os.environ["JAX_PLATFORMS"] = "cpu"
         try:
-            from trainer.job import build_job
-            from trainer.shared_folder import refuse_changes
+            from trainer.run.ownership import refuse_changes
+            from trainer.step.job import build_job
 
             refuse_changes(planned.settings, planned.folder, build_job(planned.settings))
         except UserError as error:

@@ -23,7 +23,7 @@ import fsspec.config
 import pytest
 from etils.epath import backend
 
-from trainer.paths import keep_no_listings
+from trainer.workdir.paths import keep_no_listings
 
 BUCKET = "bucket"
 ANONYMOUS = {"token": "anon"}  # no credentials are looked for

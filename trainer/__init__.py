@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.checkpoints.load import load
     from trainer.errors import NonFiniteLoss, Preempted, UserError
-    from trainer.loop import Result, train
+    from trainer.run.train import Result, train
 
 __all__ = ["NonFiniteLoss", "Preempted", "Result", "UserError", "load", "train"]
 
 _HOME = {
-    "train": "trainer.loop",
+    "train": "trainer.run.train",
     "load": "trainer.checkpoints.load",
-    "Result": "trainer.loop",
+    "Result": "trainer.run.train",
     "Preempted": "trainer.errors",
     "NonFiniteLoss": "trainer.errors",
     "UserError": "trainer.errors",

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from podlift_config import BATCHES, get_config
 
-from trainer.job import build_job, make_init
-from trainer.settings import check
-from trainer.state import name_leaves
+from trainer.config.settings import check
+from trainer.state.leaves import name_leaves
+from trainer.step.job import build_job, make_init
 
 BATCHES_AN_EPOCH = 64
 

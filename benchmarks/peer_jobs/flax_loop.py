@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from pauses import Pauses
 from podlift_config import BATCHES, get_config
 
-from trainer.targets import build  # the same model class, and nothing else of podlift
+from trainer.config.targets import build  # the same model class, and nothing else of podlift
 
 rank, settings = int(sys.argv[1]), json.loads(sys.argv[2])
 

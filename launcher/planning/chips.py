@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.peaks import PEAKS
+from trainer.metrics_writer.chip_peaks import PEAKS
 
 # Shares of a TPU's peaks that whole training steps reach.
 #   Compute: 0.75 to 0.89 in dense language models on v5e, 0.76 on v4, 0.67 to 0.71 on v5p, of all

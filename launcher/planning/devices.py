@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import environment
+from launcher.launch import environment
 from launcher.planning.topology import Topology, unknown_topology
 from trainer.errors import UserError
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config.settings import Settings
 from trainer.errors import UserError
-from trainer.settings import Settings
 
 _ITEM = re.compile(r"(\w+)=(\w+)\[((?:\d+(?:,\d+)*)?)\]")
 

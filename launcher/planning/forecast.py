@@ -13,15 +13,15 @@ from launcher.planning.devices import find_devices
 from launcher.planning.example import in_place_of_data
 from launcher.planning.hlo import GATHERED, Array, Collective
 from launcher.planning.largest import largest_batch
-from launcher.planning.predict import Cluster, Prediction, Work, predict, scaling
 from launcher.planning.program import Program, State, Step
+from launcher.planning.step_time import Cluster, Prediction, Work, predict, scaling
 from launcher.planning.topology import Topology
+from trainer.config.settings import Settings
 from trainer.errors import UserError
-from trainer.job import build_job
-from trainer.settings import Settings
+from trainer.step.job import build_job
 
 if TYPE_CHECKING:
-    from launcher.planning.command import Options, Question
+    from launcher.cli.plan import Options, Question
 
 # Of a device's memory, in a search with quick compilations: one in full was found to need up to
 # 5.2 % more (docs/plan.md).

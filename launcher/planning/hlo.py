@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.gradients import GATHER_SCOPE, MEAN_SCOPE
+from trainer.step.gradients import GATHER_SCOPE, MEAN_SCOPE
 
 _COLLECTIVES = (
     "all-reduce",

@@ -19,18 +19,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from launcher.mesh import order_devices
 from launcher.planning.cache import PlanCache
 from launcher.planning.devices import Devices
 from launcher.planning.hlo import Array, Collective, find_collectives, largest_arrays, loop_factor
 from launcher.planning.topology import Topology
-from trainer.flops import flops_of_step
-from trainer.job import Job, make_init
-from trainer.lift import Lift, make_lift
-from trainer.lifted import lift_update_step, make_job_step
-from trainer.settings import Settings
-from trainer.state import count_params, name_leaves
-from trainer.step import AXIS
+from launcher.worker.mesh import order_devices
+from trainer.config.settings import Settings
+from trainer.lift.lift import Lift, make_lift
+from trainer.lift.update import lift_update_step, make_job_step
+from trainer.state.leaves import count_params, name_leaves
+from trainer.step.flops import flops_of_step
+from trainer.step.job import Job, make_init
+from trainer.step.task import AXIS
 
 # XLA:TPU then takes no time to search for faster code; collectives and FLOPs are the same, and the
 # memory is nearly so (docs/plan.md). What the option is called: until jax 0.10, and since.

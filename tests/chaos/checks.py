@@ -15,7 +15,7 @@ from damage import Damage, digests
 from running import Start, restored
 
 import trainer
-from trainer.state import name_leaves
+from trainer.state.leaves import name_leaves
 
 Row = dict[str, Any]
 

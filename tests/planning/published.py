@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from launcher.planning.chips import CHIPS
 from launcher.planning.hlo import Collective
-from launcher.planning.predict import Cluster, Work, predict
+from launcher.planning.step_time import Cluster, Work, predict
 
 # ResNet-50 in bfloat16: FLOPs an image, and bytes accessed a step by images a device, from this
 # repository's plans (local batch normalisation, on v3; on A100 for GPUs).

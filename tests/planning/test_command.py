@@ -30,7 +30,7 @@ WITHOUT_COMPILERS = """
 import importlib.util, sys
 from launcher.planning import devices
 devices.has_compiler = lambda topology: False
-from launcher.planning.command import main
+from launcher.cli.plan import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from launcher.planning.chips import CHIPS, STRAGGLERS
 from launcher.planning.hlo import Collective
 from launcher.planning.largest import largest_batch
-from launcher.planning.predict import Cluster, Work, alpha_beta, predict, scaling
+from launcher.planning.step_time import Cluster, Work, alpha_beta, predict, scaling
 
 V5E, H100 = CHIPS["v5e"], CHIPS["h100"]
 NOTHING = Work({}, 0.0, ())

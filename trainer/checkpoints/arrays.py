@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from trainer.checkpoints.manifest import Leaf
-from trainer.state import from_flat, name_leaves
+from trainer.state.leaves import from_flat, name_leaves
 
 STATE = "state"  # the folder of a checkpoint that is Orbax's
 

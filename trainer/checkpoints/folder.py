@@ -21,7 +21,7 @@ from etils import epath
 
 from trainer.checkpoints import manifest
 from trainer.checkpoints.manifest import Damaged, File, Manifest
-from trainer.paths import is_local, write_whole
+from trainer.workdir.paths import is_local, write_whole
 
 _SAVING, _REMOVED = ".saving-", ".removed-"
 QUARANTINE = "quarantine"

@@ -14,8 +14,9 @@ from trainer.checkpoints import manifest
 from trainer.checkpoints.folder import CheckpointFolder
 from trainer.checkpoints.manifest import Damaged, Leaf
 from trainer.errors import CheckpointsUnreadable, first_line
-from trainer.paths import absolute, is_local
-from trainer.state import checksum_of, from_flat
+from trainer.state.checksums import checksum_of
+from trainer.state.leaves import from_flat
+from trainer.workdir.paths import absolute, is_local
 
 # How often a run that trains there may remove what is being read.
 _TRIES = 5

@@ -28,7 +28,7 @@ class Leaf:
     Attributes:
         shape: of it.
         dtype: as numpy names it.
-        checksum: of its bits, as `trainer.state.checksums` takes it.
+        checksum: of its bits, as `trainer.state.checksums.checksums` takes it.
     """
 
     shape: tuple[int, ...]

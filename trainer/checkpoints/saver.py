@@ -17,11 +17,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoints.fast import FastTier
 from trainer.checkpoints.folder import CheckpointFolder
+from trainer.checkpoints.in_memory import FastTier
 from trainer.checkpoints.manifest import Damaged
-from trainer.checkpoints.restoring import Restored, Restorer, put_aside
+from trainer.checkpoints.restorer import Restored, Restorer, put_aside
 from trainer.checkpoints.writer import Save, Writer
+from trainer.config.settings import Settings
 from trainer.console import say, warn
 from trainer.errors import (
     NonFiniteState,
@@ -29,11 +30,10 @@ from trainer.errors import (
     SavesFailed,
     UserError,
 )
-from trainer.examine import examine
-from trainer.lift import Lift
-from trainer.settings import Settings
-from trainer.state import TrainState
-from trainer.workdir import Workdir
+from trainer.lift.lift import Lift
+from trainer.lift.replicas import examine
+from trainer.state.train_state import TrainState
+from trainer.workdir.workdir import Workdir
 
 Meta = Mapping[str, Any]
 

@@ -26,7 +26,7 @@ from trainer.checkpoints.folder import CheckpointFolder
 from trainer.checkpoints.manifest import File, Leaf, Manifest
 from trainer.console import warn
 from trainer.errors import SavesFailed
-from trainer.paths import is_local
+from trainer.workdir.paths import is_local
 
 # Before a save is tried again, in seconds; the last one again and again.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)

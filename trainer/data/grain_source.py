@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config.targets import resolve
 from trainer.data.stream import ExampleRandom, HostBatch
 from trainer.errors import UserError
-from trainer.targets import resolve
 
 
 class GrainSource:

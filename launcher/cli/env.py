@@ -1,0 +1,114 @@
+"""`python -m launcher env`: what a bug report needs, and nothing that is secret."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from launcher import clusters, exit_codes
+from launcher.clusters.gce_metadata import read_gce_metadata
+from launcher.launch.spec import count_gpus, detected
+from trainer.errors import UserError
+
+_PACKAGES = (
+    "podlift",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "grain",
+    "tensorboardX",
+)
+_PREFIXES = (
+    "CUDA_",
+    "GLOO_",
+    "JAX_",
+    "JOB_",
+    "JOBSET_",
+    "KUBERNETES_SERVICE_HOST",
+    "LIBTPU_",
+    "MEGASCALE_",
+    "NCCL_",
+    "OMP_",
+    "OMPI_COMM_",
+    "OMPI_MCA_orte_hnp_uri",
+    "PJRT_",
+    "PODLIFT_",
+    "PMIX_RANK",
+    "ROCR_",
+    "SLURM_",
+    "TF_CPP_",
+    "TPU_",
+    "XLA_",
+)
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|KEY|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
+_DEVICES = """
+import jax
+for process in range(jax.process_count()):
+    devices = jax.local_devices(process)
+    print(len(devices), devices[0].platform, devices[0].device_kind)
+"""
+
+
+def print_environment(environ: Mapping[str, str] = os.environ) -> int:
+    """Prints versions, devices, the detected cluster and the variables that matter.
+
+    Devices are asked for in a process of their own, with a timeout: drivers hang.
+    """
+    print(f"python       {platform.python_version()} ({sys.executable})")
+    print(f"system       {platform.platform()}, {os.cpu_count()} cores")
+    for package in _PACKAGES:
+        try:
+            print(f"{package:12} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    print(f"NVIDIA GPUs  {count_gpus(environ)}")
+    print(f"devices      {_devices()}")
+    print(f"cluster      {_cluster(environ)}")
+    for name, value in sorted(relevant(environ).items()):
+        print(f"  {name}={value}")
+    return exit_codes.DONE
+
+
+def relevant(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that decide where and how jax runs, without those that may be secret."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(_PREFIXES) and not _SECRET.search(name)
+    }
+
+
+def _cluster(environ: Mapping[str, str]) -> str:
+    try:
+        env = {**environ, **read_gce_metadata(environ)}
+        placement = clusters.detect(env)
+    except UserError as error:
+        return str(error).replace("\n", "\n             ")
+    return "none: this machine" if placement is None else detected(placement)
+
+
+def _devices(timeout: float = 60) -> str:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _DEVICES],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"jax did not answer within {timeout:.0f} s"
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["jax failed without a word"])[-1]
+    return ", ".join(done.stdout.split("\n")).strip(", ")

@@ -1,0 +1,79 @@
+"""`python -m launcher eval`: the numbers of a saved state, as training reports them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+from absl import flags as absl_flags
+
+from launcher.cli.finished_run import (
+    EXIT_CODES,
+    FAKE_DEVICES,
+    WHICH_STATE,
+    check_writable,
+    open_model,
+    read_request,
+    run,
+    writing,
+)
+from launcher.command_line.parse import Flags
+from trainer.errors import UserError
+from trainer.workdir.paths import absolute, write_whole
+
+HELP = f"""\
+Evaluates a saved state of a run on its held-out data, in one process, on any number of devices.
+
+  python -m launcher eval --workdir=runs/digits --step=best
+
+{WHICH_STATE}\
+  --fake_devices=M       M virtual CPU devices
+  --json=FILE            the numbers, for programs
+  --help                 this text
+
+{EXIT_CODES}"""
+
+_FLAGS: Flags = {**FAKE_DEVICES, "json": (absl_flags.DEFINE_string, None, None)}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `python -m launcher eval`; returns the exit code.
+
+    Args:
+        argv: the arguments after `eval`.
+    """
+    return run(argv, HELP, _evaluate)
+
+
+def _evaluate(argv: Sequence[str]) -> None:
+    request = read_request("eval", argv, _FLAGS)
+    file = request.flags["json"]
+    check_writable("json", file)
+    trained, lift = open_model(request, request.flags["fake_devices"])
+    from trainer.data.prefetch import depth_for
+    from trainer.inference.evaluate import Evaluator
+    from trainer.metrics_writer.messages import say_evaluation
+
+    settings, job = trained.settings, trained.job
+    if job.held_out is None:
+        raise UserError(
+            "the data has no examples to evaluate on",
+            'return {"train": source, "eval": source} from config.data.target',
+        )
+    batch_size = settings.eval_batch_size or settings.global_batch_size
+    depth = depth_for(settings.prefetch, lift.platform)
+    metrics = Evaluator(job.task, job.held_out, lift, batch_size, depth)(trained.state)
+    assert metrics is not None
+    say_evaluation(trained.step, job.stop, metrics)
+    if file is not None:
+        device = lift.mesh.devices.flat[0]
+        found = {
+            "step": trained.step,
+            "checkpoint": str(trained.place),
+            "examples": len(job.held_out),
+            "devices": {"count": lift.mesh.size, "kind": device.device_kind},
+            "metrics": {n: v if math.isfinite(v) else None for n, v in metrics.items()},
+        }
+        with writing(file):
+            write_whole(absolute(file), json.dumps(found, indent=2) + "\n")

@@ -1,0 +1,259 @@
+"""What a run goes on from: the newest state that is whole, wherever it is.
+
+What lies on disk is read by process 0, a copy in memory by a process of its host; either gives it
+to the others. All processes take the same way through this file, as it is paved with collectives.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.checkpoints import arrays as arrays_of
+from trainer.checkpoints import differences
+from trainer.checkpoints.folder import QUARANTINE, CheckpointFolder
+from trainer.checkpoints.in_memory import SLOTS, FastTier
+from trainer.checkpoints.manifest import Damaged, Manifest
+from trainer.console import say, warn
+from trainer.errors import CheckpointsUnreadable, StateUnreadable, first_line
+from trainer.lift.lift import Lift
+from trainer.lift.replicas import examine
+from trainer.state.leaves import name_leaves, with_leaves
+from trainer.state.train_state import TrainState
+
+# Before a read that failed is tried again, in seconds.
+_PAUSES = (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A state read back.
+
+    Attributes:
+        state: on the devices.
+        step: of the state.
+        meta: the JSON that was saved with it.
+        in_memory: whether it was a copy in the memory of a host.
+    """
+
+    state: TrainState
+    step: int
+    meta: Mapping[str, Any]
+    in_memory: bool
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A state that a run may go on from.
+
+    Attributes:
+        step: of the state.
+        source: the process that can read it.
+        in_memory: whether it is a copy in that process's host's memory, not on disk.
+    """
+
+    step: int
+    source: int
+    in_memory: bool
+
+
+class _BestIsLost(Exception):
+    """A copy in memory knows of a best state that had not reached the disk."""
+
+
+class Restorer:
+    """Finds a state to go on from.
+
+    Args:
+        latest: the checkpoints on disk.
+        best: the best state on disk.
+        fast: the copies in this host's memory, if there may be any.
+        lift: which knows the processes.
+        run: the id of the run; copies of another are none of its own.
+        allow: how the state may differ from what was saved.
+    """
+
+    def __init__(
+        self,
+        latest: CheckpointFolder,
+        best: CheckpointFolder,
+        fast: FastTier | None,
+        lift: Lift,
+        run: str,
+        allow: Sequence[str],
+    ) -> None:
+        self._latest = latest
+        self._best = best
+        self._fast = fast
+        self._lift = lift
+        self._run = run
+        self._allow = allow
+
+    def restore(self, abstract: TrainState, fresh: Callable[[], Any]) -> Restored | None:
+        """The newest state that is whole; None if the run has never saved one.
+
+        What is damaged on disk is told and moved into quarantine, once something else was found.
+
+        Args:
+            abstract: the shapes and dtypes of a state.
+            fresh: makes a new state, for leaves that were not saved.
+
+        Raises:
+            CheckpointsUnreadable: there were checkpoints, and none is whole.
+            StateUnreadable: one is, and cannot be read.
+            UserError: what was saved has other leaves, and that was not allowed.
+        """
+        waiting = self._candidates()
+        last_resort: list[_Candidate] = []
+        damaged: list[tuple[int, str]] = []  # on disk
+        restored = None
+        while restored is None and (waiting or last_resort):
+            at_last = not waiting
+            candidate = (waiting or last_resort).pop(0)
+            try:
+                restored = self._try(candidate, abstract, fresh, at_last)
+            except (Damaged, _BestIsLost) as why:
+                where = "its copy in memory" if candidate.in_memory else "the checkpoint"
+                if self._lift.writes:
+                    warn(f"step {candidate.step} cannot be restored from {where}: {why}")
+                if isinstance(why, _BestIsLost):
+                    last_resort.append(candidate)
+                elif not candidate.in_memory:
+                    damaged.append((candidate.step, str(why)))
+        if restored is None:
+            self._refuse_to_start_afresh(damaged)
+        elif self._lift.writes:
+            self._tell_what_is_gone(restored.step)
+            for step, reason in damaged:
+                put_aside(self._latest, step, reason)
+        return restored
+
+    def _candidates(self) -> list[_Candidate]:
+        """All states that may be restored, the newest first, those on disk before copies."""
+        steps = json.loads(self._lift.tell(json.dumps(self._latest.steps())))
+        found = [_Candidate(step, 0, False) for step in steps]
+        here = [-1] * len(SLOTS)
+        if self._fast is not None:
+            for step, slot in self._fast.steps(self._run).items():
+                here[slot] = step
+        for source, copies in enumerate(self._lift.gather(np.array(here, np.int32))):
+            found += [_Candidate(step, source, True) for step in copies if step >= 0]
+        return sorted(found, key=lambda c: (-c.step, c.in_memory, c.source))
+
+    def _try(
+        self,
+        candidate: _Candidate,
+        abstract: TrainState,
+        fresh: Callable[[], Any],
+        at_last: bool,
+    ) -> Restored:
+        """A state; raises the same in all processes if it is not to be had."""
+        leaves, listed = self._read_for_all(candidate, at_last)
+        wanted = name_leaves(abstract)
+        changed = differences.compare(listed.leaves, wanted)
+        where = "memory" if candidate.in_memory else f"{self._latest.path / str(candidate.step)}"
+        differences.check_allowed(changed, self._allow, where)
+        arrays = self._lift.spread(leaves, listed.leaves, candidate.source)
+        adapted = differences.adapt(arrays, wanted, changed, lambda: name_leaves(fresh()))
+        state = self._lift.put_state(with_leaves(abstract, adapted))
+        as_saved = set(wanted) - {d.name for d in changed}
+        examined = examine(self._lift, state)
+        if candidate.in_memory and examined.unusable:  # what is saved on disk was looked at before
+            raise Damaged(f"{examined.unusable[0]} holds a NaN or an infinity")
+        for name, checksum in examined.checksums.items():
+            if name in as_saved and checksum != listed.leaves[name].checksum:
+                raise Damaged(f"{name} is not what was saved: its checksum differs")
+        if self._lift.writes:
+            source = "" if self._lift.num_processes == 1 else f" of rank {candidate.source}'s host"
+            place = f"memory{source}" if candidate.in_memory else str(self._latest.path)
+            say(f"restored step {candidate.step} from {place}")
+        return Restored(state, candidate.step, listed.meta, candidate.in_memory)
+
+    def _read_for_all(
+        self, candidate: _Candidate, at_last: bool
+    ) -> tuple[dict[str, np.ndarray] | None, Manifest]:
+        """The arrays, in the process that can read them, and what they are, in all."""
+        leaves, kind, text = None, "", ""
+        if self._lift.process == candidate.source:
+            try:
+                leaves, listed = _patiently(lambda: self._read(candidate, at_last))
+                kind, text = "whole", listed.to_text()
+            except _BestIsLost as error:
+                kind, text = "best is lost", str(error)
+            except Exception as error:  # Orbax raises many types
+                is_damaged = candidate.in_memory or isinstance(error, Damaged)
+                kind, text = "damaged" if is_damaged else "unreadable", first_line(error)
+        kind, text = json.loads(self._lift.tell(json.dumps([kind, text]), candidate.source))
+        if kind == "best is lost":
+            raise _BestIsLost(text)
+        if kind == "damaged":
+            raise Damaged(text)
+        if kind == "unreadable":
+            raise StateUnreadable(
+                f"step {candidate.step} in {self._latest.path} cannot be read, though its files "
+                f"are as they were written: {text}"
+            )
+        return leaves, Manifest.from_text(text)
+
+    def _read(self, candidate: _Candidate, at_last: bool) -> tuple[dict[str, np.ndarray], Manifest]:
+        if not candidate.in_memory:
+            with self._latest.opened(candidate.step) as (place, listed):
+                return arrays_of.read(place, listed.leaves), listed
+        assert self._fast is not None
+        arrays, listed = self._fast.read(self._fast.steps(self._run)[candidate.step])
+        best = listed.meta["best"]
+        if best is not None and max(self._best.steps(), default=-1) < best["step"] and not at_last:
+            # It was being saved. From an earlier state the run comes to it again.
+            raise _BestIsLost(f"the best state it knows of, step {best['step']}, is not in best/")
+        return arrays, listed
+
+    def _refuse_to_start_afresh(self, damaged: Sequence[tuple[int, str]]) -> None:
+        if not self._lift.gather(int(self._latest.has_history()))[0]:
+            return
+        folder = self._latest.path
+        reasons = "".join(f"\n  {step}: {why}" for step, why in damaged[:5])
+        what = (
+            f"none of the {len(damaged)} checkpoints in {folder} is whole:{reasons}"
+            if damaged
+            else f"{folder} has held checkpoints, and they are gone"
+        )
+        raise CheckpointsUnreadable(
+            what,
+            f"bring files back, see what lies in {folder / QUARANTINE}, or see whether "
+            f"trainer.load({str(folder.parent)!r}, best=True) reads the best state. To start "
+            "afresh, name another --workdir; nothing was deleted",
+        )
+
+    def _tell_what_is_gone(self, restored_step: int) -> None:
+        newest = self._latest.newest_known()
+        if newest is not None and newest > restored_step and newest not in self._latest.steps():
+            warn(f"checkpoint {newest} was saved and is gone; going on from step {restored_step}")
+
+
+def put_aside(folder: CheckpointFolder, step: int, why: str) -> None:
+    """Moves a step into quarantine, and says where it is."""
+    try:
+        say(f"moved {folder.path / str(step)} to {folder.quarantine(step, why)}: {why}")
+    except Exception as error:  # a disk, or the client of an object store
+        warn(f"{folder.path / str(step)} could not be moved aside: {first_line(error)}")
+
+
+def _patiently(read: Callable[[], Any]) -> Any:
+    """What `read` returns; what may pass, such as a disk that does not answer, is tried again."""
+    for pause in _PAUSES:
+        try:
+            return read()
+        except _BestIsLost:
+            raise
+        except Damaged as damage:
+            if not isinstance(damage.__cause__, OSError):
+                raise
+        except Exception:  # noqa: S110 (told where it does not pass)
+            pass
+        time.sleep(pause)
+    return read()

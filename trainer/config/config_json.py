@@ -1,0 +1,60 @@
+"""A config as JSON and back, with the types of its None fields."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from trainer.config.keys import flatten
+from trainer.errors import UserError
+
+NONE_TYPES = "__none_types__"
+
+
+def config_to_json(config: ConfigDict) -> str:
+    """A config as JSON, with the type of each None field under one extra key.
+
+    Raises:
+        UserError: a value is not data.
+    """
+
+    def none_types(block: ConfigDict, prefix: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for key in block:
+            if isinstance(block[key], ConfigDict):
+                found |= none_types(block[key], f"{prefix}{key}.")
+            elif block[key] is None:
+                found[f"{prefix}{key}"] = block.get_type(key).__name__
+        return found
+
+    plain = config.to_dict()
+    for key, value in flatten(plain).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"config.{key} holds a {type(value).__name__}; configs hold data only",
+                'name code by its path: target="package.module:attribute"',
+            ) from error
+    return json.dumps({**plain, NONE_TYPES: none_types(config, "")}, indent=2) + "\n"
+
+
+def config_from_json(text: str) -> ConfigDict:
+    """The inverse of `config_to_json`, except that lists come back as tuples."""
+    stored = json.loads(text)
+    types = stored.pop(NONE_TYPES, {})
+
+    def revive(value: Any, prefix: str) -> Any:
+        if isinstance(value, dict):
+            return {key: revive(inner, f"{prefix}{key}.") for key, inner in value.items()}
+        if isinstance(value, list):
+            return tuple(revive(inner, prefix) for inner in value)
+        if value is None and hasattr(builtins, types.get(prefix[:-1], "")):
+            return placeholder(getattr(builtins, types[prefix[:-1]]))
+        return value
+
+    return ConfigDict(revive(stored, ""))

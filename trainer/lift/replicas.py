@@ -1,0 +1,95 @@
+"""Whether all devices hold the same state, and what is in it: checksums, NaN and infinity."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from trainer.errors import ReplicasDiffer
+from trainer.lift.lift import Lift
+from trainer.state.checksums import are_finite, checksums
+from trainer.state.leaves import name_leaves
+from trainer.step.task import AXIS
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found in a state.
+
+    Attributes:
+        checksums: of every leaf, by name.
+        not_finite: the leaves with a NaN or an infinity in them.
+    """
+
+    checksums: dict[str, int]
+    not_finite: list[str]
+
+    @property
+    def unusable(self) -> list[str]:
+        """Those of them that no run can go on from; an optimizer may hold infinities."""
+        return [name for name in self.not_finite if name.startswith(("params/", "model_state/"))]
+
+
+def examine(lift: Lift, state: Any) -> Examined:
+    """Looks at every leaf, after checking that all devices hold the same bits.
+
+    `jax` cannot tell: an output declared replicated whose shards differ raises nothing and says
+    `is_fully_replicated`. All processes call this at the same point.
+
+    Raises:
+        ReplicasDiffer: naming the first leaf whose copies differ, and the devices.
+    """
+    leaves = name_leaves(lift.to_global(state))
+    cut = {name: leaf for name, leaf in leaves.items() if not leaf.is_fully_replicated}
+    found = _examine_whole(lift, {n: leaf for n, leaf in leaves.items() if n not in cut})
+    if not cut:
+        return found
+    sums, finite = lift.read(_look_at_cut(lift)(list(cut.values())))
+    checksums_of = found.checksums | dict(zip(cut, sums.tolist(), strict=True))
+    not_finite = [name for name, good in zip(cut, finite, strict=True) if not good]
+    return Examined(
+        {name: checksums_of[name] for name in leaves},
+        [name for name in leaves if name in {*found.not_finite, *not_finite}],
+    )
+
+
+def _examine_whole(lift: Lift, leaves: dict[str, jax.Array]) -> Examined:
+    copies, finite = lift.read(_look_at_whole(lift)(list(leaves.values())))
+    names = list(leaves)
+    differing = np.flatnonzero((copies != copies[0]).any(axis=0))
+    if differing.size:
+        first = differing[0]
+        devices = [
+            str(lift.mesh.devices.flat[place])
+            for place in np.flatnonzero(copies[:, first] != copies[0, first])
+        ]
+        raise ReplicasDiffer(
+            f"{names[first]} differs between devices ({differing.size} of {len(names)} leaves "
+            f"do): {', '.join(devices[:4])}{', ...' if devices[4:] else ''} against "
+            f"{lift.mesh.devices.flat[0]}\n  HINT: a value of the model's state depends on "
+            'the shard; reduce it in the model with lax.pmean(value, "batch")'
+        )
+    return Examined(
+        dict(zip(names, copies[0].tolist(), strict=True)),
+        [name for name, good in zip(names, finite, strict=True) if not good],
+    )
+
+
+@functools.cache
+def _look_at_whole(lift: Lift) -> Callable[[Any], Any]:
+    def look(tree: Any) -> Any:
+        return jax.lax.all_gather(checksums(tree), AXIS), are_finite(tree)
+
+    return jax.jit(lift.over_axis(look, P(), P()))
+
+
+@functools.cache
+def _look_at_cut(lift: Lift) -> Callable[[Any], Any]:
+    """The same checksums of leaves that no device has whole: the compiler adds them up."""
+    return lift.to_whole(lambda tree: (checksums(tree), are_finite(tree)))

@@ -1,0 +1,132 @@
+"""`metrics.jsonl`: one JSON object a line. A disk that takes none for a while loses none."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from etils import epath
+
+from trainer.console import warn
+from trainer.workdir.paths import is_local, write_whole
+
+
+class Rows(Protocol):
+    """Where rows go."""
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Takes a row; it is written now or with a later one."""
+
+    def flush(self) -> bool:
+        """Whether every row is written."""
+
+    def unwritten(self) -> list[dict[str, Any]]:
+        """The rows that are not."""
+
+
+def open_rows(path: epath.Path, step: int) -> Rows:
+    """Goes on with a file of rows; those past a step are cut away.
+
+    Args:
+        path: local or remote.
+        step: the last one that counts.
+    """
+    return _LocalRows(Path(path), step) if is_local(path) else _RemoteRows(path, step)
+
+
+def read_rows(path: epath.Path, step: int) -> list[dict[str, Any]]:
+    """The rows up to a step; a line that was cut short is left out."""
+    return [json.loads(line) for line in _lines_up_to(path, step)]
+
+
+def _lines_up_to(path: Any, step: int) -> list[str]:
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_bytes().decode("utf-8", "replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+class _LocalRows:
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        self._waiting: list[bytes] = []  # lines not written in full
+        self._written_of_first = 0
+        self._is_warned = False
+        self._file: int | None = None
+        self._cut(step)
+
+    def _cut(self, step: int) -> None:
+        kept = "".join(_lines_up_to(self._path, step)).encode()
+        if not self._path.exists():
+            return
+        if self._path.read_bytes().startswith(kept):
+            os.truncate(self._path, len(kept))  # takes no space, so a full disk is no matter
+        else:
+            write_whole(epath.Path(self._path), kept.decode())
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self._waiting.append((json.dumps(row) + "\n").encode())
+        self.flush()
+
+    def flush(self) -> bool:
+        try:
+            if self._file is None:
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+                self._file = os.open(self._path, flags, 0o666)
+            while self._waiting:
+                rest = self._waiting[0][self._written_of_first :]
+                self._written_of_first += os.write(self._file, rest)
+                if self._written_of_first == len(self._waiting[0]):
+                    self._waiting.pop(0)
+                    self._written_of_first = 0
+        except OSError as error:
+            if not self._is_warned:
+                why = error.strerror or error
+                warn(f"{self._path} takes no rows: {why}; they are kept until it does")
+            self._is_warned = True
+            return False
+        self._is_warned = False
+        return True
+
+    def unwritten(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._waiting]
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+
+class _RemoteRows:
+    """Object stores cannot append: the whole file is written at each flush."""
+
+    def __init__(self, path: epath.Path, step: int) -> None:
+        self._path = path
+        self._lines = _lines_up_to(path, step)
+        self._is_written = False
+        self._written = 0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self._lines.append(json.dumps(row) + "\n")
+        self._is_written = False
+
+    def flush(self) -> bool:
+        if not self._is_written:
+            try:
+                write_whole(self._path, "".join(self._lines))
+            except Exception as error:  # clients of object stores raise many types
+                warn(f"{self._path} could not be written, and will be with the next rows: {error}")
+                return False
+            self._is_written, self._written = True, len(self._lines)
+        return True
+
+    def unwritten(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._lines[self._written :]]

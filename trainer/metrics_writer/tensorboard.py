@@ -1,0 +1,167 @@
+"""TensorBoard's event files. What they cannot be given is left out: training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.config.keys import flatten
+from trainer.console import warn
+from trainer.summaries.images import encode
+from trainer.workdir.workdir import Workdir
+
+if TYPE_CHECKING:
+    from trainer.summaries.histograms import Histogram
+
+# Events that may wait for the disk: past it tensorboardX would let the training wait.
+_LONGEST_QUEUE = 10_000
+
+
+class Curves:
+    """The event files of one run.
+
+    Args:
+        workdir: the claimed folder of the run.
+        step: the step the run goes on from; TensorBoard leaves out what was there past it.
+    """
+
+    def __init__(self, workdir: Workdir, step: int) -> None:
+        self._workdir = workdir
+        self._first_step = step
+        self._writer: Any = None
+        self._is_warned = False
+        self._local: tempfile.TemporaryDirectory[str] | None = None
+        self._uploaded: dict[str, int] = {}
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds finite values, by tag."""
+        with self._errors_told():
+            for tag, value in values.items():
+                self._open().add_scalar(tag, value, step)
+
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
+        """Adds histograms, by tag."""
+        with self._errors_told():
+            for tag, one in found.items():
+                self._open().add_histogram_raw(
+                    tag,
+                    min=one.low,
+                    max=one.high,
+                    num=int(one.counts.sum()),
+                    sum=one.total,
+                    sum_squares=one.squares,
+                    bucket_limits=one.edges[1:].tolist(),
+                    bucket_counts=one.counts.tolist(),
+                    global_step=step,
+                )
+
+    def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        """Adds a picture, `(height, width, 1 or 3)` uint8."""
+        with self._errors_told():
+            from tensorboardX.proto.summary_pb2 import Summary
+
+            height, width, channels = pixels.shape
+            image = Summary.Image(
+                height=height, width=width, colorspace=channels, encoded_image_string=encode(pixels)
+            )
+            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+            self._open().file_writer.add_summary(summary, step)
+
+    def hparams(self, metrics: Mapping[str, float]) -> None:
+        """Adds the closing metrics for the HPARAMS tab, which then lists the run as finished."""
+        with self._errors_told():
+            for summary in self._hparams(metrics):
+                self._open().file_writer.add_summary(summary)
+
+    def _hparams(self, metrics: Mapping[str, float]) -> tuple[Any, Any, Any]:
+        """What tabs and columns there are; the run's settings; that it has come to its end.
+
+        For the file writer, since `SummaryWriter.add_hparams` starts a second run for it.
+        """
+        from tensorboardX.summary import hparams
+
+        # Also None, so that the runs of a sweep have the same columns.
+        settings = {
+            key: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for key, value in flatten(self._workdir.config.to_dict()).items()
+        }
+        return hparams(settings, dict(metrics))
+
+    def flush(self) -> None:
+        """Hands what was added to the file system."""
+        with self._errors_told():
+            if self._writer is not None and self._is_writing:
+                self._writer.flush()
+            self._upload()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        with self._errors_told():
+            if self._writer is not None and self._is_writing:
+                self._writer.close()
+            self._upload()  # with what was still on its way to the file at the flush
+        self._writer = None
+        if self._local is not None:
+            self._local.cleanup()
+            self._local = None
+
+    @property
+    def _is_writing(self) -> bool:
+        """Whether tensorboardX's thread is alive; an error of the disk ends it for good."""
+        worker = getattr(self._writer.file_writer.event_writer, "_worker", None)
+        return worker is None or worker.is_alive()
+
+    def _open(self) -> Any:
+        if self._writer is not None and not self._is_writing:
+            self._writer = None  # not closed: that would wait for the thread
+        if self._writer is None:  # at the first scalar: the import takes 0.1 s
+            import tensorboardX
+
+            folder = os.fspath(self._workdir.path)
+            if not self._workdir.is_local:
+                self._local = self._local or tempfile.TemporaryDirectory(prefix="podlift-events-")
+                folder = self._local.name
+            self._writer = tensorboardX.SummaryWriter(
+                folder,
+                purge_step=self._first_step + 1 if self._first_step else None,
+                # The name holds the second only: two writers in one second would share a file.
+                filename_suffix=f".{os.getpid()}.{time.time_ns()}",
+                flush_secs=20,
+                max_queue=_LONGEST_QUEUE,
+            )
+            text = json.dumps(self._workdir.config.to_dict(), indent=2)
+            indented = "".join(f"    {line}\n" for line in text.splitlines())
+            self._writer.add_text("config", indented, self._first_step)
+            # Now, so that the HPARAMS tab has runs that go on or fail, too.
+            self._writer.file_writer.add_summary(self._hparams({})[1])
+        return self._writer
+
+    def _upload(self) -> None:
+        """Copies event files to the object store, whole, if they have grown.
+
+        tensorboardX can write to some stores itself, but then in a thread of its own, through
+        another client with other credentials, and its flush blocks while that client retries.
+        """
+        if self._local is not None:
+            for file in Path(self._local.name).iterdir():
+                content = file.read_bytes()
+                if len(content) != self._uploaded.get(file.name):
+                    (self._workdir.path / file.name).write_bytes(content)
+                    self._uploaded[file.name] = len(content)
+
+    @contextlib.contextmanager
+    def _errors_told(self) -> Any:
+        try:
+            yield
+        except Exception as error:  # clients of object stores raise many types
+            if not self._is_warned:
+                warn(f"no curves for TensorBoard for now: {error}")
+            self._is_warned = True

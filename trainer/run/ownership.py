@@ -1,0 +1,114 @@
+"""The run's folder as all processes of the run see it: one of them writes, all have to agree."""
+
+from __future__ import annotations
+
+import uuid
+import zlib
+
+import jax
+import numpy as np
+
+from trainer.checkpoints.differences import how_leaves_differ, show
+from trainer.checkpoints.folder import CheckpointFolder
+from trainer.config.config_json import config_to_json
+from trainer.config.settings import Settings
+from trainer.errors import UserError
+from trainer.lift.lift import Lift
+from trainer.state.leaves import name_leaves
+from trainer.step.job import Job, make_init
+from trainer.version import __version__
+from trainer.workdir.workdir import Workdir
+
+_NOT_SHARED = "--workdir must be a folder that all hosts share"
+
+
+class SharedFolder:
+    """A run's folder, and who owns it. Every method is called by all processes at the same point.
+
+    Args:
+        folder: as this process has found it.
+        lift: which knows the processes.
+        local_dir: where the lock of a remote folder is.
+    """
+
+    def __init__(self, folder: Workdir, lift: Lift, local_dir: str | None) -> None:
+        self._folder = folder
+        self._lift = lift
+        self._local_dir = local_dir
+        self.is_new = not folder.exists
+
+    def agree(self) -> None:
+        """Raises a UserError where processes would go on as if they were of one run, and are not.
+
+        Launchers have compared more before jax started; this holds without one, too.
+        """
+        what = {
+            "another config": config_to_json(self._folder.config),
+            "another version of podlift, jax or numpy": (
+                f"{__version__} {jax.__version__} {np.__version__}"
+            ),
+        }
+        for name, text in what.items():
+            sums = self._lift.gather(zlib.crc32(text.encode()) >> 1)
+            odd = [str(rank) for rank, number in enumerate(sums) if number != sums[0]]
+            if odd:
+                raise UserError(
+                    f"process{'es' * (len(odd) > 1)} {', '.join(odd)} had {name} than process 0",
+                    "start the same command, from the same code, for every process",
+                )
+        seen = self._lift.gather(int(self._folder.exists))
+        if len(set(seen)) > 1:
+            raise UserError(
+                f"process {seen.index(1)} finds a run in {self._folder.path} and process "
+                f"{seen.index(0)} does not",
+                _NOT_SHARED,
+            )
+
+    def claim(self) -> str:
+        """Takes the folder's lock; returns the id of the run in it, or a new one.
+
+        Raises:
+            UserError: somebody else has it, or has begun a run in it since it was found to be free.
+        """
+        if self._lift.writes:
+            self._folder.claim(self._local_dir)
+            if not self._folder.exists and self._folder.is_recorded():
+                raise UserError(
+                    f"another job has begun a run in {self._folder.path} meanwhile",
+                    "start again to go on with it, or name another --workdir",
+                )
+        return self._lift.tell(self._folder.run_id() if self._lift.writes else "")
+
+    def new_run_id(self) -> str:
+        """An id for a run that is no longer what its copies in memory know."""
+        return self._lift.tell(uuid.uuid4().hex)
+
+    def record(self, run: str) -> None:
+        """Writes what the run is, and checks that all processes see it.
+
+        Args:
+            run: its id.
+        """
+        self.is_new = False
+        if self._lift.writes:
+            self._folder.record(run)
+        self._lift.gather(0)
+        seen = self._lift.gather(int(self._folder.is_recorded(patience=10.0)))
+        if not all(seen):
+            raise UserError(
+                f"process {seen.index(0)} does not see what process 0 wrote to {self._folder.path}",
+                _NOT_SHARED,
+            )
+
+
+def refuse_changes(settings: Settings, folder: Workdir, job: Job) -> None:
+    """Refuses a config that is not that of the run in the folder, and says what would differ.
+
+    Raises:
+        UserError: listing keys of the config and leaves of the state.
+    """
+    found = how_leaves_differ(
+        CheckpointFolder(folder.checkpoints, settings.checkpoint_keep),
+        lambda: name_leaves(jax.eval_shape(make_init(job, settings.seed))),
+    )
+    folder.refuse_changes(show(found) if found else "", sorted({d.kind for d in found}))

@@ -1,0 +1,40 @@
+"""The leaves of a state by name, such as "params/Dense_0/kernel"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+
+def name_leaves(tree: Any) -> dict[str, Any]:
+    """`{"params/Dense_0/kernel": leaf, ...}` in the order of `jax.tree.leaves`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def from_flat(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Named leaves as nested dicts, whatever nodes they come from (for a file)."""
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
+
+
+def with_leaves(template: Any, leaves: Mapping[str, Any]) -> Any:
+    """The inverse of `name_leaves`: named leaves in the structure of `template`."""
+    return jax.tree.unflatten(
+        jax.tree.structure(template), [leaves[name] for name in name_leaves(template)]
+    )
+
+
+def fill_in(whole: Any, part: Any) -> Any:
+    """`whole` with the leaves that `part` has, by name, in place of its own."""
+    return with_leaves(whole, name_leaves(whole) | name_leaves(part))
+
+
+def count_params(params: Any) -> int:
+    """How many numbers the parameters hold."""
+    return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(params))

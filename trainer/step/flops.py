@@ -1,0 +1,135 @@
+"""Floating-point operations of a function, counted from its jaxpr: matmuls and convolutions.
+
+The count does not depend on a compiler, and loops are multiplied out (XLA's own analysis counts the
+body of a loop once, and knows nothing of what a GPU library computes). Everything else a step does
+is bound by memory, and is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainer.step.task import AXIS
+
+
+def count_flops(jaxpr: Any) -> Counter[str]:
+    """Operations of one call by the dtype of what is multiplied; a product and its sum are two.
+
+    Args:
+        jaxpr: closed or not. A `cond` counts as its largest branch, a `while` as one iteration.
+    """
+    total: Counter[str] = Counter()
+    for (dtype, _), count in _count(jaxpr, "", "").items():
+        total[dtype] += count
+    return total
+
+
+def count_flops_by_scope(jaxpr: Any, mark: str) -> Counter[str]:
+    """The same by the innermost `jax.named_scope` whose name begins with a mark, without it."""
+    total: Counter[str] = Counter()
+    for (_, scope), count in _count(jaxpr, mark, "").items():
+        total[scope] += count
+    return total
+
+
+def _count(jaxpr: Any, mark: str, scope: str) -> Counter[tuple[str, str]]:
+    """By dtype and scope; `scope` is that of the equation that holds this jaxpr."""
+    total: Counter[tuple[str, str]] = Counter()
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = equation.primitive.name, equation.params
+        here = _scope_of(equation, mark) if mark else None
+        here = scope if here is None else here
+        if name in ("dot_general", "conv_general_dilated"):
+            count = _dot(equation) if name == "dot_general" else _convolution(equation)
+            total[str(equation.invars[0].aval.dtype), here] += count
+        elif name == "cond":
+            branches = [_count(branch, mark, here) for branch in params["branches"]]
+            total += branches[int(np.argmax([branch.total() for branch in branches]))]
+        else:
+            times = params["length"] if name == "scan" else 1
+            for inner in _inner(params):
+                found = _count(inner, mark, here)
+                total += Counter({key: times * count for key, count in found.items()})
+    return total
+
+
+def _scope_of(equation: Any, mark: str) -> str | None:
+    names = re.findall(rf"{mark}([^/()]*)", str(equation.source_info.name_stack))
+    return names[-1] if names else None
+
+
+def flops_of_step(
+    step: Callable[[Any, Any], Any], state: Any, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> Counter[str]:
+    """The same of a step of one shard, traced on shapes: nothing is compiled or run.
+
+    Args:
+        step: written for one shard, as for `Lift.__call__`.
+        state: a state, or its shapes.
+        batch: the shapes of one shard of a batch.
+    """
+    mapped = jax.vmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+    one = {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in batch.items()}
+    return count_flops(jax.make_jaxpr(mapped)(state, one))
+
+
+def _inner(params: Any) -> list[Any]:
+    """The jaxprs in the parameters of an equation, whatever they are called."""
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(item, "eqns") or hasattr(getattr(item, "jaxpr", None), "eqns"):
+                found.append(item)
+    return found
+
+
+def _dot(equation: Any) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[d] for d in contracted)
+
+
+def _convolution(equation: Any) -> int:
+    """Only products of a real input with a real kernel value: none with padding or with holes."""
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    image, kernel = (variable.aval.shape for variable in equation.invars[:2])
+    out = equation.outvars[0].aval.shape
+    pairs = math.prod(
+        _products(
+            image[numbers.lhs_spec[2 + axis]],
+            kernel[numbers.rhs_spec[2 + axis]],
+            out[numbers.out_spec[2 + axis]],
+            params["window_strides"][axis],
+            params["padding"][axis],
+            params["lhs_dilation"][axis],
+            params["rhs_dilation"][axis],
+        )
+        for axis in range(len(image) - 2)
+    )
+    # The kernel's input features are those of one group, and so are the batches of one.
+    outer = out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]]
+    return 2 * pairs * outer
+
+
+def _products(
+    size: int,
+    kernel: int,
+    out: int,
+    stride: int,
+    padding: Sequence[int],
+    dilation: int,
+    kernel_dilation: int,
+) -> int:
+    """Along one axis: pairs of an output and a kernel place that meet an input value."""
+    places = np.arange(out)[:, None] * stride - padding[0]
+    places = places + np.arange(kernel)[None, :] * kernel_dilation
+    inside = (places >= 0) & (places < (size - 1) * dilation + 1)
+    return int(np.count_nonzero(inside & (places % dilation == 0)))

@@ -1,0 +1,149 @@
+"""From checked settings to the parts of a run: data, task, and how long it is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from trainer.config.settings import Settings
+from trainer.config.targets import bind, build, takes
+from trainer.data.stream import Source, TrainStream, as_source
+from trainer.errors import UserError
+from trainer.state.train_state import TrainState
+from trainer.step.freezing import hold
+from trainer.step.init import init_state
+from trainer.step.precision import DTYPES
+from trainer.step.task import Recipe, Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what, for how long.
+
+    Attributes:
+        task: model, loss, metrics and optimizer.
+        stream: the training batches.
+        held_out: the examples to evaluate on, if any.
+        recipe: how a step is taken.
+        num_steps: the length of the run, which schedules are told.
+        stop: the step to stop at, `num_steps` or earlier.
+    """
+
+    task: Task
+    stream: TrainStream
+    held_out: Source | None
+    recipe: Recipe
+    num_steps: int
+    stop: int
+
+
+def make_init(job: Job, seed: int) -> Callable[[], TrainState]:
+    """Gives the function that initialises a job's state, compiled: eager init is slow."""
+    first = job.stream.source[np.zeros(1, np.int64)]["x"][0]
+    init = functools.partial(init_state, job.task, seed, recipe=job.recipe)
+    return functools.partial(jax.jit(init), first)
+
+
+def build_job(settings: Settings) -> Job:
+    """Imports and calls the code a config names.
+
+    Raises:
+        UserError: a target does not resolve or does not take its arguments.
+    """
+    # Targets are resolved before data is loaded: a typo should not wait for a download.
+    loss = bind(settings.loss, "config.loss")
+    metrics = {
+        name: bind(block, f"config.metrics.{name}") for name, block in settings.metrics.items()
+    }
+    model = _build_model(settings.model)
+    sources = build(settings.data, "config.data", seed=settings.seed)
+    if not isinstance(sources, Mapping) or "train" not in sources:
+        raise UserError(
+            f"config.data.target={settings.data['target']!r} returned no training data",
+            'return {"train": source, "eval": source}, where "eval" may be absent',
+        )
+    augment: Callable[..., Any] | None = None
+    if settings.augment is not None:
+        augment = bind(settings.augment, "config.data.augment")
+    stream = TrainStream(
+        as_source(sources["train"], 'config.data: what it returned as "train"'),
+        settings.global_batch_size,
+        settings.seed,
+        shuffle=settings.shuffle,
+        augment=augment,
+    )
+    held_out = None
+    if sources.get("eval") is not None:
+        held_out = as_source(sources["eval"], 'config.data: what it returned as "eval"')
+        if not len(held_out):
+            raise UserError("config.data: there is no example to evaluate on", 'leave "eval" out')
+    if held_out is None and settings.early_stop_patience is not None:
+        raise UserError(
+            "config.early_stop.patience is set, and there are no examples to evaluate on",
+            'let config.data.target return some as "eval", or leave it out',
+        )
+    num_steps = settings.num_steps or (settings.num_epochs or 0) * stream.steps_per_epoch
+    optimizer, learning_rate = _build_optimizer(settings.optimizer, num_steps)
+    optimizer = hold(optimizer, settings.freeze)
+    return Job(
+        task=Task(
+            model,
+            loss,
+            optimizer,
+            learning_rate,
+            metrics,
+            DTYPES.get(settings.precision),
+            settings.freeze,
+        ),
+        stream=stream,
+        held_out=held_out,
+        recipe=Recipe(
+            skip_nonfinite=settings.nan == "skip",
+            accum_steps=settings.grad_accum_steps,
+            clip_norm=settings.clip_norm,
+            ema_decay=settings.ema_decay,
+            mixup=settings.mixup,
+            scale_loss=settings.precision == "fp16",
+        ),
+        num_steps=num_steps,
+        stop=min(num_steps, settings.stop_at_step or num_steps),
+    )
+
+
+def _build_model(block: Mapping[str, Any]) -> nn.Module:
+    if takes(block, "config.model", "rngs"):
+        from trainer.models.from_nnx import from_nnx
+
+        return from_nnx(lambda rngs: build(block, "config.model", rngs=rngs), "config.model")
+    model = build(block, "config.model")
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"config.model.target={block['target']!r} built a {type(model).__name__}, not a Linen "
+            "module",
+            "name its class; what is NNX takes rngs, and podlift makes it",
+        )
+    return model
+
+
+def _build_optimizer(
+    block: Mapping[str, Any], num_steps: int
+) -> tuple[optax.GradientTransformation, Any]:
+    """The optimizer, and its learning rate (a number or a schedule) where it names one."""
+    rate = block.get("learning_rate")
+    if isinstance(rate, Mapping):
+        rate = build(rate, "config.optimizer.learning_rate", num_steps=num_steps)
+    filled = {**block, "learning_rate": rate} if rate is not None else block
+    optimizer = build(filled, "config.optimizer", num_steps=num_steps)
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        raise UserError(
+            f"config.optimizer.target={block['target']!r} built a {type(optimizer).__name__}, "
+            "not an optax optimizer"
+        )
+    return optimizer, rate if rate is not None else float("nan")

@@ -1,0 +1,55 @@
+"""`env.json`: what a run needs to be repeated."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from typing import Any
+
+# Raised when a podlift can no longer read the workdirs of another. 2: checkpoints have a manifest.
+LAYOUT_VERSION = 2
+
+_PACKAGES = ("podlift", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def describe_environment() -> dict[str, Any]:
+    """What is needed to run this again; no host names, no paths, no variables but XLA's."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "layout_version": LAYOUT_VERSION,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "devices": {
+            "count": len(devices),
+            "kind": devices[0].device_kind,
+            "platform": devices[0].platform,
+            "processes": jax.process_count(),
+        },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": _git("rev-parse", "HEAD")
+        and bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return getattr(sys.modules.get(package), "__version__", None)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

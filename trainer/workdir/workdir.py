@@ -1,0 +1,290 @@
+"""The folder of a run: whose it is, and what the run was.
+
+Nothing in this module imports jax, and nothing is written before `claim`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from trainer.config.config_json import config_from_json, config_to_json
+from trainer.config.keys import RESUMABLE, flatten, with_defaults
+from trainer.console import warn
+from trainer.errors import UserError
+from trainer.workdir import lock
+from trainer.workdir.environment import LAYOUT_VERSION, describe_environment
+from trainer.workdir.paths import absolute, is_local, write_whole
+
+# What a scheduler or a launcher may have put into the folder before the run began.
+_NOT_OURS_TO_JUDGE = (".log", ".out", ".err")
+
+
+def read_config(folder: epath.Path) -> ConfigDict:
+    """The config of the run in a folder, with all defaults in it.
+
+    Raises:
+        UserError: it is of another podlift, or cannot be read.
+    """
+    try:
+        layout = json.loads((folder / "env.json").read_text())["layout_version"]
+    except (OSError, ValueError, KeyError):
+        layout = LAYOUT_VERSION
+    if layout > LAYOUT_VERSION:
+        raise UserError(
+            f"{folder} was written by a newer podlift (layout {layout}, this one knows "
+            f"{LAYOUT_VERSION})",
+            "upgrade podlift, or name another --workdir",
+        )
+    if layout < LAYOUT_VERSION:
+        raise UserError(
+            f"{folder} was written by an older podlift (layout {layout}; this one knows "
+            f"{LAYOUT_VERSION})",
+            "go on with the version in its env.json, or name another --workdir",
+        )
+    try:
+        return with_defaults(config_from_json((folder / "config.json").read_text()))
+    except (OSError, ValueError, AttributeError, TypeError, UserError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} cannot be read: {error}",
+            "restore the file, or name another --workdir",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Workdir:
+    """A run's folder that has been found to be free or to belong to this config.
+
+    Attributes:
+        path: the folder, local or remote (`gs://...`).
+        config: the resolved config of the run that is about to start.
+        exists: whether the folder already holds this run.
+        changes: how `config` differs from that of the run it holds, in more than how long or how
+            often, each as "key: before -> after".
+        refused: the keys of those changes that `config.checkpoint.allow` does not name.
+    """
+
+    path: epath.Path
+    config: ConfigDict
+    exists: bool
+    changes: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is an ordinary folder, where files can be appended to and locked."""
+        return is_local(self.path)
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """Where the latest checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> epath.Path:
+        """Where the best checkpoint is."""
+        return self.path / "best"
+
+    @property
+    def metrics(self) -> epath.Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @classmethod
+    def check(cls, path: epath.PathLike, config: ConfigDict) -> Workdir:
+        """Looks at a folder without changing it.
+
+        Args:
+            path: the folder; it need not exist.
+            config: the config of the run that wants it.
+
+        Raises:
+            UserError: the folder cannot be written or holds something else. A run with another
+                config is refused by `refuse_changes`.
+        """
+        if not os.fspath(path).strip():
+            raise UserError("--workdir is empty", "name a folder, or leave the flag out")
+        folder = absolute(path)
+        workdir = cls(folder, config, (folder / "config.json").exists())
+        if workdir.is_local:
+            _check_writable(Path(workdir.path))
+        if workdir.exists:
+            workdir = workdir._with_changes()
+        elif folder.exists():
+            others = [
+                p.name
+                for p in folder.iterdir()
+                if not p.name.startswith(".")
+                and p.name not in ("logs", "failure.json")
+                and p.suffix not in _NOT_OURS_TO_JUDGE
+            ]
+            if others:
+                raise UserError(
+                    f"--workdir={os.fspath(path)} is not empty and holds no podlift run "
+                    f"(it has {', '.join(sorted(others)[:3])}{', ...' if others[3:] else ''})",
+                    "name a new or empty folder",
+                )
+        return workdir
+
+    def _with_changes(self) -> Workdir:
+        before = _plain(flatten(read_config(self.path)))
+        after = _plain(flatten(self.config))
+        absent = object()
+        changed = [
+            key
+            for key in [*before, *(key for key in after if key not in before)]
+            if not key.startswith(RESUMABLE) and before.get(key, absent) != after.get(key, absent)
+        ]
+        allow = self.config.get("checkpoint", {}).get("allow", "").split(",")
+        allowed = [name.strip() for name in allow if name.strip()]
+        return dataclasses.replace(
+            self,
+            changes=tuple(f"{key}: {_show(before, key)} -> {_show(after, key)}" for key in changed),
+            refused=tuple(
+                key
+                for key in changed
+                if not any(key == name or key.startswith(f"{name}.") for name in allowed)
+            ),
+        )
+
+    def refuse_changes(self, leaves: str = "", kinds: Sequence[str] = ()) -> None:
+        """Raises a UserError if the config is another one than that of the run, unless allowed.
+
+        Args:
+            leaves: how the state would differ, as lines, where that is known.
+            kinds: of difference between leaves.
+        """
+        if not self.refused:
+            return
+        lines = [f"  {line}" for line in self.changes if line.partition(":")[0] in self.refused]
+        now = flatten(self.config)
+        names = sorted({_nearest_key(key, now) for key in self.refused})
+        told = [f"{self.path} holds a run with another config (there -> asked for):", *lines]
+        if leaves:
+            told += ["its state would differ too (saved -> wanted):", leaves]
+        allow = self.config.get("checkpoint", {}).get("allow", "")
+        together = ",".join([*([allow] if allow else []), *names, *kinds])
+        raise UserError(
+            "\n".join(told),
+            "name another --workdir, change these back to go on with that run, or "
+            f"--config.checkpoint.allow={together} goes on all the same",
+        )
+
+    def claim(self, local_dir: str | None = None) -> None:
+        """Makes the folder and takes its lock.
+
+        Args:
+            local_dir: where the lock of a remote folder is.
+
+        Raises:
+            UserError: the folder cannot be written, or another process is training in it.
+        """
+        with _errors_of_writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.take(self.path, local_dir)
+
+    def run_id(self) -> str:
+        """The id of the run in this folder; a new one where there is none."""
+        try:
+            return str(json.loads((self.path / "env.json").read_text())["run"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return uuid.uuid4().hex
+
+    def record(self, run: str) -> None:
+        """Writes `config.json` and `env.json`, once it is certain that the run goes on.
+
+        A run that is there already goes on also where they cannot be written again.
+
+        Args:
+            run: its id.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        environment = json.dumps({"run": run, **describe_environment()}, indent=2) + "\n"
+        try:
+            with _errors_of_writing(self.path):
+                write_whole(self.path / "config.json", config_to_json(self.config))
+                write_whole(self.path / "env.json", environment)
+        except UserError as error:
+            if not self.exists:
+                raise
+            warn(f"config.json and env.json stay as they are: {error.message}")
+
+    def is_recorded(self, patience: float = 0.0) -> bool:
+        """Whether this machine sees the run that was recorded here, perhaps by another machine.
+
+        Args:
+            patience: seconds to wait for it; network file systems may lag behind.
+        """
+        deadline = time.monotonic() + patience
+        while not (self.path / "config.json").exists():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+
+@contextlib.contextmanager
+def _errors_of_writing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # clients of object stores raise many types
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(
+            f"--workdir={path} cannot be written: {why}",
+            "name a folder you may write to",
+        ) from error
+
+
+def _plain(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them, so that what was stored compares equal to what was not."""
+    return {
+        key: value.to_dict() if isinstance(value, ConfigDict) else json.loads(json.dumps(value))
+        for key, value in flat.items()
+    }
+
+
+def _nearest_key(key: str, config: Mapping[str, Any]) -> str:
+    """The key, or the innermost block of the config that it would be in."""
+    parts = key.split(".")
+    while len(parts) > 1 and not any(
+        f"{name}.".startswith(".".join(parts) + ".") for name in config
+    ):
+        parts.pop()
+    return ".".join(parts)
+
+
+def _show(flat: dict[str, Any], key: str) -> str:
+    return json.dumps(flat[key]) if key in flat else "(not there)"
+
+
+def _check_writable(folder: Path) -> None:
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(f"--workdir={folder}: {place} is a file", "name a folder")
+            # Asking for permission is not enough: not every place takes files.
+            with _errors_of_writing(epath.Path(folder)):
+                try:
+                    with tempfile.TemporaryFile(dir=place):
+                        return
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    return  # full for now: what cannot be written will be told
