@@ -41,10 +41,10 @@ def measure(model: str, batch: int, seconds: float) -> dict[str, object]:
 
     import trainer
     from configs.digits import get_config
-    from trainer.checkpoints.in_memory import FastTier
+    from trainer.checkpoints.in_memory import InMemoryCheckpoints
 
     copies: list[tuple[float, float, int]] = []  # when begun, when written, bytes
-    copy, write = FastTier.copy, FastTier._write
+    copy, write = InMemoryCheckpoints.copy, InMemoryCheckpoints._write
 
     def timed_copy(self, step, meta, arrays, blocked):
         copies.append((time.monotonic() - blocked, 0.0, sum(a.nbytes for a in arrays.values())))
@@ -55,7 +55,7 @@ def measure(model: str, batch: int, seconds: float) -> dict[str, object]:
         began, _, size = copies[-1]
         copies[-1] = (began, time.monotonic(), size)
 
-    FastTier.copy, FastTier._write = timed_copy, timed_write
+    InMemoryCheckpoints.copy, InMemoryCheckpoints._write = timed_copy, timed_write
     ends: list[float] = []  # of steps, as the loop dispatches them
     deadline = [float("inf")]
 

@@ -42,7 +42,7 @@ def measure(width: int, batch: int, devices: int, rounds: int, flat: bool) -> di
     from turns import Turns
 
     from trainer.lift.lift import make_lift
-    from trainer.lift.update import make_cut_step
+    from trainer.lift.update import make_sharded_step
     from trainer.losses import softmax_cross_entropy
     from trainer.models.mlp import MLP
     from trainer.step.init import init_state
@@ -67,8 +67,8 @@ def measure(width: int, batch: int, devices: int, rounds: int, flat: bool) -> di
         def compete(turn):
             lift = make_lift("shard_map", state_sharding=kind)
             shapes = jax.eval_shape(init)
-            if lift.cut:
-                step = lift.compile(make_cut_step(task, recipe, lift, shapes), shapes)
+            if lift.sharded:
+                step = lift.compile(make_sharded_step(task, recipe, lift, shapes), shapes)
             else:
                 step = lift(make_update_step(task, recipe))
             state = lift.make_state(jax.jit(init))

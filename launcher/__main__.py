@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launcher.command_line.flags import Options
-    from launcher.launch.spec import Plan
+    from launcher.launch.spec import LaunchSpec
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def run(options: Options) -> int:
             from launcher.sweep.sweep import run_sweep
 
             return run_sweep(options, sys.argv[1:], os.environ)
-        planned = plan.make_plan(options, os.environ)
+        planned = plan.make_launch_spec(options, os.environ)
         if planned.folder.refused:
             _refuse_changes(planned)
         if options.smoke:
@@ -82,7 +82,7 @@ def run(options: Options) -> int:
     return traces.tell(code) if options.smoke else code
 
 
-def _start(planned: Plan) -> int:
+def _start(planned: LaunchSpec) -> int:
     """Runs a plan, in place or in processes of its own; returns the exit code."""
     if planned.supervised:
         from launcher.supervisor.supervise import supervise
@@ -93,7 +93,7 @@ def _start(planned: Plan) -> int:
     return run_here(planned)
 
 
-def _refuse_changes(planned: Plan) -> None:
+def _refuse_changes(planned: LaunchSpec) -> None:
     """Raises the refusal of a config that is not that of the run in the workdir.
 
     Nothing will be started, so this process may import jax to find out what the state would be; of

@@ -22,7 +22,7 @@ from launcher.cli.finished_run import (
 )
 from launcher.command_line.parse import Flags
 from launcher.launch import environment
-from launcher.processes import user_errors as users_code
+from launcher.processes import user_errors as user_errors
 from trainer.console import say
 from trainer.errors import UserError
 from trainer.workdir.paths import absolute, opened_whole
@@ -92,7 +92,7 @@ def _export(argv: Sequence[str]) -> None:
         hint = "--batch=N exports it for N examples only, --platforms=NAME for one platform"
         if isinstance(error, NameError) and "axis" in str(error):
             hint = "with train=False a model must not need the other examples of its batch"
-        raise Failed(users_code.describe(what, error, os.environ, hint)) from error
+        raise Failed(user_errors.describe(what, error, os.environ, hint)) from error
     with writing(file), opened_whole(absolute(file)) as out:
         out.write(data)
     say(f"wrote {file}: {signature(exported)} on {', '.join(platforms)}, {_size(len(data))}")

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from launcher import exit_codes
 from launcher.command_line.parse import Flags, overridden_keys, read_command, take_flag
 from launcher.launch import environment
-from launcher.processes import user_errors as users_code
+from launcher.processes import user_errors as user_errors
 from trainer.config.settings import Settings, check
 from trainer.console import open_terminal, say
 from trainer.errors import UserError
@@ -28,7 +28,7 @@ from trainer.workdir.paths import absolute, is_local
 from trainer.workdir.workdir import read_config
 
 if TYPE_CHECKING:
-    from trainer.inference.trained_model import Trained
+    from trainer.inference.trained_model import TrainedModel
     from trainer.lift.lift import Lift
 
 WHICH_STATE = """\
@@ -110,7 +110,7 @@ def run(argv: Sequence[str], usage: str, answer: Callable[[Sequence[str]], None]
         print(error, file=sys.stderr)
         return exit_codes.FAILED
     except Exception as error:  # whatever a user's model or data does
-        print(users_code.describe("it failed", error, os.environ), file=sys.stderr)
+        print(user_errors.describe("it failed", error, os.environ), file=sys.stderr)
         return exit_codes.FAILED
     return exit_codes.DONE
 
@@ -202,7 +202,7 @@ def writing(path: str) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def open_model(request: Request, fake_devices: int | None) -> tuple[Trained, Lift]:
+def open_model(request: Request, fake_devices: int | None) -> tuple[TrainedModel, Lift]:
     """The trained model, its state on all devices of this process, and how it is laid over them.
 
     Raises:
@@ -220,7 +220,7 @@ def open_model(request: Request, fake_devices: int | None) -> tuple[Trained, Lif
     return dataclasses.replace(trained, state=lift.put_state(trained.state)), lift
 
 
-def read_model(request: Request) -> Trained:
+def read_model(request: Request) -> TrainedModel:
     """The trained model, its state in the memory of the host; says what it is."""
     from trainer.inference.trained_model import restore
 

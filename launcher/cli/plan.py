@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 from launcher import exit_codes
 from launcher.command_line.parse import Command, Flags, read_command
 from launcher.planning.topology import Topology, is_topology, parse_topology
-from launcher.processes import user_errors as users_code
+from launcher.processes import user_errors as user_errors
 from trainer.config.keys import LIFTS, STATE_SHARDINGS
 from trainer.config.settings import Settings, check
 from trainer.errors import UserError
@@ -251,7 +251,7 @@ def answer(
             return exit_codes.FAILED
         except Exception as error:  # whatever a user's model does when it is traced
             what = f"{question.config_name} does not trace"
-            print(users_code.describe(what, error, environ), file=sys.stderr)
+            print(user_errors.describe(what, error, environ), file=sys.stderr)
             return exit_codes.FAILED
     text = tell.one(forecasts[0]) if len(forecasts) == 1 else tell.several(forecasts)
     print(text, end="", flush=True)

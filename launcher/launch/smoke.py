@@ -11,14 +11,14 @@ import os
 import shutil
 
 from launcher import exit_codes
-from launcher.launch.spec import Plan
+from launcher.launch.spec import LaunchSpec
 from trainer.console import say
 from trainer.workdir.paths import local_folder
 
 _NAME = ".smoke"
 
 
-def smoke_plan(plan: Plan) -> Plan:
+def smoke_plan(plan: LaunchSpec) -> LaunchSpec:
     """The plan of a run as one that only tries it, once, in a folder inside that of the run."""
     workdir = os.path.join(plan.workdir, _NAME)
     return dataclasses.replace(
@@ -37,7 +37,7 @@ class Traces:
         plan: of the smoke test.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: LaunchSpec) -> None:
         self._plan = plan
         self._before = next(place for place in plan.local_dir.parents if place.exists())
 

@@ -39,7 +39,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Worker:
+class WorkerSpec:
     """One process that starts here.
 
     Attributes:
@@ -54,7 +54,7 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchSpec:
     """What is run, and where.
 
     Attributes:
@@ -81,7 +81,7 @@ class Plan:
     local_base: str | None
     folder: Workdir
     num_processes: int
-    workers: tuple[Worker, ...]
+    workers: tuple[WorkerSpec, ...]
     placement: Placement | None
     limits: Limits
     shown_ranks: frozenset[int] | None
@@ -90,7 +90,7 @@ class Plan:
     smoke: bool = False
 
 
-def make_plan(options: Options, environ: Mapping[str, str]) -> Plan:
+def make_launch_spec(options: Options, environ: Mapping[str, str]) -> LaunchSpec:
     """Decides everything that can be decided without jax; starts and writes nothing.
 
     Raises:
@@ -109,7 +109,7 @@ def make_plan(options: Options, environ: Mapping[str, str]) -> Plan:
         workers = _split_machine(num_processes, options.fake_devices, environ)
     else:
         prepared = _environ_of(environ, options.fake_devices)
-        workers = (Worker(placement.process_id, prepared, placement.local_device_ids),)
+        workers = (WorkerSpec(placement.process_id, prepared, placement.local_device_ids),)
     if placement is not None and options.max_restarts:
         raise UserError(
             f"--max_restarts={options.max_restarts} is for a job on this machine alone",
@@ -117,7 +117,7 @@ def make_plan(options: Options, environ: Mapping[str, str]) -> Plan:
             "docs/clusters.md",
         )
     _check_rows(settings, num_processes, options.fake_devices)
-    return Plan(
+    return LaunchSpec(
         settings=settings,
         config=config_to_json(settings.config),
         workdir=os.fspath(folder.path),
@@ -189,12 +189,12 @@ def _workdir_of(options: Options, placement: Placement | None) -> str:
 
 def _split_machine(
     count: int, fake_devices: int | None, environ: Mapping[str, str]
-) -> tuple[Worker, ...]:
+) -> tuple[WorkerSpec, ...]:
     """The workers of a job on this machine, which share its GPUs if it has any."""
     prepared = _environ_of(environ, fake_devices)
     gpus = 0 if environ.get("JAX_PLATFORMS") == "cpu" or fake_devices else count_gpus(environ)
     if count == 1 or not gpus:
-        return tuple(Worker(rank, prepared, None) for rank in range(count))
+        return tuple(WorkerSpec(rank, prepared, None) for rank in range(count))
     if gpus % count:
         raise UserError(
             f"--processes={count} cannot share {gpus} GPUs equally",
@@ -205,7 +205,7 @@ def _split_machine(
     listed = environ.get("CUDA_VISIBLE_DEVICES", "")
     names = listed.split(",")[:gpus] if listed else [str(i) for i in range(gpus)]
     return tuple(
-        Worker(
+        WorkerSpec(
             rank,
             {
                 **prepared,
@@ -272,7 +272,7 @@ def detected(placement: Placement) -> str:
     )
 
 
-def describe(plan: Plan, environ: Mapping[str, str]) -> str:
+def describe(plan: LaunchSpec, environ: Mapping[str, str]) -> str:
     """The plan for `--dry_run`: processes, what is set for each, where they meet, the mesh.
 
     Args:
@@ -315,7 +315,7 @@ def describe(plan: Plan, environ: Mapping[str, str]) -> str:
     return "".join(f"{name:{width}}  {text}\n" for name, text in rows)
 
 
-def _devices_per_process(plan: Plan, environ: Mapping[str, str]) -> int | None:
+def _devices_per_process(plan: LaunchSpec, environ: Mapping[str, str]) -> int | None:
     """How many devices each process uses, where that is known before jax is asked."""
     if plan.settings.devices_per_process is not None:
         return plan.settings.devices_per_process

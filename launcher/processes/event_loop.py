@@ -29,7 +29,7 @@ class Timer:
             self._callback()
 
 
-class Reactor:
+class EventLoop:
     """Calls back when a file can be read, a signal has arrived or a time has come.
 
     Signals only leave a byte in a socket, and are acted on between other callbacks. Use as a
@@ -47,7 +47,7 @@ class Reactor:
         self._on_signal: dict[int, Callable[[], None]] = {}
         self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Reactor:
+    def __enter__(self) -> EventLoop:
         self._woken, wake = socket.socketpair()
         self._woken.setblocking(False)
         wake.setblocking(False)

@@ -59,7 +59,7 @@ def _write_to(stream: TextIO | None, text: str) -> None:
             stream.flush()
 
 
-def how_to_go_on(workdir: str, *, smoke: bool = False, copies: bool = False) -> str:
+def how_to_resume(workdir: str, *, smoke: bool = False, copies: bool = False) -> str:
     """One line: the newest checkpoint, and the command that goes on from it.
 
     Args:

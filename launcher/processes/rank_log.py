@@ -13,7 +13,7 @@ from typing import TextIO
 
 from trainer.console import warn
 from trainer.errors import UserError
-from trainer.workdir.lock import is_taken_here
+from trainer.workdir.lock import is_held
 
 _STAMP = "%Y-%m-%d %H:%M:%S"
 
@@ -130,7 +130,7 @@ class RankLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Takes one record, as logging.Handler says."""
         self._held.append(self.format(record) + "\n")
-        if self._path is not None or is_taken_here(self._workdir):
+        if self._path is not None or is_held(self._workdir):
             try:
                 self.open()
             except (OSError, UserError):  # a full disk is no reason to stop training

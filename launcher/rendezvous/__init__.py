@@ -9,7 +9,7 @@ Messages are lines of JSON. What arrives is data: an unknown message is ignored,
 ends its connection.
 """
 
-from launcher.rendezvous.open import convene
-from launcher.rendezvous.protocol import Listener, Meeting, Start
+from launcher.rendezvous.open import open_rendezvous
+from launcher.rendezvous.protocol import Listener, Rendezvous, Start
 
-__all__ = ["Listener", "Meeting", "Start", "convene"]
+__all__ = ["Listener", "Rendezvous", "Start", "open_rendezvous"]

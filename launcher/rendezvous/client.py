@@ -7,14 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.exit_codes import RETRY
-from launcher.processes.event_loop import Reactor
+from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import Failure
 from launcher.rendezvous.address import join_address
-from launcher.rendezvous.connection import Link
-from launcher.rendezvous.protocol import BEAT_SECS, PROTOCOL, Card, Listener, Start
+from launcher.rendezvous.connection import Connection
+from launcher.rendezvous.protocol import HEARTBEAT_SECS, PROTOCOL, Hello, Listener, Start
 
 
-class Guest:
+class Client:
     """The meeting, as the launcher of any other rank takes part in it.
 
     Args:
@@ -30,8 +30,8 @@ class Guest:
 
     def __init__(
         self,
-        reactor: Reactor,
-        card: Card,
+        reactor: EventLoop,
+        card: Hello,
         host: str,
         port: int,
         listener: Listener,
@@ -47,10 +47,10 @@ class Guest:
         self._heartbeat_timeout = heartbeat_timeout
         self._patience_secs = patience_secs
         self._began = reactor.clock()
-        self._link: Link | None = None
+        self._link: Connection | None = None
         self._has_started = self._is_over = self._is_done = False
         self._reason = ""
-        reactor.call_in(BEAT_SECS, self._beat)
+        reactor.call_in(HEARTBEAT_SECS, self._beat)
         reactor.call_in(10, self._remind)
 
     def open(self) -> None:
@@ -71,7 +71,7 @@ class Guest:
             self._reactor.call_in(min(2.0, 0.1 + waited / 10), self.open)
             return None
         self._address = connection.getsockname()[0]
-        self._link = Link(self._reactor, connection, self._take, self._lost)
+        self._link = Connection(self._reactor, connection, self._take, self._lost)
         self._link.send("join", protocol=PROTOCOL, card=asdict(self._card))
         return None
 
@@ -155,4 +155,4 @@ class Guest:
         if self._link is not None:
             self._link.send("beat")
             self._link.check(self._heartbeat_timeout)
-        self._reactor.call_in(BEAT_SECS, self._beat)
+        self._reactor.call_in(HEARTBEAT_SECS, self._beat)

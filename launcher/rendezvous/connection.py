@@ -8,17 +8,17 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from launcher.processes.event_loop import Reactor
+from launcher.processes.event_loop import EventLoop
 
 _LONGEST_LINE = 1 << 20
 
 
-class Link:
+class Connection:
     """One connection: lines of JSON in both directions, and a beat to show that it is alive."""
 
     def __init__(
         self,
-        reactor: Reactor,
+        reactor: EventLoop,
         connection: socket.socket,
         on_message: Callable[[dict[str, Any]], None],
         on_loss: Callable[[str], None],

@@ -9,27 +9,27 @@ import platform
 import subprocess
 
 from launcher.clusters import Placement
-from launcher.launch.spec import Plan, host_name
-from launcher.processes.event_loop import Reactor
+from launcher.launch.spec import LaunchSpec, host_name
+from launcher.processes.event_loop import EventLoop
 from launcher.processes.rank_log import claim_attempt
 from launcher.rendezvous.address import own_address
-from launcher.rendezvous.client import Guest
-from launcher.rendezvous.protocol import BEAT_SECS, Card, Listener, Meeting
-from launcher.rendezvous.root_cause import MakeVerdict
-from launcher.rendezvous.server import Host
-from launcher.rendezvous.single import Alone
+from launcher.rendezvous.client import Client
+from launcher.rendezvous.protocol import HEARTBEAT_SECS, Hello, Listener, Rendezvous
+from launcher.rendezvous.root_cause import MakeRootCause
+from launcher.rendezvous.server import Server
+from launcher.rendezvous.single import SingleLauncher
 from trainer.errors import UserError
 from trainer.version import __version__
 
 
-def convene(
-    plan: Plan,
-    reactor: Reactor,
+def open_rendezvous(
+    plan: LaunchSpec,
+    reactor: EventLoop,
     listener: Listener,
-    make_verdict: MakeVerdict,
+    make_verdict: MakeRootCause,
     watch_secs: float,
-) -> Meeting:
-    """Makes the meeting of one attempt; `Meeting.open` begins it.
+) -> Rendezvous:
+    """Makes the meeting of one attempt; `Rendezvous.open` begins it.
 
     Args:
         plan: what is run.
@@ -44,17 +44,17 @@ def convene(
     placement = plan.placement
     if placement is None:
         number = claim_attempt(plan.local_dir)
-        return Alone(number, plan.num_processes, listener, make_verdict)
+        return SingleLauncher(number, plan.num_processes, listener, make_verdict)
     card = _card_of(plan, placement)
     limits = plan.limits
     times = (limits.rendezvous_timeout_secs, float(limits.heartbeat_timeout_secs))
     if card.rank != 0:
-        patience = watch_secs + 5 * BEAT_SECS
-        return Guest(reactor, card, placement.host, placement.port, listener, *times, patience)
+        patience = watch_secs + 5 * HEARTBEAT_SECS
+        return Client(reactor, card, placement.host, placement.port, listener, *times, patience)
     address = own_address(placement.host)
     number_attempt = functools.partial(claim_attempt, plan.local_dir)
     try:
-        return Host(
+        return Server(
             reactor, card, placement.port, address, number_attempt, listener, make_verdict, *times
         )
     except OSError as error:
@@ -90,14 +90,14 @@ def code_version(folder: str = ".") -> list[str]:
     return [f"code {commit}{changed}"]
 
 
-def _card_of(plan: Plan, placement: Placement) -> Card:
+def _card_of(plan: LaunchSpec, placement: Placement) -> Hello:
     import importlib.metadata  # 30 ms, which a launcher alone has no use for
 
     packages = ("jax", "jaxlib", "flax", "optax")
     versions = [f"podlift {__version__}", f"Python {platform.python_version()}"]
     versions += [f"{name} {importlib.metadata.version(name)}" for name in packages]
     versions += code_version()
-    return Card(
+    return Hello(
         rank=placement.process_id,
         size=placement.num_processes,
         host=host_name(),

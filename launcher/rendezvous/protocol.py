@@ -10,11 +10,11 @@ from launcher.processes.failure import Failure
 
 # Raised when launchers could no longer understand older ones.
 PROTOCOL = 1
-BEAT_SECS = 1.0
+HEARTBEAT_SECS = 1.0
 
 
 @dataclass(frozen=True)
-class Card:
+class Hello:
     """What a launcher says of itself when it comes.
 
     Attributes:
@@ -70,7 +70,7 @@ class Listener:
     on_wait: Callable[[str], None]
 
 
-class Meeting(Protocol):
+class Rendezvous(Protocol):
     """What a launcher can say to the others."""
 
     @property

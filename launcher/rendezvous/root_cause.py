@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from launcher.exit_codes import RETRY
-from launcher.processes.event_loop import Reactor
+from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import CONSEQUENCE, Failure
 
 # What a rank's end does to the others is seen within milliseconds of it.
 _SETTLE_SECS = 0.1
 
 
-class Verdict:
+class RootCause:
     """Takes failures as they are seen, and after a while says which came first.
 
     Args:
@@ -26,7 +26,7 @@ class Verdict:
 
     def __init__(
         self,
-        reactor: Reactor,
+        reactor: EventLoop,
         on_verdict: Callable[[Failure], None],
         *,
         consequence_secs: float,
@@ -78,4 +78,4 @@ class Verdict:
 
 
 # Given what to call with the story.
-MakeVerdict = Callable[[Callable[[Failure], None]], Verdict]
+MakeRootCause = Callable[[Callable[[Failure], None]], RootCause]

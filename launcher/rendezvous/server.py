@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.exit_codes import RETRY, USAGE
-from launcher.processes.event_loop import Reactor
+from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import Failure
 from launcher.rendezvous.address import hold_port, join_address
-from launcher.rendezvous.connection import Link
-from launcher.rendezvous.protocol import BEAT_SECS, PROTOCOL, Card, Listener, Start
-from launcher.rendezvous.root_cause import MakeVerdict
+from launcher.rendezvous.connection import Connection
+from launcher.rendezvous.protocol import HEARTBEAT_SECS, PROTOCOL, Hello, Listener, Start
+from launcher.rendezvous.root_cause import MakeRootCause
 from trainer.config.keys import flatten
 
 # For a caller to say who it is.
@@ -40,13 +40,13 @@ class _Refusal:
 class _Caller:
     """A launcher that has called: first a stranger, then the one of a rank."""
 
-    def __init__(self, meeting: Host, reactor: Reactor, connection: socket.socket) -> None:
-        self.card: Card | None = None
+    def __init__(self, meeting: Server, reactor: EventLoop, connection: socket.socket) -> None:
+        self.card: Hello | None = None
         self.has_left = False
         self.local_address = str(connection.getsockname()[0])
         self._meeting = meeting
         self._reactor = reactor
-        self.link = Link(reactor, connection, self._take, self._lost)
+        self.link = Connection(reactor, connection, self._take, self._lost)
         reactor.call_in(_INTRODUCTION_SECS, self._expect_card)
 
     def _expect_card(self) -> None:
@@ -56,7 +56,7 @@ class _Caller:
     def _take(self, message: dict[str, Any]) -> None:
         if self.card is not None:
             return self._meeting.take(self, self.card, message)
-        card = Card(**message["card"])
+        card = Hello(**message["card"])
         refusal = self._meeting.refusal_of(card, message["protocol"])
         if refusal is not None:
             failure = Failure(card.rank, refusal.exit_code, refusal.reason)
@@ -71,7 +71,7 @@ class _Caller:
             self._meeting.lost(self, self.card, reason)
 
 
-class Host:
+class Server:
     """The meeting, as rank 0's launcher holds it.
 
     Args:
@@ -91,13 +91,13 @@ class Host:
 
     def __init__(
         self,
-        reactor: Reactor,
-        card: Card,
+        reactor: EventLoop,
+        card: Hello,
         port: int,
         address: str,
         claim_attempt: Callable[[], int],
         listener: Listener,
-        make_verdict: MakeVerdict,
+        make_verdict: MakeRootCause,
         rendezvous_timeout: float,
         heartbeat_timeout: float,
     ) -> None:
@@ -120,7 +120,7 @@ class Host:
         reactor.watch(self._server, self._accept)
         self._began = reactor.clock()
         self._deadline = reactor.call_in(rendezvous_timeout, self._give_up)
-        reactor.call_in(BEAT_SECS, self._beat)
+        reactor.call_in(HEARTBEAT_SECS, self._beat)
         reactor.call_in(10, self._remind)
 
     def open(self) -> None:
@@ -173,12 +173,12 @@ class Host:
             connection, _ = self._server.accept()
             _Caller(self, self._reactor, connection)
 
-    def admit(self, caller: _Caller, card: Card) -> None:
+    def admit(self, caller: _Caller, card: Hello) -> None:
         """Takes up a launcher that `refusal_of` has no objection to."""
         self._callers[card.rank] = caller
         self._start_if_complete()
 
-    def refusal_of(self, card: Card, protocol: Any) -> _Refusal | None:
+    def refusal_of(self, card: Hello, protocol: Any) -> _Refusal | None:
         """Why a launcher cannot be taken up, if it cannot."""
         if protocol != PROTOCOL:
             return _Refusal("another version of podlift holds this port", USAGE, False)
@@ -197,7 +197,7 @@ class Host:
         contradiction = self._contradiction(card)
         return _Refusal(contradiction, USAGE, True) if contradiction else None
 
-    def _contradiction(self, card: Card) -> str:
+    def _contradiction(self, card: Hello) -> str:
         mine = self._card
         who = f"rank {card.rank} on {card.host}"
         if card.size != mine.size:
@@ -277,9 +277,9 @@ class Host:
         for caller in list(self._callers.values()):
             caller.link.check(self._heartbeat_timeout)
         if not self._is_over:
-            self._reactor.call_in(BEAT_SECS, self._beat)
+            self._reactor.call_in(HEARTBEAT_SECS, self._beat)
 
-    def take(self, caller: _Caller, card: Card, message: dict[str, Any]) -> None:
+    def take(self, caller: _Caller, card: Hello, message: dict[str, Any]) -> None:
         """A message of a launcher that was admitted."""
         if message["kind"] == "bye":
             caller.has_left = True
@@ -291,7 +291,7 @@ class Host:
             self._tell_stopping(str(message["line"]), card.rank)
             self._listener.on_stopping(str(message["line"]))
 
-    def lost(self, caller: _Caller, card: Card, reason: str) -> None:
+    def lost(self, caller: _Caller, card: Hello, reason: str) -> None:
         """The connection to a launcher is gone."""
         if not self._has_started:
             self._callers.pop(card.rank, None)  # it may come again
@@ -306,7 +306,7 @@ class Host:
                 caller.link.send("stopping", line=line)
 
 
-def _first_difference(theirs: Card, ours: Card) -> tuple[str, Any, Any] | None:
+def _first_difference(theirs: Hello, ours: Hello) -> tuple[str, Any, Any] | None:
     """What two launchers were told differently, with both values."""
     if theirs.workdir != ours.workdir:
         return "--workdir", theirs.workdir, ours.workdir

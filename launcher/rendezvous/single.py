@@ -7,10 +7,10 @@ import socket
 from launcher.processes.failure import Failure
 from launcher.rendezvous.address import hold_port
 from launcher.rendezvous.protocol import Listener, Start
-from launcher.rendezvous.root_cause import MakeVerdict
+from launcher.rendezvous.root_cause import MakeRootCause
 
 
-class Alone:
+class SingleLauncher:
     """Starts at once, and decides alone.
 
     Args:
@@ -23,7 +23,7 @@ class Alone:
     all_done = True
 
     def __init__(
-        self, attempt: int, num_processes: int, listener: Listener, make_verdict: MakeVerdict
+        self, attempt: int, num_processes: int, listener: Listener, make_verdict: MakeRootCause
     ) -> None:
         self._attempt = attempt
         self._verdict = make_verdict(listener.on_end)

@@ -206,7 +206,7 @@ def _curves(runs: Sequence[Run], log: bool) -> tuple[str, str]:
     # Numbers only; all the same, nothing in a script may look like its end.
     points = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (
-        f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>' if figures else ""
+        f'<h2>TensorBoardWriter</h2><div class="charts">{"".join(figures)}</div>' if figures else ""
     ), points
 
 

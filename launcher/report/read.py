@@ -20,7 +20,7 @@ from trainer.checkpoints.manifest import Damaged
 from trainer.config.config_json import NONE_TYPES
 from trainer.config.keys import flatten
 from trainer.errors import UserError, first_line
-from trainer.metrics_writer.metrics_file import read_rows
+from trainer.metrics_writer.metrics_file import read_metrics_file
 from trainer.workdir import lock
 from trainer.workdir.paths import absolute, local_folder
 
@@ -186,7 +186,7 @@ def _read(folder: epath.Path, name: str, local_dir: str | None) -> Run:
     environment = flatten(_read_object(folder / "env.json"))
     failure = _read_object(epath.Path(here) / "failure.json")
     attempts = read_attempts(here, failure)
-    rows = read_rows(folder / "metrics.jsonl", sys.maxsize)
+    rows = read_metrics_file(folder / "metrics.jsonl", sys.maxsize)
     series = _series_of(rows)
     latest = CheckpointFolder(folder / "checkpoints", 1)
     checkpoints = latest.steps()

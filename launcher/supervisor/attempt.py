@@ -16,16 +16,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from launcher import exit_codes
-from launcher.launch.spec import Plan, host_name
+from launcher.launch.spec import LaunchSpec, host_name
 from launcher.processes.assignment import Assignment, Outcome
-from launcher.processes.event_loop import Reactor, Timer
+from launcher.processes.event_loop import EventLoop, Timer
 from launcher.processes.failure import Failure, of_exit, of_outcome
 from launcher.processes.messages import show
 from launcher.processes.rank_log import RankFile, remove_logs
 from launcher.processes.signals import STACKS_SIGNAL, STOPPED_AT_ONCE
-from launcher.rendezvous import Listener, Meeting, Start, convene
-from launcher.rendezvous.protocol import BEAT_SECS
-from launcher.rendezvous.root_cause import MakeVerdict, Verdict
+from launcher.rendezvous import Listener, Rendezvous, Start, open_rendezvous
+from launcher.rendezvous.protocol import HEARTBEAT_SECS
+from launcher.rendezvous.root_cause import MakeRootCause, RootCause
 from launcher.supervisor.children import (
     Child,
     is_suspended,
@@ -45,7 +45,7 @@ _NOISE = ("[Gloo] Rank ", "Expected number of connected peer ranks", "preemption
 
 
 @dataclass(frozen=True)
-class Ending:
+class AttemptResult:
     """How an attempt ended.
 
     Attributes:
@@ -70,31 +70,35 @@ class Attempt:
         plan: what is run.
         reactor: entered.
         environ: the launcher's environment.
-        strangers: children of this process that are none of its workers' making.
+        other_children: children of this process that are none of its workers' making.
     """
 
     def __init__(
-        self, plan: Plan, reactor: Reactor, environ: Mapping[str, str], strangers: set[int]
+        self,
+        plan: LaunchSpec,
+        reactor: EventLoop,
+        environ: Mapping[str, str],
+        other_children: set[int],
     ) -> None:
         self._plan = plan
         self._limits = plan.limits
         self._reactor = reactor
         self._environ = environ
-        self._strangers = strangers
+        self._other_children = other_children
         self._rank = plan.workers[0].rank
         self._number = 0
         self._children: list[Child] = []
         self._files: dict[int, RankFile] = {}
-        self._meeting: Meeting | None = None
+        self._meeting: Rendezvous | None = None
         self._timers: list[Timer] = []
         self._reaped: set[int] = set()
         self._watchdog = Watchdog(plan.limits.hang_timeout_secs)
         self._asked_to_stop = False
         self._is_closing = False  # it has failed: what workers say is only logged
-        self._ending: Ending | None = None
+        self._ending: AttemptResult | None = None
         self._oom_kills = out_of_memory_kills()
 
-    def run(self) -> Ending:
+    def run(self) -> AttemptResult:
         """Starts everything and returns when nothing of it is left.
 
         Raises:
@@ -114,13 +118,13 @@ class Attempt:
                 self._report(Failure(self._rank, exit_codes.FAILED, message, trace=trace))
                 self._reactor.run(lambda: self._ending is not None)
         finally:
-            self._bury()
+            self._clean_up()
         assert self._ending is not None
         return self._ending
 
     # The start
 
-    def _make_meeting(self) -> Meeting:
+    def _make_meeting(self) -> Rendezvous:
         plan, placement = self._plan, self._plan.placement
         listener = Listener(
             on_start=self._start,
@@ -128,14 +132,14 @@ class Attempt:
             on_stopping=self._other_stopping,
             on_wait=lambda line: show(line, is_error=False),
         )
-        make_verdict: MakeVerdict = functools.partial(
-            Verdict,
+        make_verdict: MakeRootCause = functools.partial(
+            RootCause,
             self._reactor,
             # Longer than another launcher's failure or loss takes to be known here.
-            consequence_secs=0.5 if placement is None else 2 * BEAT_SECS,
-            hang_secs=0.0 if placement is None else self._watchdog.period + BEAT_SECS,
+            consequence_secs=0.5 if placement is None else 2 * HEARTBEAT_SECS,
+            hang_secs=0.0 if placement is None else self._watchdog.period + HEARTBEAT_SECS,
         )
-        return convene(plan, self._reactor, listener, make_verdict, self._watchdog.period)
+        return open_rendezvous(plan, self._reactor, listener, make_verdict, self._watchdog.period)
 
     def _start(self, start: Start) -> None:
         plan = self._plan
@@ -236,7 +240,7 @@ class Attempt:
         def wait() -> None:
             assert self._meeting is not None
             if self._meeting.all_done or self._reactor.clock() > deadline:
-                ending = Ending(code, message, None, self._asked_to_stop, self._number)
+                ending = AttemptResult(code, message, None, self._asked_to_stop, self._number)
                 self._ending = self._ending or ending
             else:
                 self._later(0.05, wait)
@@ -291,7 +295,7 @@ class Attempt:
             for child in self._children:
                 child.kill()
             code = failure.exit_code
-            self._ending = Ending(code, "", failure, self._asked_to_stop, self._number)
+            self._ending = AttemptResult(code, "", failure, self._asked_to_stop, self._number)
 
         self._later(_STACKS_SECS if failure.wants_stacks else 0.0, close)
 
@@ -352,11 +356,11 @@ class Attempt:
         for file in self._files.values():
             file.write(STOPPED_AT_ONCE)
         code = 128 + signal.SIGINT
-        self._ending = Ending(code, STOPPED_AT_ONCE, None, True, self._number)
+        self._ending = AttemptResult(code, STOPPED_AT_ONCE, None, True, self._number)
 
     # The end
 
-    def _bury(self) -> None:
+    def _clean_up(self) -> None:
         """Leaves no process, no open file and no connection behind."""
         self._is_closing = True
         for child in self._children:
@@ -365,7 +369,7 @@ class Attempt:
             with contextlib.suppress(subprocess.TimeoutExpired):  # in the kernel's hands
                 child.process.wait(timeout=5)
         alive = {child.pid for child in self._children if child.process.poll() is None}
-        kill_orphans(alive | self._strangers)
+        kill_orphans(alive | self._other_children)
         for timer in self._timers:
             timer.cancel()
         is_over: list[bool] = []

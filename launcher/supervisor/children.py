@@ -1,4 +1,4 @@
-"""Worker processes: started, listened to, and ended with all that they have started."""
+"""WorkerSpec processes: started, listened to, and ended with all that they have started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from launcher.processes.assignment import Assignment, Outcome
-from launcher.processes.event_loop import Reactor
+from launcher.processes.event_loop import EventLoop
 from launcher.processes.progress_page import ProgressPage
 from launcher.processes.signals import STACKS_SIGNAL, STOP_SIGNALS
 
@@ -68,7 +68,7 @@ class Child:
         return self.process.pid
 
     def listen(
-        self, reactor: Reactor, on_line: OnLine, on_outcome: Callable[[Outcome], None]
+        self, reactor: EventLoop, on_line: OnLine, on_outcome: Callable[[Outcome], None]
     ) -> None:
         """Passes on its output, as (line, whether from stderr), and its outcome."""
         assert self.process.stdout is not None
@@ -93,7 +93,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def close(self, reactor: Reactor) -> None:
+    def close(self, reactor: EventLoop) -> None:
         """Lets go of its pipes."""
         for pipe in (self.process.stdout, self.process.stderr, self.report):
             if pipe is not None and not pipe.closed:
@@ -104,7 +104,7 @@ class Child:
 class _Lines:
     """Whole lines out of a pipe, until its end."""
 
-    def __init__(self, reactor: Reactor, pipe: IO[bytes], on_line: Callable[[str], None]) -> None:
+    def __init__(self, reactor: EventLoop, pipe: IO[bytes], on_line: Callable[[str], None]) -> None:
         self._reactor = reactor
         self._pipe = pipe
         self._on_line = on_line

@@ -12,16 +12,16 @@ import signal
 from collections.abc import Mapping
 
 from launcher import exit_codes
-from launcher.launch.spec import Plan, detected
-from launcher.processes.event_loop import Reactor
+from launcher.launch.spec import LaunchSpec, detected
+from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import Failure, forget_failure, write_failure
-from launcher.processes.messages import finish_showing, how_to_go_on, show, show_line
+from launcher.processes.messages import finish_showing, how_to_resume, show, show_line
 from launcher.processes.signals import STACKS_SIGNAL, STOP_SIGNALS
-from launcher.supervisor.attempt import Attempt, Ending
+from launcher.supervisor.attempt import Attempt, AttemptResult
 from launcher.supervisor.children import adopt_orphans, children
 
 
-def supervise(plan: Plan, environ: Mapping[str, str] = os.environ) -> int:
+def supervise(plan: LaunchSpec, environ: Mapping[str, str] = os.environ) -> int:
     """Runs a plan to its end; returns the exit code.
 
     Raises:
@@ -31,18 +31,18 @@ def supervise(plan: Plan, environ: Mapping[str, str] = os.environ) -> int:
         show_line(detected(plan.placement))
     adopt_orphans()
     try:
-        with Reactor() as reactor:
+        with EventLoop() as reactor:
             return _Supervisor(plan, reactor, environ).run()
     finally:
         finish_showing()
 
 
 class _Supervisor:
-    def __init__(self, plan: Plan, reactor: Reactor, environ: Mapping[str, str]) -> None:
+    def __init__(self, plan: LaunchSpec, reactor: EventLoop, environ: Mapping[str, str]) -> None:
         self._plan = plan
         self._reactor = reactor
         self._environ = environ
-        self._strangers = children()
+        self._other_children = children()
         self._attempt: Attempt | None = None
         self._asked_to_stop = False
         for number in STOP_SIGNALS:
@@ -55,7 +55,7 @@ class _Supervisor:
         previous: Failure | None = None
         restarts = 0
         while True:
-            self._attempt = Attempt(self._plan, self._reactor, self._environ, self._strangers)
+            self._attempt = Attempt(self._plan, self._reactor, self._environ, self._other_children)
             ending = self._attempt.run()
             self._attempt = None
             why_not = why_not_again(ending, previous, restarts, self._plan.limits.max_restarts)
@@ -100,7 +100,7 @@ class _Supervisor:
             more = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             show_line(f"{signal.Signals(number).name}: saving, then stopping{more}")
 
-    def _tell(self, ending: Ending, *, goes_on: bool) -> None:
+    def _tell(self, ending: AttemptResult, *, goes_on: bool) -> None:
         """Says how an attempt ended, and leaves it in `failure.json`."""
         failure, plan = ending.failure, self._plan
         copies = plan.settings.fast_every_secs > 0
@@ -109,7 +109,7 @@ class _Supervisor:
             # One traceback for a job whose launchers all write to one place.
             text = failure.tell(brief=not has_rank_0)
             if failure.exit_code != exit_codes.USAGE and has_rank_0 and not goes_on:
-                text += "\n  " + how_to_go_on(plan.workdir, smoke=plan.smoke, copies=copies)
+                text += "\n  " + how_to_resume(plan.workdir, smoke=plan.smoke, copies=copies)
             show(text)
             if failure.exit_code != exit_codes.USAGE and ending.number and has_rank_0:
                 try:
@@ -127,11 +127,11 @@ class _Supervisor:
             with contextlib.suppress(OSError):
                 forget_failure(plan.local_dir)
             if ending.message:
-                show(f"{ending.message}\n  {how_to_go_on(plan.workdir, smoke=plan.smoke)}")
+                show(f"{ending.message}\n  {how_to_resume(plan.workdir, smoke=plan.smoke)}")
 
 
 def why_not_again(
-    ending: Ending, previous: Failure | None, restarts: int, max_restarts: int
+    ending: AttemptResult, previous: Failure | None, restarts: int, max_restarts: int
 ) -> str | None:
     """None if an attempt is to be followed by another; else why not, empty if that is plain.
 

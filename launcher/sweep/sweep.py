@@ -16,7 +16,7 @@ from launcher.command_line import flags
 from launcher.command_line.flags import Options
 from launcher.command_line.parse import take_flag
 from launcher.command_line.variants import Variant, read_variants
-from launcher.launch.spec import Plan, make_plan
+from launcher.launch.spec import LaunchSpec, make_launch_spec
 from launcher.processes.failure import of_exit
 from launcher.sweep.foreground import Foreground
 from launcher.sweep.table import FILE, Row, format_table, read_row, write_rows
@@ -90,9 +90,9 @@ def run_sweep(options: Options, argv: Sequence[str], environ: Mapping[str, str])
     return next((code for code in codes.values() if code), exit_codes.DONE)
 
 
-def _plan(sweep: _Sweep, variant: Variant, environ: Mapping[str, str]) -> Plan:
+def _plan(sweep: _Sweep, variant: Variant, environ: Mapping[str, str]) -> LaunchSpec:
     """Everything about a run that can be checked before it."""
-    plan = make_plan(flags.parse(["launcher", *sweep.command(variant)]), environ)
+    plan = make_launch_spec(flags.parse(["launcher", *sweep.command(variant)]), environ)
     if plan.placement is not None:
         raise UserError(
             f"--sweep runs on one machine, and {plan.placement.cluster} has "
@@ -104,7 +104,7 @@ def _plan(sweep: _Sweep, variant: Variant, environ: Mapping[str, str]) -> Plan:
 
 
 def _run_all(
-    sweep: _Sweep, plans: Sequence[Plan], foreground: Foreground, environ: Mapping[str, str]
+    sweep: _Sweep, plans: Sequence[LaunchSpec], foreground: Foreground, environ: Mapping[str, str]
 ) -> tuple[dict[int, int], bool]:
     """The exit codes of the runs that were begun, by index, and whether the sweep was stopped."""
     codes: dict[int, int] = {}
@@ -137,14 +137,14 @@ def _run_all(
     return codes, False
 
 
-def _rows(sweep: _Sweep, plans: Sequence[Plan], codes: Mapping[int, int]) -> list[Row]:
+def _rows(sweep: _Sweep, plans: Sequence[LaunchSpec], codes: Mapping[int, int]) -> list[Row]:
     return [
         read_row(variant, plan, codes.get(variant.index))
         for variant, plan in zip(sweep.variants, plans, strict=True)
     ]
 
 
-def is_finished(plan: Plan) -> bool:
+def is_finished(plan: LaunchSpec) -> bool:
     """Whether the run has taken all its steps already, with this very config."""
     folder = plan.folder
     try:

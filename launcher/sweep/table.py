@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from launcher.command_line.variants import Variant, short_keys, show_value
-from launcher.launch.spec import Plan
+from launcher.launch.spec import LaunchSpec
 from launcher.report.read import read_runs
 from trainer.console import warn
 from trainer.errors import UserError
@@ -53,7 +53,7 @@ class Row:
     train_loss: float | None
 
 
-def read_row(variant: Variant, plan: Plan, exit_code: int | None) -> Row:
+def read_row(variant: Variant, plan: LaunchSpec, exit_code: int | None) -> Row:
     """Looks at the folder of a run, which need not be there."""
     settings = plan.settings
     status, steps, best, last, train_loss = "not started", 0, None, None, None

@@ -17,10 +17,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from launcher import exit_codes
-from launcher.launch.spec import Plan
+from launcher.launch.spec import LaunchSpec
 from launcher.processes.assignment import Assignment, Outcome
 from launcher.processes.failure import forget_failure, is_of_a_lost_peer, write_failure
-from launcher.processes.messages import how_to_go_on
+from launcher.processes.messages import how_to_resume
 from launcher.processes.progress_page import ProgressPage
 from launcher.processes.rank_log import RankLog
 from launcher.processes.signals import (
@@ -47,7 +47,7 @@ from trainer.errors import (
 )
 
 
-def run_here(plan: Plan) -> int:
+def run_here(plan: LaunchSpec) -> int:
     """Trains in this process, alone; returns the exit code."""
     workdir, local_dir = plan.workdir, plan.local_dir
     rank_log = RankLog(workdir, local_dir)
@@ -78,7 +78,7 @@ def run_here(plan: Plan) -> int:
             path = f"cannot be written ({error})"
         _report(
             f"{outcome.trace}error: {outcome.message}\n  full log: {path}\n  "
-            f"{how_to_go_on(workdir, smoke=plan.smoke, copies=plan.settings.fast_every_secs > 0)}"
+            f"{how_to_resume(workdir, smoke=plan.smoke, copies=plan.settings.fast_every_secs > 0)}"
         )
         with contextlib.suppress(OSError):
             write_failure(local_dir, outcome, rank=0, log=path, attempt=rank_log.attempt)
@@ -87,7 +87,7 @@ def run_here(plan: Plan) -> int:
         _report(f"error: {outcome.message}")
         return outcome.exit_code
     if outcome.message:
-        _report(f"{outcome.message}\n  {how_to_go_on(workdir, smoke=plan.smoke)}")
+        _report(f"{outcome.message}\n  {how_to_resume(workdir, smoke=plan.smoke)}")
     with contextlib.suppress(OSError):
         forget_failure(local_dir)
     return outcome.exit_code

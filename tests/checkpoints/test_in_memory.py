@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from trainer.checkpoints import in_memory as fast
 from trainer.checkpoints import manifest
-from trainer.checkpoints.in_memory import FastTier
+from trainer.checkpoints.in_memory import InMemoryCheckpoints
 from trainer.checkpoints.manifest import Damaged, Leaf
 from trainer.state.checksums import checksum_of
 
@@ -65,7 +65,7 @@ def told():
 
 def tier_of(root, workdir="/runs/mine", every_secs=10.0, max_bytes=1e9, clock=None):
     root.mkdir(exist_ok=True)
-    return FastTier(workdir, root, every_secs, max_bytes, clock or Clock())
+    return InMemoryCheckpoints(workdir, root, every_secs, max_bytes, clock or Clock())
 
 
 def copy(tier, step, arrays=None, run="r", blocked=0.0):

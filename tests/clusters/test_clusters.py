@@ -203,7 +203,7 @@ CONTRADICTIONS = [
         "process 4 is not in 0..3",
     ),
     ("kubernetes-jobset-gpu-job1-pod0", {"JOB_COMPLETION_INDEX": "2"}, "2 pods in a job"),
-    # Worker 2 of 2 in slice 0 would be the rank of worker 0 in slice 1.
+    # WorkerSpec 2 of 2 in slice 0 would be the rank of worker 0 in slice 1.
     ("tpu_gke-multislice-slice1-worker1", {"TPU_WORKER_ID": "2"}, "TPU_WORKER_ID=2 is not in 0..1"),
     ("tpu_gke-multislice-slice1-worker1", {"MEGASCALE_SLICE_ID": "2"}, "there are 2 slices"),
     ("tpu_gke-multislice-slice1-worker1", {"MEGASCALE_NUM_SLICES": "0"}, "is less than 1"),

@@ -15,12 +15,12 @@ from launcher.command_line import flags
 from launcher.exit_codes import RETRY
 from launcher.launch import spec as plan
 from launcher.processes.assignment import Outcome
-from launcher.processes.event_loop import Reactor
+from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import CONSEQUENCE, Failure, of_exit, of_outcome
 from launcher.processes.progress_page import Progress
 from launcher.rendezvous.connection import Link
-from launcher.rendezvous.root_cause import Verdict
-from launcher.supervisor.attempt import Ending
+from launcher.rendezvous.root_cause import RootCause
+from launcher.supervisor.attempt import AttemptResult
 from launcher.supervisor.supervise import backoff_secs, why_not_again
 from launcher.supervisor.watchdog import Watchdog
 from launcher.worker.run import _outcome_of
@@ -33,7 +33,7 @@ MLP = f"--config={ROOT}/configs/mlp.py"
 
 def planned(tmp_path, *arguments, **environ):
     options = flags.parse(["launcher", MLP, f"--workdir={tmp_path}/run", *arguments])
-    return plan.make_plan(options, {"HOME": str(tmp_path), **environ})
+    return plan.make_launch_spec(options, {"HOME": str(tmp_path), **environ})
 
 
 def test_one_process_runs_in_place_and_more_are_supervised(tmp_path):
@@ -88,7 +88,7 @@ def test_a_place_in_a_cluster(tmp_path):
     assert alone.num_processes == 1
     options = flags.parse(["launcher", MLP])
     with pytest.raises(UserError, match="--workdir is missing: slurm has 2 processes"):
-        plan.make_plan(options, SLURM)
+        plan.make_launch_spec(options, SLURM)
 
 
 def test_the_config_reaches_the_workers_whole(tmp_path):
@@ -181,7 +181,7 @@ def test_what_a_message_sets_off_is_not_the_fault_of_who_sent_it():
     with socket.create_server(("127.0.0.1", 0)) as server:
         theirs = socket.create_connection(server.getsockname())
         ours, _ = server.accept()
-    with Reactor() as reactor, theirs:
+    with EventLoop() as reactor, theirs:
         link = Link(reactor, ours, claim, lost.append)
         theirs.sendall(b'{"kind": "start"}\n')
         with pytest.raises(OSError, match="No space left"):
@@ -202,8 +202,8 @@ def test_of_ranks_that_hang_the_one_furthest_behind_is_the_story():
 def story_of(*failures):
     """The verdict on failures that are all seen within a moment."""
     stories = []
-    with Reactor() as reactor:
-        verdict = Verdict(reactor, stories.append, consequence_secs=0.2, hang_secs=0.2)
+    with EventLoop() as reactor:
+        verdict = RootCause(reactor, stories.append, consequence_secs=0.2, hang_secs=0.2)
         for failure in failures:
             verdict.add(failure)
         reactor.run(lambda: bool(stories))
@@ -228,21 +228,21 @@ def test_what_an_end_without_a_word_means(returncode, code, text):
 
 
 def failed(code, step=5, **values):
-    return Ending(code, failure=Failure(0, code, "", step=step), **values)
+    return AttemptResult(code, failure=Failure(0, code, "", step=step), **values)
 
 
 RESTARTS = [
-    ("done", Ending(0), None, None),
+    ("done", AttemptResult(0), None, None),
     ("usage", failed(2), None, None),
     ("raised", failed(1), None, "again"),
     ("raised twice at a step", failed(1), failed(1), None),
     ("raised at another step", failed(1), failed(1, step=4), "again"),
     ("killed", failed(42), None, "again"),
     ("killed twice at a step", failed(42), failed(42), "again"),
-    ("asked to stop, and saved", Ending(42, asked_to_stop=True), None, None),
-    ("one rank was asked to stop", Ending(42), None, None),
+    ("asked to stop, and saved", AttemptResult(42, asked_to_stop=True), None, None),
+    ("one rank was asked to stop", AttemptResult(42), None, None),
     ("asked to stop, and failed", failed(1, asked_to_stop=True), None, None),
-    ("Ctrl-C twice", Ending(130, asked_to_stop=True), None, None),
+    ("Ctrl-C twice", AttemptResult(130, asked_to_stop=True), None, None),
 ]
 
 

@@ -16,7 +16,7 @@ from conftest import mesh_of, wide
 from trainer.data import tutorial
 from trainer.errors import ReplicasDiffer, UserError
 from trainer.lift.lift import make_lift
-from trainer.lift.replicas import examine
+from trainer.lift.replicas import check_replicas
 from trainer.lift.unsynced import unsynced_state
 from trainer.losses import softmax_cross_entropy, squared_distance_to_input, squared_error
 from trainer.models.bias_adder import BiasAdderWithRunningMean
@@ -255,7 +255,7 @@ def test_replicas_that_differ_are_found_and_named(kind):
     task = Task(CountsPositives(), squared_error, optax.sgd(0.02))
     lift = make_lift(kind, mesh_of(8))
     state = lift.put_state(jax.jit(lambda x: init_state(task, 0, x))(batch["x"][0]))
-    assert set(examine(lift, state).checksums) == {
+    assert set(check_replicas(lift, state).checksums) == {
         "step",
         "rng",
         "params/Dense_0/kernel",
@@ -264,7 +264,7 @@ def test_replicas_that_differ_are_found_and_named(kind):
     }
     state, _ = lift(make_update_step(task))(state, lift.put_batch(batch))
     with pytest.raises(ReplicasDiffer, match="counters/positives differs between devices"):
-        examine(lift, state)
+        check_replicas(lift, state)
 
 
 def test_a_mesh_with_another_axis_is_refused():

@@ -19,14 +19,14 @@ from runs import flip_a_bit, save_another_state, truncate
 import trainer
 from trainer.inference.evaluate import Evaluator
 from trainer.lift.lift import make_lift
-from trainer.lift.replicas import examine
-from trainer.lift.update import make_cut_step
+from trainer.lift.replicas import check_replicas
+from trainer.lift.update import make_sharded_step
 from trainer.losses import softmax_cross_entropy, squared_error
 from trainer.models.mlp import MLP
 from trainer.models.transformer import Transformer
 from trainer.state.checksums import checksum_of, checksums
 from trainer.state.leaves import name_leaves
-from trainer.state.partition import cut_dimension
+from trainer.state.partition import shard_dimension
 from trainer.step.freezing import hold
 from trainer.step.init import init_state
 from trainer.step.task import PLAIN, Recipe, Task
@@ -80,8 +80,8 @@ def run(
     batch = batch or (TEXT if task is CHARACTERS else BATCH)
     start = init(task, recipe, dtype)
     shapes = jax.eval_shape(start)
-    if lift.cut:
-        step = lift.compile(make_cut_step(task, recipe, lift, shapes), shapes, scan=scan)
+    if lift.sharded:
+        step = lift.compile(make_sharded_step(task, recipe, lift, shapes), shapes, scan=scan)
     else:
         step = lift(make_update_step(task, recipe), scan=scan)
     state = lift.make_state(start)
@@ -173,7 +173,7 @@ def test_on_cpu_nothing_is_scattered_and_one_buffer_is_gathered(sharding):
     recipe = Recipe(flat=True)
     lift = make_lift("shard_map", mesh_of(8), sharding)
     shapes = jax.eval_shape(init(NORMALISED, recipe))
-    step = lift.compile(make_cut_step(NORMALISED, recipe, lift, shapes), shapes)
+    step = lift.compile(make_sharded_step(NORMALISED, recipe, lift, shapes), shapes)
     args = lift.state_shapes(shapes), lift.batch_shapes(BATCH)
     text = step.lower(*args).compile().as_text()
     found = re.findall(r" (reduce-scatter|all-gather|all-to-all)\(", text)
@@ -206,7 +206,7 @@ def test_what_a_model_computes_anew_is_not_kept():
     for sharding in ("zero1", "fsdp"):
         lift = make_lift("shard_map", mesh_of(8), sharding)
         shapes = jax.eval_shape(init(task, PLAIN))
-        step = lift.compile(make_cut_step(task, PLAIN, lift, shapes), shapes)
+        step = lift.compile(make_sharded_step(task, PLAIN, lift, shapes), shapes)
         args = lift.state_shapes(shapes), lift.batch_shapes(batch)
         held.append(step.lower(*args).compile().memory_analysis().temp_size_in_bytes)
     layers = 8 * 4 * 60 * 60 * 4  # bytes of params, which may be held once more
@@ -216,13 +216,13 @@ def test_what_a_model_computes_anew_is_not_kept():
 @pytest.mark.parametrize("sharding", CUT)
 def test_checksums_are_those_of_the_whole_leaves(sharding):
     lift, state, _ = run(NORMALISED, sharding=sharding, steps=1)
-    examined = examine(lift, state)
+    examined = check_replicas(lift, state)
     copied = lift.host_copy(state)
     assert list(examined.checksums) == list(name_leaves(state))
     assert examined.checksums == {name: checksum_of(leaf) for name, leaf in copied.items()}
     assert examined.not_finite == []
     bad = dataclasses.replace(state, opt_state=jax.tree.map(lambda leaf: leaf / 0, state.opt_state))
-    assert "opt_state" in examine(lift, bad).not_finite[0]
+    assert "opt_state" in check_replicas(lift, bad).not_finite[0]
 
 
 def test_no_leaf_is_put_together_to_be_examined():
@@ -265,13 +265,13 @@ def test_a_cut_state_is_evaluated(sharding):
 
 
 def test_a_leaf_is_cut_where_its_parts_are_padded_least():
-    assert cut_dimension((1024, 4096), 8) == 0
-    assert cut_dimension((1024, 65536), 256) == 1  # 256 columns fill a TPU's tiles, 4 rows do not
-    assert cut_dimension((4096, 4096), 8) == 0
-    assert cut_dimension((3, 3, 64, 62), 8) == 2
-    assert cut_dimension((7, 9, 1001), 8) is None
-    assert cut_dimension((64, 8), 8) is None  # small
-    assert cut_dimension((4096, 4096), 1) is None
+    assert shard_dimension((1024, 4096), 8) == 0
+    assert shard_dimension((1024, 65536), 256) == 1  # 256 columns fill a TPU's tiles, 4 rows do not
+    assert shard_dimension((4096, 4096), 8) == 0
+    assert shard_dimension((3, 3, 64, 62), 8) == 2
+    assert shard_dimension((7, 9, 1001), 8) is None
+    assert shard_dimension((64, 8), 8) is None  # small
+    assert shard_dimension((4096, 4096), 1) is None
 
 
 CONFIG = {

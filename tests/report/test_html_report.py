@@ -394,7 +394,7 @@ HOLD = """
 import sys, time
 from etils import epath
 from trainer.workdir import lock
-lock.take(epath.Path(sys.argv[1]))
+lock.acquire(epath.Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
 """

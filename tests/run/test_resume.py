@@ -30,10 +30,10 @@ from runs import (
 import trainer
 from trainer.checkpoints import arrays
 from trainer.checkpoints import in_memory as fast
-from trainer.checkpoints.in_memory import FastTier
+from trainer.checkpoints.in_memory import InMemoryCheckpoints
 from trainer.checkpoints.saver import Saver
 from trainer.errors import CheckpointsUnreadable, ReplicasDiffer, StateUnreadable, UserError
-from trainer.lift.replicas import examine
+from trainer.lift.replicas import check_replicas
 from trainer.metrics_writer import metrics_file as rows
 
 
@@ -467,7 +467,7 @@ def test_replicas_are_compared_after_the_first_step_every_n_steps_and_before_sav
 
     def recorded(lift, state):
         seen.append(int(lift.read(state.step)))
-        return examine(lift, state)
+        return check_replicas(lift, state)
 
     for user in ("trainer.run.train", "trainer.checkpoints.saver"):
         monkeypatch.setattr(f"{user}.examine", recorded)
@@ -502,14 +502,14 @@ def crash(tmp_path, monkeypatch):
     (tmp_path / "memory").mkdir()
     monkeypatch.setattr(fast, "_BLOCKED_PART", 1e9)
     monkeypatch.setattr(fast, "_WRITING_PART", 1e9)
-    copy = FastTier.copy
+    copy = InMemoryCheckpoints.copy
 
     def copy_and_wait(self, *arguments):
         copy(self, *arguments)
         self.wait()
 
-    monkeypatch.setattr(FastTier, "copy", copy_and_wait)
-    monkeypatch.setattr(FastTier, "remove", lambda self: None)
+    monkeypatch.setattr(InMemoryCheckpoints, "copy", copy_and_wait)
+    monkeypatch.setattr(InMemoryCheckpoints, "remove", lambda self: None)
 
     def crash_at(step, config, workdir):
         def stop(now, phase):

@@ -16,7 +16,7 @@ from runs import wait_for
 import trainer
 from launcher.command_line import flags
 from launcher.command_line.variants import read_variants
-from launcher.launch.spec import make_plan
+from launcher.launch.spec import make_launch_spec
 from launcher.sweep.sweep import is_finished, run_sweep
 from trainer.errors import UserError
 
@@ -318,7 +318,7 @@ def test_what_has_finished_is_known_from_its_folder(make, launch, tmp_path):
     argv += ["--sweep_index=0", "--config.early_stop.patience=1"]
 
     def finished(*more):
-        return is_finished(make_plan(flags.parse(["launcher", *argv, *more]), os.environ))
+        return is_finished(make_launch_spec(flags.parse(["launcher", *argv, *more]), os.environ))
 
     assert not finished()
     assert launch(*argv, "--config.stop_at_step=2", environ=environ_of(tmp_path))[0] == 0

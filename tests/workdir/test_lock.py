@@ -90,7 +90,7 @@ class Holders(RuleBasedStateMachine):
 
     @rule(who=who, where=where)
     def take(self, who, where):
-        refusal = raised_by(self.processes[who].lock.take, self.folders[where])
+        refusal = raised_by(self.processes[who].lock.acquire, self.folders[where])
         if self.holders[where] in (None, who):
             assert not refusal
             self.holders[where] = who
@@ -128,7 +128,7 @@ class Holders(RuleBasedStateMachine):
     @invariant()
     def only_the_holder_knows_it(self):
         for where, holder in self.holders.items():
-            taken = [p.lock.is_taken_here(self.folders[where]) for p in self.processes]
+            taken = [p.lock.is_held(self.folders[where]) for p in self.processes]
             assert taken == [who == holder for who in range(3)]
 
 
@@ -138,12 +138,12 @@ TestHolders.settings = settings(max_examples=40, stateful_step_count=20)
 
 def test_a_refusal_names_host_process_and_time(processes, tmp_path):
     first, second, _ = processes
-    first.lock.take(epath.Path(tmp_path))
+    first.lock.acquire(epath.Path(tmp_path))
     record = json.loads((tmp_path / lock.NAME).read_text())
     assert record["host"] == platform.node()
     assert record["pid"] == 101
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", record["since"])
-    for call in (second.lock.take, second.lock.check_free):
+    for call in (second.lock.acquire, second.lock.check_free):
         with pytest.raises(UserError) as refused:
             call(epath.Path(tmp_path))
         since = record["since"]
@@ -167,9 +167,9 @@ def test_whatever_a_dead_process_left_is_taken_over(content):
         try:
             assert not raised_by(process.lock.check_free, epath.Path(name))
             assert place.read_bytes() == content
-            process.lock.take(epath.Path(name))
+            process.lock.acquire(epath.Path(name))
             assert json.loads(place.read_text())["pid"] == 101
-            assert pid_in(raised_by(other.lock.take, epath.Path(name))) == 101
+            assert pid_in(raised_by(other.lock.acquire, epath.Path(name))) == 101
         finally:
             process.kill()
             other.kill()
@@ -193,13 +193,13 @@ def test_a_record_nobody_can_read_is_no_reason_to_let_a_second_in(content):
     with tempfile.TemporaryDirectory() as name:
         process, other = Process(101), Process(102)
         try:
-            process.lock.take(epath.Path(name))
+            process.lock.acquire(epath.Path(name))
             (Path(name) / lock.NAME).write_bytes(content)
-            for call in (other.lock.check_free, other.lock.take):
+            for call in (other.lock.check_free, other.lock.acquire):
                 assert "already training in" in raised_by(call, epath.Path(name))
             assert (Path(name) / lock.NAME).read_bytes() == content
             process.lock.release(epath.Path(name))
-            other.lock.take(epath.Path(name))
+            other.lock.acquire(epath.Path(name))
         finally:
             process.kill()
             other.kill()
@@ -210,16 +210,16 @@ def test_one_folder_by_several_names(processes, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    first.lock.take(epath.Path("run"))
-    first.lock.take(epath.Path(tmp_path / "run"))
-    assert first.lock.is_taken_here("./run/")
+    first.lock.acquire(epath.Path("run"))
+    first.lock.acquire(epath.Path(tmp_path / "run"))
+    assert first.lock.is_held("./run/")
     for name in ("run", "link", tmp_path / "x/../run", f"{tmp_path}/run/"):
-        assert pid_in(raised_by(second.lock.take, epath.Path(name))) == 101
+        assert pid_in(raised_by(second.lock.acquire, epath.Path(name))) == 101
         assert pid_in(raised_by(second.lock.check_free, epath.Path(name))) == 101
     monkeypatch.chdir("/")
     first.lock.release(epath.Path(tmp_path / "run"))
     assert (tmp_path / "run" / lock.NAME).read_text() == ""
-    second.lock.take(epath.Path(tmp_path / "link"))
+    second.lock.acquire(epath.Path(tmp_path / "link"))
 
 
 def test_looking_makes_no_file(tmp_path):
@@ -241,12 +241,12 @@ def test_two_may_look_at_the_same_time(processes, tmp_path):
 def test_remote_folders_are_kept_apart_on_one_machine(processes, tmp_path):
     first, second, _ = processes
     run, other = epath.Path("gs://bucket/run"), epath.Path("gs://bucket/other")
-    first.lock.take(run, str(tmp_path))
-    second.lock.take(other, str(tmp_path))
-    assert pid_in(raised_by(second.lock.take, run, str(tmp_path))) == 101
+    first.lock.acquire(run, str(tmp_path))
+    second.lock.acquire(other, str(tmp_path))
+    assert pid_in(raised_by(second.lock.acquire, run, str(tmp_path))) == 101
     assert pid_in(raised_by(second.lock.check_free, run, str(tmp_path))) == 101
     first.lock.release(run)
-    second.lock.take(run, str(tmp_path))
+    second.lock.acquire(run, str(tmp_path))
 
 
 @pytest.fixture
@@ -267,16 +267,16 @@ def no_locks(monkeypatch, tmp_path):
 def test_without_locks_two_on_one_machine_are_kept_apart(processes, no_locks):
     first, second, _ = processes
     folder, local = no_locks
-    first.lock.take(folder, local)
-    assert pid_in(raised_by(second.lock.take, folder, local)) == 101
+    first.lock.acquire(folder, local)
+    assert pid_in(raised_by(second.lock.acquire, folder, local)) == 101
     first.kill()
-    second.lock.take(folder, local)
+    second.lock.acquire(folder, local)
 
 
 def test_without_locks_looking_agrees_with_taking(processes, no_locks):
     first, second, _ = processes
     folder, local = no_locks
-    first.lock.take(folder, local)
+    first.lock.acquire(folder, local)
     assert pid_in(raised_by(second.lock.check_free, folder, local)) == 101
     first.lock.release(folder)
     assert not raised_by(second.lock.check_free, folder, local)
@@ -288,7 +288,7 @@ HOLD = """
 import sys
 from etils import epath
 from trainer.workdir import lock
-lock.take(epath.Path(sys.argv[1]))
+lock.acquire(epath.Path(sys.argv[1]))
 print("taken", flush=True)
 sys.stdin.read()
 """
@@ -311,16 +311,16 @@ def hold(folder):
 def test_what_a_killed_process_held_is_free_at_once(tmp_path, number):
     holder = hold(tmp_path)
     try:
-        for call in (lock.take, lock.check_free):
+        for call in (lock.acquire, lock.check_free):
             with pytest.raises(UserError, match=f"^process {holder.pid} on .* since "):
                 call(epath.Path(tmp_path))
-        assert not lock.is_taken_here(tmp_path)
+        assert not lock.is_held(tmp_path)
         holder.send_signal(number)
         assert holder.wait() == -number
         assert str(holder.pid) in (tmp_path / lock.NAME).read_text()
         lock.check_free(epath.Path(tmp_path))
-        lock.take(epath.Path(tmp_path))
-        assert lock.is_taken_here(tmp_path)
+        lock.acquire(epath.Path(tmp_path))
+        assert lock.is_held(tmp_path)
     finally:
         lock.release(epath.Path(tmp_path))
         holder.kill()
@@ -330,10 +330,10 @@ def test_what_a_killed_process_held_is_free_at_once(tmp_path, number):
 def test_a_started_process_does_not_keep_the_lock(processes, tmp_path):
     """What a job starts, such as a compiler, may outlive it."""
     first, second, _ = processes
-    first.lock.take(epath.Path(tmp_path))
+    first.lock.acquire(epath.Path(tmp_path))
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         first.kill()
-        second.lock.take(epath.Path(tmp_path))
+        second.lock.acquire(epath.Path(tmp_path))
     finally:
         child.communicate(b"\n")

@@ -43,7 +43,7 @@ class _Copy:
     arrays: Mapping[str, np.ndarray]
 
 
-class FastTier:
+class InMemoryCheckpoints:
     """The copies of one run in the memory of this host.
 
     Args:

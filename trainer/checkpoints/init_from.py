@@ -46,7 +46,7 @@ class Match:
     unused: tuple[str, ...]
 
 
-def begin_from(settings: Settings, lift: Lift, state: TrainState) -> TrainState:
+def initialise_from(settings: Settings, lift: Lift, state: TrainState) -> TrainState:
     """A new state with the leaves that `config.init_from` has for it, and says which these are.
 
     All processes call it at the same point.

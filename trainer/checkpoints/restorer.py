@@ -17,12 +17,12 @@ import numpy as np
 from trainer.checkpoints import arrays as arrays_of
 from trainer.checkpoints import differences
 from trainer.checkpoints.folder import QUARANTINE, CheckpointFolder
-from trainer.checkpoints.in_memory import SLOTS, FastTier
+from trainer.checkpoints.in_memory import SLOTS, InMemoryCheckpoints
 from trainer.checkpoints.manifest import Damaged, Manifest
 from trainer.console import say, warn
 from trainer.errors import CheckpointsUnreadable, StateUnreadable, first_line
 from trainer.lift.lift import Lift
-from trainer.lift.replicas import examine
+from trainer.lift.replicas import check_replicas
 from trainer.state.leaves import name_leaves, with_leaves
 from trainer.state.train_state import TrainState
 
@@ -82,7 +82,7 @@ class Restorer:
         self,
         latest: CheckpointFolder,
         best: CheckpointFolder,
-        fast: FastTier | None,
+        fast: InMemoryCheckpoints | None,
         lift: Lift,
         run: str,
         allow: Sequence[str],
@@ -130,7 +130,7 @@ class Restorer:
         elif self._lift.writes:
             self._tell_what_is_gone(restored.step)
             for step, reason in damaged:
-                put_aside(self._latest, step, reason)
+                quarantine(self._latest, step, reason)
         return restored
 
     def _candidates(self) -> list[_Candidate]:
@@ -162,7 +162,7 @@ class Restorer:
         adapted = differences.adapt(arrays, wanted, changed, lambda: name_leaves(fresh()))
         state = self._lift.put_state(with_leaves(abstract, adapted))
         as_saved = set(wanted) - {d.name for d in changed}
-        examined = examine(self._lift, state)
+        examined = check_replicas(self._lift, state)
         if candidate.in_memory and examined.unusable:  # what is saved on disk was looked at before
             raise Damaged(f"{examined.unusable[0]} holds a NaN or an infinity")
         for name, checksum in examined.checksums.items():
@@ -235,7 +235,7 @@ class Restorer:
             warn(f"checkpoint {newest} was saved and is gone; going on from step {restored_step}")
 
 
-def put_aside(folder: CheckpointFolder, step: int, why: str) -> None:
+def quarantine(folder: CheckpointFolder, step: int, why: str) -> None:
     """Moves a step into quarantine, and says where it is."""
     try:
         say(f"moved {folder.path / str(step)} to {folder.quarantine(step, why)}: {why}")

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoints.folder import CheckpointFolder
-from trainer.checkpoints.in_memory import FastTier
+from trainer.checkpoints.in_memory import InMemoryCheckpoints
 from trainer.checkpoints.manifest import Damaged
-from trainer.checkpoints.restorer import Restored, Restorer, put_aside
+from trainer.checkpoints.restorer import Restored, Restorer, quarantine
 from trainer.checkpoints.writer import Save, Writer
 from trainer.config.settings import Settings
 from trainer.console import say, warn
@@ -31,7 +31,7 @@ from trainer.errors import (
     UserError,
 )
 from trainer.lift.lift import Lift
-from trainer.lift.replicas import examine
+from trainer.lift.replicas import check_replicas
 from trainer.state.train_state import TrainState
 from trainer.workdir.workdir import Workdir
 
@@ -54,21 +54,21 @@ class Saver:
         self._latest = CheckpointFolder(workdir.checkpoints, settings.checkpoint_keep)
         self._best = CheckpointFolder(workdir.best, 1)
         self._writer = Writer(settings.max_failures)
-        self._fast = self._make_fast_tier()
+        self._fast = self._make_in_memory()
         self._copies_here = self._is_first_of_host()
         self._saved_step: int | None = None
         self.run = ""
         self.best_value: float | None = None
         self.best_step: int | None = None
 
-    def _make_fast_tier(self) -> FastTier | None:
+    def _make_in_memory(self) -> InMemoryCheckpoints | None:
         settings = self._settings
         root = Path(settings.fast_dir)
         if not settings.fast_every_secs or not root.is_dir():
             return None
         if not self._lift.is_whole_here:  # every host copies when it likes, and none has it all
             return None
-        return FastTier(
+        return InMemoryCheckpoints(
             self._workdir.path, root, settings.fast_every_secs, settings.fast_max_gb * 1e9
         )
 
@@ -139,12 +139,12 @@ class Saver:
                 found = self._best.check(step).meta["best"]
             except Damaged as damage:
                 warn(f"the best state, step {step}, is damaged: {damage}")
-                put_aside(self._best, step, str(damage))
+                quarantine(self._best, step, str(damage))
                 continue
             is_abandoned = step > restored_step and has_changed
             if found["metric"] != metric or is_abandoned:
                 why = "of a run with another config" if is_abandoned else f"by {found['metric']}"
-                put_aside(self._best, step, why)
+                quarantine(self._best, step, why)
             elif step <= restored_step:
                 known = found
             # else it lies ahead: the run will come to it again, and it stays until then
@@ -196,7 +196,7 @@ class Saver:
         return {"run": self.run, "best": best}
 
     def _submit(self, folder: CheckpointFolder, step: int, state: TrainState, meta: Meta) -> None:
-        examined = examine(self._lift, state)
+        examined = check_replicas(self._lift, state)
         if examined.unusable:
             raise NonFiniteState(step, examined.unusable)
         arrays: dict[str, Any] = {}
@@ -235,7 +235,7 @@ class Saver:
         blocked = time.monotonic() - began
         self._fast.copy(step, {**meta, **self._own_meta()}, arrays, blocked)
 
-    def distrust_copies(self) -> None:
+    def discard_in_memory(self) -> None:
         """Gives up all copies: devices differ, and nobody has looked since they last agreed.
 
         Hides nothing of why, and touches no folder that is not this run's yet.

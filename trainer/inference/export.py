@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer.errors import UserError
-from trainer.inference.trained_model import Trained
+from trainer.inference.trained_model import TrainedModel
 from trainer.state.leaves import name_leaves
 
 # Of the format's offsets.
@@ -21,7 +21,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export_model(
-    trained: Trained, platforms: Sequence[str] = PLATFORMS, batch: int | None = None
+    trained: TrainedModel, platforms: Sequence[str] = PLATFORMS, batch: int | None = None
 ) -> jax.export.Exported:
     """The model with its parameters and state as constants: a function of `x` with `train=False`.
 

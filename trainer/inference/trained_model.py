@@ -21,7 +21,7 @@ _LEFT_OUT = "opt_state/"
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A trained model.
 
     Attributes:
@@ -45,7 +45,7 @@ def restore(
     *,
     best: bool = False,
     step: int | None = None,
-) -> Trained:
+) -> TrainedModel:
     """Reads a state of a run and builds what a config makes of it; writes nothing.
 
     Args:
@@ -68,4 +68,4 @@ def restore(
         str(saved.place),
         "use the code and config it was saved with",
     )
-    return Trained(settings, job, with_leaves(abstract, saved.leaves), saved.step, saved.place)
+    return TrainedModel(settings, job, with_leaves(abstract, saved.leaves), saved.step, saved.place)

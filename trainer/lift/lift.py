@@ -3,7 +3,7 @@
 The only file that runs `jax.pmap` or `jax.shard_map` and knows where arrays meet devices.
 The three lifts give the same numbers for the same number of shards (`tests/lift/test_lift.py`).
 
-State is replicated and passed as it is, unless it is cut over the axis (`Lift.cut`); the batch
+State is replicated and passed as it is, unless it is cut over the axis (`Lift.sharded`); the batch
 carries the axis. On the way in, a host batch is a dict of arrays `(rows, ...)`, or
 `(steps, rows, ...)` for several steps in one call; where the devices belong to several processes,
 the rows are those of this process (`Lift.rows`).
@@ -22,27 +22,27 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainer.errors import UserError
-from trainer.lift.processes import Peers
+from trainer.lift.processes import Processes
 from trainer.state.leaves import name_leaves
-from trainer.state.partition import FIELDS, cuts_of, map_cuts
+from trainer.state.partition import FIELDS, map_shard_dimensions, shard_dimensions
 from trainer.state.train_state import TrainState
 from trainer.step.task import AXIS
 
 
 @dataclass(frozen=True)
-class Lift(Peers):
+class Lift(Processes):
     """How the batch axis is laid over devices.
 
     Attributes:
         mesh: the devices, with the one axis "batch". Under vmap in one process, a single device.
         kind: "vmap", "pmap" or "shard_map".
         num_shards: how many shards a batch is cut into.
-        cut: the fields of a state that are cut over the axis (`trainer.state.partition`).
+        sharded: the fields of a state that are cut over the axis (`trainer.state.partition`).
     """
 
     kind: str
     num_shards: int
-    cut: tuple[str, ...] = ()
+    sharded: tuple[str, ...] = ()
 
     @property
     def platform(self) -> str:
@@ -59,19 +59,19 @@ class Lift(Peers):
 
         Args:
             state: a state, or its shapes, of whole leaves.
-            cut: the fields that are cut; those of this lift where None.
+            sharded: the fields that are cut; those of this lift where None.
         """
-        fields = self.cut if cut is None else cut
-        return map_cuts(state, fields, self.num_shards, _spec)
+        fields = self.sharded if cut is None else cut
+        return map_shard_dimensions(state, fields, self.num_shards, _spec)
 
     def specs_of(self, tree: Any) -> Any:
         """How the leaves of a tree lie over the axis if all that can be is cut."""
-        specs = map(_spec, cuts_of(tree, self.num_shards))
+        specs = map(_spec, shard_dimensions(tree, self.num_shards))
         return jax.tree.unflatten(jax.tree.structure(tree), list(specs))
 
     def _shardings(self, state: Any) -> Any:
         """The same, on the devices; anything but a state that is cut is replicated."""
-        if not self.cut:
+        if not self.sharded:
             return self._replicated
         return jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec), self.specs(state), is_leaf=_is_spec
@@ -153,7 +153,7 @@ class Lift(Peers):
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
-    def lay(self, state: Any, specs: Any) -> Any:
+    def constrain(self, state: Any, specs: Any) -> Any:
         """Tells the compiler how a state is to lie over the axis from here on."""
 
         def place(spec: P, leaf: Any) -> jax.Array:
@@ -221,7 +221,7 @@ class Lift(Peers):
     def state_shapes(self, state: Any) -> Any:
         """The same for a state."""
         shardings = None if self.kind == "pmap" else self._shardings(state)
-        if not self.cut:
+        if not self.sharded:
             shardings = jax.tree.map(lambda _: shardings, state)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -233,14 +233,14 @@ class Lift(Peers):
         """Moves a state, the same in all processes, onto the devices: replicated, or cut."""
         if self.num_processes == 1:
             return jax.device_put(state, self._shardings(state))
-        if self.cut:
+        if self.sharded:
             return jax.tree.map(_from_host, state, self._shardings(state))
         local = jax.device_put(state, NamedSharding(self._local_mesh, P()))
         return local if self.kind == "pmap" else self.to_global(local)
 
     def make_state(self, init: Callable[[], TrainState]) -> TrainState:
         """A new state, on the devices; one that is cut is never whole on one of them."""
-        if not self.cut:
+        if not self.sharded:
             return cast(TrainState, self.put_state(init()))
         shardings = self._shardings(jax.eval_shape(init))
         return cast(TrainState, jax.jit(lambda: init(), out_shardings=shardings)())
@@ -254,7 +254,7 @@ class Lift(Peers):
 
         Under `pmap` in several processes a state is local to each of them.
         """
-        if self.num_processes == 1 or self.cut:
+        if self.num_processes == 1 or self.sharded:
             return state
         return jax.tree.map(lambda leaf: _rewrap(leaf, self._replicated), state)
 
@@ -269,7 +269,7 @@ class Lift(Peers):
     @property
     def is_whole_here(self) -> bool:
         """Whether this process alone can read every leaf of a state."""
-        return not self.cut or self.num_processes == 1
+        return not self.sharded or self.num_processes == 1
 
     def host_copy(self, state: Any) -> dict[str, np.ndarray]:
         """The leaves of a state by name, in memory of their own; waits for the devices.

@@ -18,7 +18,7 @@ _BROADCAST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Peers:
+class Processes:
     """The processes that the devices of a mesh belong to.
 
     Attributes:

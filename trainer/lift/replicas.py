@@ -19,7 +19,7 @@ from trainer.step.task import AXIS
 
 
 @dataclass(frozen=True)
-class Examined:
+class ReplicaReport:
     """What was found in a state.
 
     Attributes:
@@ -36,7 +36,7 @@ class Examined:
         return [name for name in self.not_finite if name.startswith(("params/", "model_state/"))]
 
 
-def examine(lift: Lift, state: Any) -> Examined:
+def check_replicas(lift: Lift, state: Any) -> ReplicaReport:
     """Looks at every leaf, after checking that all devices hold the same bits.
 
     `jax` cannot tell: an output declared replicated whose shards differ raises nothing and says
@@ -53,13 +53,13 @@ def examine(lift: Lift, state: Any) -> Examined:
     sums, finite = lift.read(_look_at_cut(lift)(list(cut.values())))
     checksums_of = found.checksums | dict(zip(cut, sums.tolist(), strict=True))
     not_finite = [name for name, good in zip(cut, finite, strict=True) if not good]
-    return Examined(
+    return ReplicaReport(
         {name: checksums_of[name] for name in leaves},
         [name for name in leaves if name in {*found.not_finite, *not_finite}],
     )
 
 
-def _examine_whole(lift: Lift, leaves: dict[str, jax.Array]) -> Examined:
+def _examine_whole(lift: Lift, leaves: dict[str, jax.Array]) -> ReplicaReport:
     copies, finite = lift.read(_look_at_whole(lift)(list(leaves.values())))
     names = list(leaves)
     differing = np.flatnonzero((copies != copies[0]).any(axis=0))
@@ -75,7 +75,7 @@ def _examine_whole(lift: Lift, leaves: dict[str, jax.Array]) -> Examined:
             f"{lift.mesh.devices.flat[0]}\n  HINT: a value of the model's state depends on "
             'the shard; reduce it in the model with lax.pmean(value, "batch")'
         )
-    return Examined(
+    return ReplicaReport(
         dict(zip(names, copies[0].tolist(), strict=True)),
         [name for name, good in zip(names, finite, strict=True) if not good],
     )

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from trainer.config.settings import Settings
 from trainer.errors import UserError
 from trainer.lift.lift import Lift
-from trainer.state.partition import FIELDS, Cuts, cuts_of
+from trainer.state.partition import FIELDS, ParamSharding, shard_dimensions
 from trainer.state.train_state import TrainState
 from trainer.step.collectives import gather
 from trainer.step.gradients import GATHER_SCOPE, Gradients, make_gradient_step
@@ -45,10 +45,10 @@ def lift_update_step(
         batch = job.stream.shapes(job.recipe.accum_steps)
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), batch)
         unroll = has_convolution(make_job_step(settings, job, platform), state, shapes)
-    if lift.cut:
+    if lift.sharded:
         _check_optimizer(settings, job.task, state)
         recipe = recipe_on(settings, job, platform, unroll=unroll)
-        update_step = stack_metrics(make_cut_step(job.task, recipe, lift, state))
+        update_step = stack_metrics(make_sharded_step(job.task, recipe, lift, state))
         return lift.compile(update_step, state, scan=scan, unroll=unroll)
     update_step = make_job_step(settings, job, platform, unroll=unroll)
     return lift(update_step, scan=scan, unroll=unroll)
@@ -62,7 +62,7 @@ def make_job_step(
     return stack_metrics(make_update_step(job.task, recipe))
 
 
-def make_cut_step(
+def make_sharded_step(
     task: Task, recipe: Recipe, lift: Lift, state: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
     """The same step where the state is cut over the axis, as a function of whole arrays.
@@ -76,12 +76,12 @@ def make_cut_step(
         lift: which says what is cut.
         state: a state, or its shapes.
     """
-    params_are_cut = "params" in lift.cut
+    params_are_cut = "params" in lift.sharded
     parts, trained = lift.num_shards, task.trained(state.params)
-    cuts = Cuts(
+    cuts = ParamSharding(
         parts,
-        tuple(cuts_of(state.params, parts)),
-        tuple(cuts_of(trained, parts)),
+        tuple(shard_dimensions(state.params, parts)),
+        tuple(shard_dimensions(trained, parts)),
         params_are_cut,
     )
     all_cut = lift.specs(state, FIELDS["fsdp"])
@@ -101,11 +101,11 @@ def make_cut_step(
     def update_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
         found = gradients(dataclasses.replace(state, opt_state=(), ema=None), batch)
         # Each device updates its own part, also of params that it has whole.
-        updated, metrics = apply_gradients(task, recipe, lift.lay(state, all_cut), found)
-        updated = lift.lay(updated, all_cut)
+        updated, metrics = apply_gradients(task, recipe, lift.constrain(state, all_cut), found)
+        updated = lift.constrain(updated, all_cut)
         if not params_are_cut:
             updated = dataclasses.replace(updated, params=join(updated.params))
-        return lift.lay(updated, specs), metrics
+        return lift.constrain(updated, specs), metrics
 
     return update_step
 

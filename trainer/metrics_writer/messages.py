@@ -129,7 +129,7 @@ def say_start(about: About, state: TrainState, seconds: float) -> None:
         f"{seconds:.2f} s"
     )
     is_whole = all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
-    if lift.cut and is_whole and lift.num_shards > 1:
+    if lift.sharded and is_whole and lift.num_shards > 1:
         warn(
             f"config.state_sharding={settings.state_sharding!r} cuts nothing: each leaf is small, "
             f"or has no dimension that {lift.num_shards} divides"
@@ -171,7 +171,7 @@ def say_finished_before(about: About, step: int, early: str = "") -> None:
         say(f"nothing to do: stopped early at step {step} of {about.job.num_steps}: {early}")
     else:
         say(f"nothing to do: this run has taken {_steps(step)}, and is to stop at {about.job.stop}")
-    say(f"to go on: {_how_to_go_on(about, step, early)}")
+    say(f"to go on: {_how_to_resume(about, step, early)}")
 
 
 def say_end(about: About, saver: Saver, goodput: Goodput, step: int, early: str = "") -> None:
@@ -198,7 +198,7 @@ def say_end(about: About, saver: Saver, goodput: Goodput, step: int, early: str 
             f"{saver.best_step}, in {about.folder.best}"
         )
     say(f"last checkpoint: {about.folder.checkpoints / str(step)}")
-    say(f"to go on: {_how_to_go_on(about, step, early)}")
+    say(f"to go on: {_how_to_resume(about, step, early)}")
     say(f"curves: tensorboard --logdir {shlex.quote(str(about.folder.path))}")
 
 
@@ -206,7 +206,7 @@ def _steps(count: int) -> str:
     return f"{count} step{'s' * (count != 1)}"
 
 
-def _how_to_go_on(about: About, step: int, early: str) -> str:
+def _how_to_resume(about: About, step: int, early: str) -> str:
     settings = about.settings
     if early and step < about.job.stop:
         change = f"and --config.early_stop.patience={2 * (settings.early_stop_patience or 1)}"

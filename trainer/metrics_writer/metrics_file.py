@@ -27,7 +27,7 @@ class Rows(Protocol):
         """The rows that are not."""
 
 
-def open_rows(path: epath.Path, step: int) -> Rows:
+def open_metrics_file(path: epath.Path, step: int) -> Rows:
     """Goes on with a file of rows; those past a step are cut away.
 
     Args:
@@ -37,7 +37,7 @@ def open_rows(path: epath.Path, step: int) -> Rows:
     return _LocalRows(Path(path), step) if is_local(path) else _RemoteRows(path, step)
 
 
-def read_rows(path: epath.Path, step: int) -> list[dict[str, Any]]:
+def read_metrics_file(path: epath.Path, step: int) -> list[dict[str, Any]]:
     """The rows up to a step; a line that was cut short is left out."""
     return [json.loads(line) for line in _lines_up_to(path, step)]
 

@@ -12,14 +12,14 @@ from trainer.errors import NonFiniteLoss
 from trainer.metrics_writer.goodput import Goodput
 from trainer.metrics_writer.live_view import LiveView
 from trainer.metrics_writer.messages import About, say_end, say_evaluation, say_row
-from trainer.metrics_writer.tensorboard import Curves
+from trainer.metrics_writer.tensorboard import TensorBoardWriter
 from trainer.metrics_writer.throughput import Speed
 from trainer.metrics_writer.train_log import LogRow
-from trainer.metrics_writer.writer import NoReport, Report, last_values
+from trainer.metrics_writer.writer import MetricsWriter, NullWriter, last_values
 from trainer.workdir.workdir import Workdir
 
 
-class Account:
+class RunLog:
     """The account that a run gives; files are begun once it is certain that there will be a run.
 
     Args:
@@ -32,7 +32,7 @@ class Account:
 
     def __init__(self, about: About) -> None:
         self._about = about
-        self._report: Report | NoReport | None = None
+        self._report: MetricsWriter | NullWriter | None = None
         self._view: LiveView | None = None
         self._speed: Speed | None = None
         self._rows: Sequence[Mapping[str, Any]] = ()
@@ -40,7 +40,7 @@ class Account:
         self.goodput = Goodput(time.monotonic)
 
     @property
-    def curves(self) -> Curves | None:
+    def curves(self) -> TensorBoardWriter | None:
         """For what goes to TensorBoard alone; None where this process does not write."""
         return self._report.curves if self._report is not None else None
 
@@ -65,7 +65,7 @@ class Account:
         """Opens the files, if they are not open yet; what lies past `step` in them is cut away."""
         if self._report is None:
             writes = self._about.lift.writes
-            self._report = Report(self._folder, step, self._rows) if writes else NoReport()
+            self._report = MetricsWriter(self._folder, step, self._rows) if writes else NullWriter()
 
     def begin_steps(self, step: int, state: Any, newest: Callable[[], Mapping[str, float]]) -> None:
         """From here on there is a live view, where there is a terminal.

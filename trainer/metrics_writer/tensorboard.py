@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _LONGEST_QUEUE = 10_000
 
 
-class Curves:
+class TensorBoardWriter:
     """The event files of one run.
 
     Args:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.metrics_writer.metrics_file import open_rows, read_rows
-from trainer.metrics_writer.tensorboard import Curves
+from trainer.metrics_writer.metrics_file import open_metrics_file, read_metrics_file
+from trainer.metrics_writer.tensorboard import TensorBoardWriter
 from trainer.workdir.workdir import Workdir
 
 
-class Report:
+class MetricsWriter:
     """Writes scalars of one run. One process of a job writes; the others have no report.
 
     Args:
@@ -24,12 +24,12 @@ class Report:
     """
 
     def __init__(self, workdir: Workdir, step: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-        there = read_rows(workdir.metrics, step) if rows else []
-        self._rows = open_rows(workdir.metrics, step)
+        there = read_metrics_file(workdir.metrics, step) if rows else []
+        self._rows = open_metrics_file(workdir.metrics, step)
         for row in rows:
             if row not in there:
                 self._rows.add(row)
-        self.curves = Curves(workdir, step)
+        self.curves = TensorBoardWriter(workdir, step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one row.
@@ -69,7 +69,7 @@ class Report:
         self.curves.close()
 
 
-class NoReport:
+class NullWriter:
     """What the processes that do not write have in place of a report."""
 
     curves = None
@@ -101,7 +101,7 @@ class NoReport:
 def last_values(workdir: Workdir, step: int) -> dict[str, float]:
     """The last value of each tag in `metrics.jsonl`, up to a step."""
     values: dict[str, float] = {}
-    for row in read_rows(workdir.metrics, step):
+    for row in read_metrics_file(workdir.metrics, step):
         values |= {tag: value for tag, value in row.items() if value is not None}
     values.pop("step", None)
     return values
@@ -109,7 +109,7 @@ def last_values(workdir: Workdir, step: int) -> dict[str, float]:
 
 def evaluation_at(workdir: Workdir, step: int) -> dict[str, float] | None:
     """What `metrics.jsonl` has of the evaluation of a step, but for `null`; None if it has none."""
-    found = [row for row in read_rows(workdir.metrics, step) if row["step"] == step]
+    found = [row for row in read_metrics_file(workdir.metrics, step) if row["step"] == step]
     found = [row for row in found if "eval/loss" in row]
     if not found:
         return None

@@ -22,7 +22,7 @@ from trainer.workdir.workdir import Workdir
 _NOT_SHARED = "--workdir must be a folder that all hosts share"
 
 
-class SharedFolder:
+class Ownership:
     """A run's folder, and who owns it. Every method is called by all processes at the same point.
 
     Args:

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from trainer.checkpoints.init_from import begin_from
+from trainer.checkpoints.init_from import initialise_from
 from trainer.checkpoints.saver import Saver
 from trainer.config.settings import Settings, check
 from trainer.console import open_terminal, say
@@ -23,10 +23,10 @@ from trainer.data.stream import HostBatch, Source
 from trainer.errors import CheckpointsUnreadable, Preempted, SmokeFailed
 from trainer.inference.evaluate import Evaluator
 from trainer.lift.lift import Lift, make_lift
-from trainer.lift.replicas import examine
+from trainer.lift.replicas import check_replicas
 from trainer.lift.update import lift_update_step
 from trainer.metrics_writer.messages import describe_devices, warn_of_unsynced_state
-from trainer.run.ownership import SharedFolder
+from trainer.run.ownership import Ownership
 from trainer.state.leaves import count_params
 from trainer.state.train_state import TrainState
 from trainer.step.job import Job, build_job, make_init
@@ -103,7 +103,7 @@ class _Smoke:
         self.lift = lift
         self.job = job
         self.stop_requested = stop_requested
-        self.shared = SharedFolder(workdir, lift, local_dir)
+        self.shared = Ownership(workdir, lift, local_dir)
         self.scan = settings.steps_per_call > 1
 
     def run(self) -> None:
@@ -124,7 +124,7 @@ class _Smoke:
         with self._check("first step") as tell:
             state = lift.make_state(init)
             if settings.init_from:
-                state = begin_from(settings, lift, state)
+                state = initialise_from(settings, lift, state)
             params = count_params(state.params)
             warn_of_unsynced_state(lift, self.job, state)
             update = lift_update_step(settings, self.job, lift, state)
@@ -148,12 +148,12 @@ class _Smoke:
         self._evaluate(state, 2 * step)
         with self._check("restore") as tell:
             restored = self._restore(jax.eval_shape(init), init, run)
-            _compare(saved, examine(lift, restored).checksums, "is not what was saved")
+            _compare(saved, check_replicas(lift, restored).checksums, "is not what was saved")
             tell(f"step {step}, bit for bit what was saved")
         with self._check("resume") as tell:
             again, _, _ = self._call(update, restored, step)
             what = f"at step {2 * step} is not what it was without a stop\n  HINT: {_ON_GPU}"
-            _compare(unstopped, examine(lift, again).checksums, what)
+            _compare(unstopped, check_replicas(lift, again).checksums, what)
             tell(f"step {2 * step} again, bit for bit as without a stop")
 
     def remove(self) -> None:
@@ -214,11 +214,11 @@ class _Smoke:
     def _examined(self, when: str, state: TrainState) -> dict[str, int]:
         """The checksums of a state that is the same on all devices."""
         with self._check("replicas") as tell:
-            sums = examine(self.lift, state).checksums
+            sums = check_replicas(self.lift, state).checksums
             copies = self.lift.mesh.size
             tell(f"{copies} {'copies agree' if copies > 1 else 'copy'}, {len(sums)} leaves, {when}")
-            if self.lift.cut:
-                tell(f"; {' and '.join(self.lift.cut)} cut over the devices")
+            if self.lift.sharded:
+                tell(f"; {' and '.join(self.lift.sharded)} cut over the devices")
         return sums
 
     def _evaluate(self, state: TrainState, step: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from trainer.checkpoints.init_from import begin_from
+from trainer.checkpoints.init_from import initialise_from
 from trainer.checkpoints.restorer import Restored
 from trainer.checkpoints.saver import Saver
 from trainer.config.settings import Settings, check
@@ -24,7 +24,7 @@ from trainer.errors import NonFiniteLoss, Preempted, ReplicasDiffer
 from trainer.inference.evaluate import Evaluator
 from trainer.lift.in_flight import InFlight
 from trainer.lift.lift import Lift, make_lift
-from trainer.lift.replicas import examine
+from trainer.lift.replicas import check_replicas
 from trainer.lift.update import lift_update_step
 from trainer.metrics_writer.messages import (
     About,
@@ -33,11 +33,11 @@ from trainer.metrics_writer.messages import (
     warn_of_changes,
     warn_of_unsynced_state,
 )
-from trainer.metrics_writer.run_log import Account
+from trainer.metrics_writer.run_log import RunLog
 from trainer.metrics_writer.train_log import TrainLog, is_due
 from trainer.metrics_writer.writer import evaluation_at
 from trainer.run.early_stop import EarlyStop
-from trainer.run.ownership import SharedFolder, refuse_changes
+from trainer.run.ownership import Ownership, refuse_changes
 from trainer.run.profiling import Profile, Profiler, annotated
 from trainer.state.train_state import TrainState
 from trainer.step.job import Job, build_job, make_init
@@ -110,7 +110,7 @@ def train(
     try:
         return run.train()
     except ReplicasDiffer:
-        run.saver.distrust_copies()
+        run.saver.discard_in_memory()
         raise
     finally:
         run.close()
@@ -133,7 +133,7 @@ class _Run:
         local_dir: str | None,
         profile: Profile | str | None,
     ) -> None:
-        self.shared = SharedFolder(folder, lift, local_dir)
+        self.shared = Ownership(folder, lift, local_dir)
         self.settings = settings
         self.folder = folder
         self.lift = lift
@@ -141,7 +141,7 @@ class _Run:
         self.stop_requested = stop_requested
         self.about = About(settings, folder, lift, job)
         self.saver = Saver(folder, settings, lift)
-        self.account = Account(self.about)
+        self.account = RunLog(self.about)
         self.goodput = self.account.goodput
         self.step = 0
         # An evaluation that was due when the run was asked to stop; a resume makes up for it.
@@ -236,7 +236,7 @@ class _Run:
                 if is_due(self.settings.checkpoint_every_steps, before, step):
                     self._save(state, step)
                 elif is_due(self.settings.replica_check_every_steps, before, step):
-                    examine(self.lift, state)
+                    check_replicas(self.lift, state)
                 self.saver.check()
                 if self.saver.copy_is_due:
                     self._copy(state, step)
@@ -286,7 +286,9 @@ class _Run:
                 return restored.state
             say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
         state = self.lift.make_state(init)
-        return begin_from(self.settings, self.lift, state) if self.settings.init_from else state
+        return (
+            initialise_from(self.settings, self.lift, state) if self.settings.init_from else state
+        )
 
     def _go_on_from(self, restored: Restored) -> None:
         meta = restored.meta
@@ -318,7 +320,7 @@ class _Run:
         return prefetch(make, calls, self.prefetch_depth)
 
     def _after_first_call(self, state: TrainState, before: int, step: int, seconds: float) -> None:
-        examine(self.lift, state)
+        check_replicas(self.lift, state)
         say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
         self._begin_folder()
         self.account.open(before)

@@ -28,7 +28,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 _SMALLEST = 1 << 11
 
 
-def cut_dimension(shape: Sequence[int], parts: int) -> int | None:
+def shard_dimension(shape: Sequence[int], parts: int) -> int | None:
     """Along which dimension a leaf is cut; None if it stays whole.
 
     The first that `parts` divides and whose parts fill the tiles of a TPU's memory best, where the
@@ -46,12 +46,12 @@ def cut_dimension(shape: Sequence[int], parts: int) -> int | None:
     return min(dimensions, key=padding, default=None)
 
 
-def cuts_of(tree: Any, parts: int) -> list[int | None]:
-    """`cut_dimension` of every leaf, in the order of `jax.tree.leaves`."""
-    return [cut_dimension(jnp.shape(leaf), parts) for leaf in jax.tree.leaves(tree)]
+def shard_dimensions(tree: Any, parts: int) -> list[int | None]:
+    """`shard_dimension` of every leaf, in the order of `jax.tree.leaves`."""
+    return [shard_dimension(jnp.shape(leaf), parts) for leaf in jax.tree.leaves(tree)]
 
 
-def map_cuts(
+def map_shard_dimensions(
     state: TrainState, fields: Sequence[str], parts: int, make: Callable[[int | None], Any]
 ) -> Any:
     """The structure of a state, with `make(dimension)` in place of each leaf; None: it is whole.
@@ -65,14 +65,14 @@ def map_cuts(
 
     def of_field(name: str, tree: Any) -> Any:
         leaves, structure = jax.tree.flatten(tree)
-        cuts = cuts_of(tree, parts) if name in fields else [None] * len(leaves)
+        cuts = shard_dimensions(tree, parts) if name in fields else [None] * len(leaves)
         return jax.tree.unflatten(structure, [make(cut) for cut in cuts])
 
     return type(state)(**{name: of_field(name, tree) for name, tree in vars(state).items()})
 
 
 @dataclass(frozen=True)
-class Cuts:
+class ParamSharding:
     """How the params and the gradients of a step are cut.
 
     Attributes:

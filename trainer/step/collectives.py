@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from trainer.state.partition import Cuts
+from trainer.state.partition import ParamSharding
 
 
 def mean_over_axis(tree: Any, axis: str | None, *, flat: bool) -> Any:
@@ -59,7 +59,7 @@ def global_norm(tree: Any, *, flat: bool) -> jax.Array:
     return optax.tree.norm(tree)
 
 
-def gather(params: Any, axis: str | None, cuts: Cuts, *, flat: bool) -> Any:
+def gather(params: Any, axis: str | None, cuts: ParamSharding, *, flat: bool) -> Any:
     """Puts cut leaves together again, on every shard.
 
     Args:
@@ -95,7 +95,7 @@ def gather(params: Any, axis: str | None, cuts: Cuts, *, flat: bool) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
-def own_part(tree: Any, axis: str | None, cuts: Cuts) -> Any:
+def own_shard(tree: Any, axis: str | None, cuts: ParamSharding) -> Any:
     """This shard's part of whole leaves."""
 
     def part(leaf: jax.Array, cut: int | None) -> jax.Array:
@@ -110,7 +110,7 @@ def own_part(tree: Any, axis: str | None, cuts: Cuts) -> Any:
     )
 
 
-def scatter_mean(tree: Any, axis: str | None, cuts: Cuts) -> Any:
+def reduce_scatter_mean(tree: Any, axis: str | None, cuts: ParamSharding) -> Any:
     """This shard's part of the mean of gradients over the axis; the mean, where one stays whole.
 
     Those by cut params are cut and summed already: that is the transpose of `gather`.
@@ -129,7 +129,7 @@ def scatter_mean(tree: Any, axis: str | None, cuts: Cuts) -> Any:
     )
 
 
-def norm_of_parts(tree: Any, axis: str | None, cuts: Cuts) -> jax.Array:
+def norm_of_shards(tree: Any, axis: str | None, cuts: ParamSharding) -> jax.Array:
     """The 2-norm of all leaves together, of which each shard has its part, shape ()."""
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
     here = sum(

@@ -18,7 +18,7 @@ from trainer.state.leaves import fill_in, name_leaves
 from trainer.state.subtrees import hint_for, is_within
 
 
-def leave_out(tree: Any, frozen: tuple[str, ...]) -> Any:
+def without_frozen(tree: Any, frozen: tuple[str, ...]) -> Any:
     """Params, or what is shaped like them, without frozen leaves.
 
     In place of each is `optax.MaskedNode()`, which has no leaves: optimizers know it.
@@ -58,12 +58,12 @@ def hold(
 
     def init(params: Any) -> Any:
         _check(list(name_leaves(params)), frozen)
-        return optimizer.init(leave_out(params, frozen))
+        return optimizer.init(without_frozen(params, frozen))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         assert params is not None
         changes, state = optimizer.update(
-            leave_out(updates, frozen), state, leave_out(params, frozen), **extra
+            without_frozen(updates, frozen), state, without_frozen(params, frozen), **extra
         )
         # Not 0.0: adding that turns a -0.0 into 0.0.
         still = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), params)

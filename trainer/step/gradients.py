@@ -16,15 +16,15 @@ from jax import lax
 
 from trainer.errors import UserError
 from trainer.state.leaves import fill_in, name_leaves
-from trainer.state.partition import Cuts
+from trainer.state.partition import ParamSharding
 from trainer.state.train_state import TrainState
 from trainer.step.collectives import (
     gather,
     global_norm,
     mean_over_axis,
-    norm_of_parts,
-    own_part,
-    scatter_mean,
+    norm_of_shards,
+    own_shard,
+    reduce_scatter_mean,
 )
 from trainer.step.mixup import mix
 from trainer.step.task import AXIS, PLAIN, Batch, Metrics, PerExample, Recipe, Task
@@ -59,7 +59,11 @@ class Gradients(NamedTuple):
 
 
 def make_gradient_step(
-    task: Task, recipe: Recipe = PLAIN, *, axis: str | None = AXIS, cuts: Cuts | None = None
+    task: Task,
+    recipe: Recipe = PLAIN,
+    *,
+    axis: str | None = AXIS,
+    cuts: ParamSharding | None = None,
 ) -> Callable[[TrainState, Batch], Gradients]:
     """Builds `gradient_step(state, batch) -> Gradients` for one shard of the batch.
 
@@ -89,23 +93,23 @@ def make_gradient_step(
                 )
             else:
                 model_state, sums = mean_over_axis((model_state, sums), axis, flat=flat)
-                grads = scatter_mean(grads, axis, cuts)
+                grads = reduce_scatter_mean(grads, axis, cuts)
         if state.loss_scale is not None:
             grads = jax.tree.map(lambda leaf: leaf / state.loss_scale.scale, grads)
         metrics = {name: numerator / count for name, (numerator, count) in sums.items()}
         if cuts is None or flat:
             metrics["grad_norm"] = global_norm(grads, flat=flat)
         else:
-            metrics["grad_norm"] = norm_of_parts(grads, axis, cuts)
+            metrics["grad_norm"] = norm_of_shards(grads, axis, cuts)
         if cuts is not None and flat:
-            grads = own_part(grads, axis, cuts)
+            grads = own_shard(grads, axis, cuts)
         return Gradients(grads, model_state, metrics)
 
     return gradient_step
 
 
 def _whole(
-    task: Task, recipe: Recipe, axis: str | None, cuts: Cuts | None, params: Any
+    task: Task, recipe: Recipe, axis: str | None, cuts: ParamSharding | None, params: Any
 ) -> tuple[Any, Apply]:
     """Params to differentiate by, and how the model is applied to them.
 

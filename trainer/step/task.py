@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import optax
 
-from trainer.step.freezing import leave_out
+from trainer.step.freezing import without_frozen
 from trainer.step.precision import to_dtype, to_float32
 
 Batch = Mapping[str, jax.Array]
@@ -47,7 +47,7 @@ class Task:
 
     def trained(self, params: Any) -> Any:
         """Params, or what is shaped like them, without the frozen leaves."""
-        return leave_out(params, self.frozen)
+        return without_frozen(params, self.frozen)
 
     def apply(self, params: Any, model_state: Any, batch: Batch, *, train: bool, rng: Any) -> Any:
         """Runs the model; returns (outputs, new model state), both without 16-bit casts in them."""

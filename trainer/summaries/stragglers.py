@@ -16,7 +16,7 @@ import numpy as np
 from trainer.console import say
 from trainer.lift.lift import Lift
 from trainer.metrics_writer.goodput import Goodput
-from trainer.metrics_writer.tensorboard import Curves
+from trainer.metrics_writer.tensorboard import TensorBoardWriter
 
 # Told from so many times the median of the others, and from such a part of the step, on.
 _NOTABLE_RATIO = 1.5
@@ -84,7 +84,7 @@ class Stragglers:
         self._began: tuple[int, tuple[float, float, float]] | None = None
         self._told: tuple[int, str] | None = None
 
-    def look(self, step: int, curves: Curves | None) -> None:
+    def look(self, step: int, curves: TensorBoardWriter | None) -> None:
         """To be called by all processes at the same steps; they exchange three numbers each.
 
         Args:
@@ -108,7 +108,7 @@ class Stragglers:
             seconds["data"] + seconds["step"],
         )
 
-    def _tell(self, step: int, slowest: Slowest, curves: Curves) -> None:
+    def _tell(self, step: int, slowest: Slowest, curves: TensorBoardWriter) -> None:
         curves.scalars(
             step,
             {

@@ -19,7 +19,7 @@ from trainer.data.prefetch import depth_for
 from trainer.errors import UserError
 from trainer.inference.evaluate import HeldOutSums
 from trainer.metrics_writer.messages import About
-from trainer.metrics_writer.run_log import Account
+from trainer.metrics_writer.run_log import RunLog
 from trainer.metrics_writer.train_log import TrainLog, is_due
 from trainer.step.job import make_init
 from trainer.summaries.confusion import make_confusion, shares
@@ -45,7 +45,7 @@ class Summaries:
     def __init__(
         self,
         about: About,
-        account: Account,
+        account: RunLog,
         log: TrainLog,
         stop_requested: Callable[[int, str], bool],
     ) -> None:

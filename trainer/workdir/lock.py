@@ -28,7 +28,7 @@ NAME = ".lock"
 _held: dict[str, IO[str] | None] = {}
 
 
-def take(folder: epath.Path, local_dir: str | None = None) -> None:
+def acquire(folder: epath.Path, local_dir: str | None = None) -> None:
     """Makes a folder this process's own until `release`; it may be its own already.
 
     Args:
@@ -61,7 +61,7 @@ def release(folder: epath.Path) -> None:
         handle.close()
 
 
-def is_taken_here(folder: epath.PathLike) -> bool:
+def is_held(folder: epath.PathLike) -> bool:
     """Whether this process trains in a folder now."""
     return os.fspath(absolute(folder)) in _held
 
@@ -72,7 +72,7 @@ def check_free(folder: epath.Path, local_dir: str | None = None) -> None:
     Raises:
         UserError: another process has it, naming that.
     """
-    if is_taken_here(folder):
+    if is_held(folder):
         return
     for place in (_place(folder, local_dir), _place_elsewhere(folder, local_dir)):
         try:

@@ -194,7 +194,7 @@ class Workdir:
         """
         with _errors_of_writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock.take(self.path, local_dir)
+            lock.acquire(self.path, local_dir)
 
     def run_id(self) -> str:
         """The id of the run in this folder; a new one where there is none."""
