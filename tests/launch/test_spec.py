@@ -18,7 +18,7 @@ from launcher.processes.assignment import Outcome
 from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import CONSEQUENCE, Failure, of_exit, of_outcome
 from launcher.processes.progress_page import Progress
-from launcher.rendezvous.connection import Link
+from launcher.rendezvous.connection import Connection
 from launcher.rendezvous.root_cause import RootCause
 from launcher.supervisor.attempt import AttemptResult
 from launcher.supervisor.supervise import backoff_secs, why_not_again
@@ -182,7 +182,7 @@ def test_what_a_message_sets_off_is_not_the_fault_of_who_sent_it():
         theirs = socket.create_connection(server.getsockname())
         ours, _ = server.accept()
     with EventLoop() as reactor, theirs:
-        link = Link(reactor, ours, claim, lost.append)
+        link = Connection(reactor, ours, claim, lost.append)
         theirs.sendall(b'{"kind": "start"}\n')
         with pytest.raises(OSError, match="No space left"):
             reactor.run(lambda: bool(lost))

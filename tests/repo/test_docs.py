@@ -203,7 +203,7 @@ def test_config_keys_that_are_named_exist():
     known |= {re.sub(r"\.\w+$", "", key) for key in known} | {
         key.partition(".")[0] for key in known
     }
-    found = named(r"\bconfig\.([a-z_]+(?:\.[a-z_]+)*)\b(?![(/])")
+    found = named(r"(?<![\w.])config\.([a-z_]+(?:\.[a-z_]+)*)\b(?![(/])")
     assert len(found) > 50
     files = {"json", "md", "py"}
     known |= {"optimizr.learning_rate"}  # a typo that is shown as one

@@ -12,7 +12,7 @@ from object_store import BUCKET, object_store  # noqa: F401 (a fixture)
 from runs import read_tensorboard
 
 from launcher.cli.report import main as make_page
-from trainer.metrics_writer.writer import Report
+from trainer.metrics_writer.writer import MetricsWriter
 from trainer.workdir.paths import local_folder
 from trainer.workdir.workdir import Workdir
 
@@ -85,7 +85,7 @@ def test_a_passing_failure_is_waited_out(folder, object_store):  # noqa: F811
 def test_report(folder, object_store, tmp_path):  # noqa: F811
     from configs.mlp import get_config
 
-    report = Report(Workdir.check(folder, get_config()), 0)
+    report = MetricsWriter(Workdir.check(folder, get_config()), 0)
     report.scalars(1, {"train/loss": 2.0})
     report.flush()
     before = len(object_store.requests)
