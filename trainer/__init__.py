@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.checkpoints.load import load
     from trainer.errors import NonFiniteLoss, Preempted, UserError
-    from trainer.run.train import Result, train
+    from trainer.run.loop import Result
+    from trainer.run.train import train
 
 __all__ = ["NonFiniteLoss", "Preempted", "Result", "UserError", "load", "train"]
 
 _HOME = {
     "train": "trainer.run.train",
     "load": "trainer.checkpoints.load",
-    "Result": "trainer.run.train",
+    "Result": "trainer.run.loop",
     "Preempted": "trainer.errors",
     "NonFiniteLoss": "trainer.errors",
     "UserError": "trainer.errors",

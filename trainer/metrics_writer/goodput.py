@@ -71,7 +71,7 @@ class Goodput:
         """For a checkpoint."""
         return {"seconds": self.seconds(), "starts": self.starts}
 
-    def go_on_from(self, saved: Mapping[str, Any] | None) -> None:
+    def resume(self, saved: Mapping[str, Any] | None) -> None:
         """Adds what `to_json` gave in an earlier start; what this start has taken is a restart."""
         self._switch("restart")
         self._spent["restart"] += self._spent["start"]

@@ -1,10 +1,15 @@
-"""The lines that open and close a run, for the person who started it."""
+"""The lines that a run prints: how it starts, its rows, its evaluations and how it ends.
+
+Each takes what it prints, and nothing more. `launcher.report` reads the lines of a log that begin
+with "step", "restored", "finished", "stopped", "nothing to do" and "asked to stop": change them
+there too.
+"""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from os import PathLike
 
 import jax
 
@@ -21,7 +26,7 @@ from trainer.state.train_state import TrainState
 from trainer.step.job import Job
 from trainer.workdir.workdir import Workdir
 
-# What time is spent on, for a person.
+# How `Goodput` kinds are printed.
 _KINDS = {
     "step": "steps",
     "data": "waiting for data",
@@ -32,24 +37,14 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class About:
-    """What a run is."""
-
-    settings: Settings
-    folder: Workdir
-    lift: Lift
-    job: Job
-
-
 def warn_of_unsynced_state(lift: Lift, job: Job, state: TrainState) -> None:
-    """Says that numbers will depend on the number of devices, which nothing else would show."""
+    """Warns if model state depends on the number of shards; nothing else would show it."""
     if lift.num_shards == 1 or not state.model_state:
         return
     try:
         batch = job.stream.shapes(job.stream.global_batch_size)
         names = unsynced_state(job.task, state, batch, lift.num_shards)
-    except Exception:  # a courtesy: a model may hold what this stricter tracing cannot follow
+    except Exception:  # only a warning: a model may hold what this stricter tracing rejects
         return
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -60,30 +55,46 @@ def warn_of_unsynced_state(lift: Lift, job: Job, state: TrainState) -> None:
         )
 
 
-def warn_of_changes(about: About, num_steps: int) -> None:
-    """What is not as it was; `num_steps` is how long the run was to be before."""
-    job = about.job
-    if num_steps != job.num_steps and callable(job.task.learning_rate):
+def warn_of_changes(job: Job, changes: Iterable[str], saved_num_steps: int) -> None:
+    """Warns of what differs from the run that is resumed.
+
+    Args:
+        job: what is trained now.
+        changes: of the config, as `Workdir.changes` describes them.
+        saved_num_steps: the length of the run when its state was saved.
+    """
+    if saved_num_steps != job.num_steps and callable(job.task.learning_rate):
         warn(
-            f"the run is now {job.num_steps} steps long and was {num_steps}: a schedule that spans "
-            "the run is stretched, so the learning rate may jump"
+            f"the run is now {job.num_steps} steps long and was {saved_num_steps}: a schedule that "
+            "spans the run is stretched, so the learning rate may jump"
         )
-    for change in about.folder.changes:
-        warn(f"goes on with another config, as allowed: {change}")
+    for change in changes:
+        warn(f"resumes with another config, as allowed: {change}")
 
 
-def say_row(about: About, row: LogRow, tags: Mapping[str, float]) -> None:
-    """One row of metrics, as a line."""
-    shown = [f"step {row.step}/{about.job.stop}"]
-    shown += [
-        f"{name} {row.values[name]:.4g}" for name in ["loss", *sorted(about.job.task.metrics)]
-    ]
+def say_row(
+    row: LogRow,
+    tags: Mapping[str, float],
+    *,
+    stop: int,
+    metrics: Iterable[str],
+    num_devices: int,
+) -> None:
+    """Prints one row of training metrics.
+
+    Args:
+        row: the metrics.
+        tags: the same by tag, with the speed, and memory where it is known.
+        stop: the step at which the run stops.
+        metrics: the names of the config's own metrics.
+        num_devices: of the run.
+    """
+    shown = [f"step {row.step}/{stop}"]
+    shown += [f"{name} {row.values[name]:.4g}" for name in ["loss", *sorted(metrics)]]
     if row.step_seconds > 0:
-        eta = (about.job.stop - row.step) * row.step_seconds
-        shown += [describe_rate(tags, about.lift.mesh.size)]
-        shown += [f"{1000 * row.step_seconds:.3g} ms/step"]
+        shown += [describe_rate(tags, num_devices), f"{1000 * row.step_seconds:.3g} ms/step"]
         shown += describe_chips(tags)
-        shown += [f"eta {duration(eta)}"]
+        shown += [f"eta {duration((stop - row.step) * row.step_seconds)}"]
     if "train/skipped" in tags:
         shown += [f"skipped {tags['train/skipped']}"]
     say("  ".join(shown))
@@ -98,7 +109,7 @@ def describe_rate(tags: Mapping[str, float], num_devices: int) -> str:
 
 
 def describe_chips(tags: Mapping[str, float]) -> list[str]:
-    """`["mfu 41.0%", "memory 12.1/79.1 GiB"]`, as far as they are known."""
+    """`["mfu 41.0%", "memory 12.1/79.1 GiB"]`; without what the device does not report."""
     shown = []
     if "train/mfu" in tags:
         shown += [f"mfu {tags['train/mfu']:.1%}"]
@@ -115,9 +126,19 @@ def describe_shares(goodput: Goodput) -> str:
     return ", ".join(share for share in shares if not share.endswith(" 0%"))
 
 
-def say_start(about: About, state: TrainState, seconds: float) -> None:
-    """What is trained on what; `seconds` is how long the state took."""
-    lift, settings, job = about.lift, about.settings, about.job
+def say_start(
+    settings: Settings, job: Job, lift: Lift, path: PathLike[str], state: TrainState, seconds: float
+) -> None:
+    """Prints what is trained, on what and where.
+
+    Args:
+        settings: the checked config.
+        job: what is trained.
+        lift: over which devices.
+        path: the run's folder.
+        state: at the first step of this start.
+        seconds: the time it took to make or restore the state.
+    """
     say(
         f"{describe_devices(lift)}, global batch {settings.global_batch_size} "
         f"({settings.global_batch_size // lift.num_shards} a shard)"
@@ -128,15 +149,15 @@ def say_start(about: About, state: TrainState, seconds: float) -> None:
         f"{held_out}, {_steps(job.stream.steps_per_epoch)} an epoch; state ready in "
         f"{seconds:.2f} s"
     )
-    is_whole = all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
-    if lift.sharded and is_whole and lift.num_shards > 1:
+    is_replicated = all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
+    if lift.sharded and is_replicated and lift.num_shards > 1:
         warn(
-            f"config.state_sharding={settings.state_sharding!r} cuts nothing: each leaf is small, "
-            f"or has no dimension that {lift.num_shards} divides"
+            f"config.state_sharding={settings.state_sharding!r} shards nothing: each leaf is "
+            f"small, or has no dimension that {lift.num_shards} divides"
         )
     if settings.model_table:
         _say_model(job, state, settings.model_table)
-    say(f"workdir {about.folder.path}")
+    say(f"workdir {path}")
 
 
 def _say_model(job: Job, state: TrainState, depth: int) -> None:
@@ -144,7 +165,7 @@ def _say_model(job: Job, state: TrainState, depth: int) -> None:
     x = jax.ShapeDtypeStruct(example.shape[1:], example.dtype)
     try:
         say(draw_table(model_rows(job.task, state, x, depth)))
-    except Exception as error:  # no reason not to train: a model may not take one example alone
+    except Exception as error:  # a model may not take one example alone; it trains all the same
         warn(f"no table of the model: {type(error).__name__}: {error}")
 
 
@@ -160,62 +181,83 @@ def describe_devices(lift: Lift) -> str:
 
 
 def say_evaluation(step: int, stop: int, metrics: Mapping[str, float]) -> None:
-    """What an evaluation gave, as a line; `stop` is the step at which the run is to stop."""
+    """Prints the metrics of an evaluation; `stop` is the step at which the run stops."""
     shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     say(f"step {step}/{stop}  {shown}")
 
 
-def say_finished_before(about: About, step: int, early: str = "") -> None:
-    """The run had nothing left to do; `early` is as for `say_end`."""
-    if early and step < about.job.stop:
-        say(f"nothing to do: stopped early at step {step} of {about.job.num_steps}: {early}")
-    else:
-        say(f"nothing to do: this run has taken {_steps(step)}, and is to stop at {about.job.stop}")
-    say(f"to go on: {_how_to_resume(about, step, early)}")
-
-
-def say_end(about: About, saver: Saver, goodput: Goodput, step: int, early: str = "") -> None:
-    """What came of it, where it is, and how to go on.
+def say_nothing_to_do(
+    settings: Settings, job: Job, path: PathLike[str], step: int, early: str = ""
+) -> None:
+    """Prints that the run in the folder is complete.
 
     Args:
-        about: what the run is.
-        saver: which knows the best state.
-        goodput: which knows where the time went, that of earlier starts too.
-        step: that it has come to.
-        early: why it ends before its time, if evaluations have stopped getting better.
+        settings: the checked config.
+        job: what is trained.
+        path: the run's folder.
+        step: of its state.
+        early: the reason of an early stop; empty without one.
     """
-    if early and step < about.job.stop:
-        say(f"stopped early at step {step} of {about.job.num_steps}: {early}")
-    elif step < about.job.num_steps:
-        say(f"stopped at step {step} of {about.job.num_steps} (config.stop_at_step)")
+    if early and step < job.stop:
+        say(f"nothing to do: stopped early at step {step} of {job.num_steps}: {early}")
+    else:
+        say(f"nothing to do: the run is at step {step}, and the config stops it at {job.stop}")
+    say(f"to train further: {_how_to_train_further(settings, job, path, step, early)}")
+
+
+def say_end(
+    settings: Settings,
+    job: Job,
+    workdir: Workdir,
+    saver: Saver,
+    goodput: Goodput,
+    step: int,
+    early: str = "",
+) -> None:
+    """Prints the result of the run, where it is, and how to train further.
+
+    Args:
+        settings: the checked config.
+        job: what was trained.
+        workdir: the run's folder.
+        saver: knows the best state.
+        goodput: knows where the time of all starts went.
+        step: the last step.
+        early: the reason of an early stop; empty without one.
+    """
+    if early and step < job.stop:
+        say(f"stopped early at step {step} of {job.num_steps}: {early}")
+    elif step < job.num_steps:
+        say(f"stopped at step {step} of {job.num_steps} (config.stop_at_step)")
     else:
         say(f"finished: {_steps(step)} in {duration(sum(goodput.seconds().values()))}")
     starts = f", of {goodput.starts} starts" if goodput.starts > 1 else ""
     say(f"time{starts}: {describe_shares(goodput)}")
     if saver.best_value is not None:
         say(
-            f"best {about.settings.best_metric} {saver.best_value:.4g} at step "
-            f"{saver.best_step}, in {about.folder.best}"
+            f"best {settings.best_metric} {saver.best_value:.4g} at step {saver.best_step}, in "
+            f"{workdir.best}"
         )
-    say(f"last checkpoint: {about.folder.checkpoints / str(step)}")
-    say(f"to go on: {_how_to_resume(about, step, early)}")
-    say(f"curves: tensorboard --logdir {shlex.quote(str(about.folder.path))}")
+    say(f"last checkpoint: {workdir.checkpoints / str(step)}")
+    say(f"to train further: {_how_to_train_further(settings, job, workdir.path, step, early)}")
+    say(f"curves: tensorboard --logdir {shlex.quote(str(workdir.path))}")
 
 
 def _steps(count: int) -> str:
     return f"{count} step{'s' * (count != 1)}"
 
 
-def _how_to_resume(about: About, step: int, early: str) -> str:
-    settings = about.settings
-    if early and step < about.job.stop:
+def _how_to_train_further(
+    settings: Settings, job: Job, path: PathLike[str], step: int, early: str
+) -> str:
+    if early and step < job.stop:
         change = f"and --config.early_stop.patience={2 * (settings.early_stop_patience or 1)}"
-    elif step < about.job.num_steps:
+    elif step < job.num_steps:
         change = "without config.stop_at_step"
     elif settings.num_steps is not None:
         change = f"and --config.num_steps={2 * step}"
     else:
-        epochs = 2 * -(-step // about.job.stream.steps_per_epoch)
+        epochs = 2 * -(-step // job.stream.steps_per_epoch)
         change = f"and --config.num_epochs={epochs}"
-    workdir = shlex.quote(f"--workdir={about.folder.path}")
+    workdir = shlex.quote(f"--workdir={path}")
     return f"the same command with {workdir} {change}"

@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: one JSON object a line. A disk that takes none for a while loses none."""
+"""`metrics.jsonl`: one JSON object a line.
+
+Rows that the disk refuses are kept and written later.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +17,31 @@ from trainer.console import warn
 from trainer.workdir.paths import is_local, write_whole
 
 
-class Rows(Protocol):
-    """Where rows go."""
+class MetricsFile(Protocol):
+    """An open metrics file."""
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Takes a row; it is written now or with a later one."""
+        """Adds a row, written now or with a later one."""
 
     def flush(self) -> bool:
-        """Whether every row is written."""
+        """Writes what is pending; returns whether every row is written."""
 
     def unwritten(self) -> list[dict[str, Any]]:
-        """The rows that are not."""
+        """The rows that are not written yet."""
 
 
-def open_metrics_file(path: epath.Path, step: int) -> Rows:
-    """Goes on with a file of rows; those past a step are cut away.
+def open_metrics_file(path: epath.Path, step: int) -> MetricsFile:
+    """Opens a metrics file to append to, and drops its rows past a step.
 
     Args:
         path: local or remote.
-        step: the last one that counts.
+        step: the last step to keep.
     """
-    return _LocalRows(Path(path), step) if is_local(path) else _RemoteRows(path, step)
+    return _LocalFile(Path(path), step) if is_local(path) else _RemoteFile(path, step)
 
 
 def read_metrics_file(path: epath.Path, step: int) -> list[dict[str, Any]]:
-    """The rows up to a step; a line that was cut short is left out."""
+    """The rows up to a step, without truncated lines."""
     return [json.loads(line) for line in _lines_up_to(path, step)]
 
 
@@ -55,21 +58,21 @@ def _lines_up_to(path: Any, step: int) -> list[str]:
     return kept
 
 
-class _LocalRows:
+class _LocalFile:
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        self._waiting: list[bytes] = []  # lines not written in full
+        self._waiting: list[bytes] = []  # lines not fully written
         self._written_of_first = 0
         self._is_warned = False
         self._file: int | None = None
-        self._cut(step)
+        self._truncate(step)
 
-    def _cut(self, step: int) -> None:
+    def _truncate(self, step: int) -> None:
         kept = "".join(_lines_up_to(self._path, step)).encode()
         if not self._path.exists():
             return
         if self._path.read_bytes().startswith(kept):
-            os.truncate(self._path, len(kept))  # takes no space, so a full disk is no matter
+            os.truncate(self._path, len(kept))  # needs no space: it works on a full disk
         else:
             write_whole(epath.Path(self._path), kept.decode())
 
@@ -105,7 +108,7 @@ class _LocalRows:
             os.close(self._file)
 
 
-class _RemoteRows:
+class _RemoteFile:
     """Object stores cannot append: the whole file is written at each flush."""
 
     def __init__(self, path: epath.Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run tells of itself: on the console, in `metrics.jsonl` and in TensorBoard."""
+"""The log of one run: its lines, its rows in `metrics.jsonl` and TensorBoard, and its live view."""
 
 from __future__ import annotations
 
@@ -6,159 +6,176 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trainer.checkpoints.saver import Saver
 from trainer.console import say
 from trainer.errors import NonFiniteLoss
 from trainer.metrics_writer.goodput import Goodput
 from trainer.metrics_writer.live_view import LiveView
-from trainer.metrics_writer.messages import About, say_end, say_evaluation, say_row
+from trainer.metrics_writer.messages import say_evaluation, say_row
 from trainer.metrics_writer.tensorboard import TensorBoardWriter
-from trainer.metrics_writer.throughput import Speed
+from trainer.metrics_writer.throughput import Throughput
 from trainer.metrics_writer.train_log import LogRow
 from trainer.metrics_writer.writer import MetricsWriter, NullWriter, last_values
 from trainer.workdir.workdir import Workdir
 
 
 class RunLog:
-    """The account that a run gives; files are begun once it is certain that there will be a run.
+    """Everything a run reports. One process writes it; in the others only lines are printed.
+
+    Files are opened by `open`, once the run is certain to take a step.
 
     Args:
-        about: what the run is.
+        workdir: the run's folder.
+        goodput: where the time goes.
+        writes: whether this process writes the files.
+        stop: the step at which the run stops.
+        global_batch_size: examples a step.
+        num_devices: of the run.
+        metrics: the names of the config's own metrics.
 
     Attributes:
         metrics: the last value of every tag.
-        goodput: where the time goes.
     """
 
-    def __init__(self, about: About) -> None:
-        self._about = about
-        self._report: MetricsWriter | NullWriter | None = None
+    def __init__(
+        self,
+        workdir: Workdir,
+        goodput: Goodput,
+        *,
+        writes: bool,
+        stop: int,
+        global_batch_size: int,
+        num_devices: int,
+        metrics: Sequence[str],
+    ) -> None:
+        self._workdir = workdir
+        self._goodput = goodput
+        self._writes = writes
+        self._stop = stop
+        self._global_batch_size = global_batch_size
+        self._num_devices = num_devices
+        self._names = metrics
+        self._writer: MetricsWriter | NullWriter | None = None
         self._view: LiveView | None = None
-        self._speed: Speed | None = None
-        self._rows: Sequence[Mapping[str, Any]] = ()
+        self._throughput: Throughput | None = None
+        self._restored_rows: Sequence[Mapping[str, Any]] = ()
         self.metrics: dict[str, float] = {}
-        self.goodput = Goodput(time.monotonic)
 
     @property
-    def curves(self) -> TensorBoardWriter | None:
+    def tensorboard(self) -> TensorBoardWriter | None:
         """For what goes to TensorBoard alone; None where this process does not write."""
-        return self._report.curves if self._report is not None else None
+        return self._writer.tensorboard if self._writer is not None else None
 
-    @property
-    def _folder(self) -> Workdir:
-        return self._about.folder
-
-    def go_on_from(self, meta: Mapping[str, Any]) -> None:
-        """Takes up what was saved with the state.
+    def resume(self, step: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Reads the metrics that earlier starts reported.
 
         Args:
-            meta: `rows`, that a copy in memory knows of and perhaps no file, and `goodput`.
+            step: the restored step.
+            rows: of an in-memory checkpoint; the metrics file may lack them.
         """
-        self._rows = meta.get("rows", [])
-        self.goodput.go_on_from(meta.get("goodput"))
-
-    def read_metrics(self, step: int) -> None:
-        """Takes up the values that were reported up to a step."""
-        self.metrics = last_values(self._folder, step)
+        self._restored_rows = rows
+        self.metrics = last_values(self._workdir, step)
 
     def open(self, step: int) -> None:
-        """Opens the files, if they are not open yet; what lies past `step` in them is cut away."""
-        if self._report is None:
-            writes = self._about.lift.writes
-            self._report = MetricsWriter(self._folder, step, self._rows) if writes else NullWriter()
+        """Opens the files unless they are open, and drops what they hold past `step`."""
+        if self._writer is None:
+            rows = self._restored_rows
+            self._writer = (
+                MetricsWriter(self._workdir, step, rows) if self._writes else NullWriter()
+            )
 
-    def begin_steps(self, step: int, state: Any, newest: Callable[[], Mapping[str, float]]) -> None:
-        """From here on there is a live view, where there is a terminal.
+    def start_view(
+        self, step: int, newest: Callable[[], Mapping[str, float]], throughput: Throughput
+    ) -> None:
+        """Starts the live view, where stdout is a terminal.
 
         Args:
             step: steps taken so far.
-            state: the state, or its shapes.
-            newest: gives the metrics of the newest step that is known to be done.
+            newest: gives the metrics of the newest finished step.
+            throughput: turns seconds a step into examples/s, MFU and memory.
         """
-        about = self._about
-        if about.lift.writes:
-            self._speed = Speed(about.settings, about.job, about.lift, state)
-            devices = about.lift.mesh.size
-            self._view = LiveView(step, about.job.stop, devices, newest, self.goodput)
-            self._view.start()
+        self._throughput = throughput
+        self._view = LiveView(step, self._stop, self._num_devices, newest, self._goodput)
+        self._view.start()
 
     def progress(self, step: int) -> None:
-        """So many steps have been dispatched."""
+        """Notes how many steps are dispatched."""
         if self._view is not None:
             self._view.step = step
 
     def epoch(self, epoch: int, loss: float) -> None:
-        """An epoch is over; `loss` is the mean over its steps."""
+        """Reports the end of an epoch; `loss` is the mean over its steps."""
         say(f"Loss for epoch {epoch}: {loss:.6g}")
 
     def row(self, row: LogRow, skipped: int) -> None:
-        """A row of training metrics; `skipped` steps were not finite so far."""
+        """Reports a row of training metrics; `skipped` counts the steps that were not finite."""
         tags = {f"train/{name}": value for name, value in row.values.items()}
         if row.step_seconds > 0:
-            rate = self._about.settings.global_batch_size / row.step_seconds
+            rate = self._global_batch_size / row.step_seconds
             tags |= {"train/examples_per_second": rate, "train/step_seconds": row.step_seconds}
         if skipped:
             tags["train/skipped"] = skipped
         speed: dict[str, float] = {}
-        if self._speed is not None and row.step_seconds > 0:
-            speed = self._speed.tags(row.step_seconds)
-        say_row(self._about, row, tags | speed)
+        if self._throughput is not None and row.step_seconds > 0:
+            speed = self._throughput.tags(row.step_seconds)
+        say_row(
+            row,
+            tags | speed,
+            stop=self._stop,
+            metrics=self._names,
+            num_devices=self._num_devices,
+        )
         self._write(row.step, tags)
         if speed:
-            assert self._report is not None
-            self._report.curves_only(row.step, speed)
+            assert self._writer is not None
+            self._writer.tensorboard_only(row.step, speed)
         if speed and self._view is not None:
             self._view.speed = tags | speed
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """What an evaluation gave, by tag."""
-        say_evaluation(step, self._about.job.stop, metrics)
+        """Reports the metrics of an evaluation, by tag."""
+        say_evaluation(step, self._stop, metrics)
         if self._view is not None:
             self._view.evaluation = metrics
         self._write(step, metrics)
 
-    def not_finite(self, error: NonFiniteLoss) -> None:
-        """The values of the step that ends the run."""
-        if self._report is not None:
+    def non_finite(self, error: NonFiniteLoss) -> None:
+        """Writes the metrics of the step that ends the run."""
+        if self._writer is not None:
             tags = {f"train/{name}": value for name, value in error.values.items()}
-            self._report.scalars(error.step, tags)
+            self._writer.scalars(error.step, tags)
 
     def saved(self, step: int) -> None:
-        """A state of this step is on its way to the disk, and so should be what came before it."""
+        """Notes a checkpoint, and flushes the rows up to it."""
         if self._view is not None:
             self._view.saved = (step, time.monotonic())
-        if self._report is not None:
-            self._report.times(step, self.goodput.seconds())
-            self._report.flush()
+        if self._writer is not None:
+            self._writer.goodput(step, self._goodput.seconds())
+            self._writer.flush()
 
     def flush(self) -> None:
-        """Hands everything to the file system."""
-        if self._report is not None:
-            self._report.flush()
+        """Flushes all files."""
+        if self._writer is not None:
+            self._writer.flush()
 
     def unwritten(self) -> list[dict[str, Any]]:
-        """Rows that the file system has not taken yet."""
-        return self._report.unwritten() if self._report is not None else []
+        """The rows that the file system has not taken yet."""
+        return self._writer.unwritten() if self._writer is not None else []
 
     def finish(self, step: int) -> None:
-        """The run is over and everything is saved."""
-        assert self._report is not None
-        self._report.times(step, self.goodput.seconds())
-        self._report.hparams(self.metrics)
-        self._report.close()
-
-    def say_end(self, saver: Saver, step: int, early: str = "") -> None:
-        """The closing lines; `early` is why the run ends before its time, if it does."""
-        say_end(self._about, saver, self.goodput, step, early)
+        """Writes the closing metrics of a complete run, and closes the files."""
+        assert self._writer is not None
+        self._writer.goodput(step, self._goodput.seconds())
+        self._writer.hparams(self.metrics)
+        self._writer.close()
 
     def close(self) -> None:
-        """Takes the view off the screen and closes the files, also where the run has failed."""
+        """Removes the live view and closes the files, also after a failure."""
         if self._view is not None:
             self._view.close()
-        if self._report is not None:
-            self._report.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _write(self, step: int, tags: Mapping[str, float]) -> None:
-        assert self._report is not None
-        self._report.scalars(step, tags)
+        assert self._writer is not None
+        self._writer.scalars(step, tags)
         self.metrics |= tags

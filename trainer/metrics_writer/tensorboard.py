@@ -1,4 +1,4 @@
-"""TensorBoard's event files. What they cannot be given is left out: training goes on."""
+"""TensorBoard's event files. An error in writing them is a warning: training continues."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ import numpy as np
 
 from trainer.config.keys import flatten
 from trainer.console import warn
-from trainer.summaries.images import encode
 from trainer.workdir.workdir import Workdir
 
 if TYPE_CHECKING:
     from trainer.summaries.histograms import Histogram
 
-# Events that may wait for the disk: past it tensorboardX would let the training wait.
+# Events that may wait for the disk; with more of them, tensorboardX would block the training.
 _LONGEST_QUEUE = 10_000
 
 
@@ -30,7 +29,7 @@ class TensorBoardWriter:
 
     Args:
         workdir: the claimed folder of the run.
-        step: the step the run goes on from; TensorBoard leaves out what was there past it.
+        step: the step the run resumes from; TensorBoard then ignores earlier events past it.
     """
 
     def __init__(self, workdir: Workdir, step: int) -> None:
@@ -43,13 +42,13 @@ class TensorBoardWriter:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds finite values, by tag."""
-        with self._errors_told():
+        with self._errors_as_warnings():
             for tag, value in values.items():
                 self._open().add_scalar(tag, value, step)
 
     def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
         """Adds histograms, by tag."""
-        with self._errors_told():
+        with self._errors_as_warnings():
             for tag, one in found.items():
                 self._open().add_histogram_raw(
                     tag,
@@ -64,31 +63,24 @@ class TensorBoardWriter:
                 )
 
     def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
-        """Adds a picture, `(height, width, 1 or 3)` uint8."""
-        with self._errors_told():
-            from tensorboardX.proto.summary_pb2 import Summary
-
-            height, width, channels = pixels.shape
-            image = Summary.Image(
-                height=height, width=width, colorspace=channels, encoded_image_string=encode(pixels)
-            )
-            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-            self._open().file_writer.add_summary(summary, step)
+        """Adds an image, uint8 `(height, width, 1 or 3)`."""
+        with self._errors_as_warnings():
+            self._open().add_image(tag, pixels, step, dataformats="HWC")
 
     def hparams(self, metrics: Mapping[str, float]) -> None:
-        """Adds the closing metrics for the HPARAMS tab, which then lists the run as finished."""
-        with self._errors_told():
+        """Adds the closing metrics; the HPARAMS tab then lists the run as finished."""
+        with self._errors_as_warnings():
             for summary in self._hparams(metrics):
                 self._open().file_writer.add_summary(summary)
 
     def _hparams(self, metrics: Mapping[str, float]) -> tuple[Any, Any, Any]:
-        """What tabs and columns there are; the run's settings; that it has come to its end.
+        """The experiment, the start and the end of a session, for the file writer.
 
-        For the file writer, since `SummaryWriter.add_hparams` starts a second run for it.
+        `SummaryWriter.add_hparams` would start a second run for them.
         """
         from tensorboardX.summary import hparams
 
-        # Also None, so that the runs of a sweep have the same columns.
+        # None too, so that the runs of a sweep have the same columns.
         settings = {
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
             for key, value in flatten(self._workdir.config.to_dict()).items()
@@ -96,18 +88,18 @@ class TensorBoardWriter:
         return hparams(settings, dict(metrics))
 
     def flush(self) -> None:
-        """Hands what was added to the file system."""
-        with self._errors_told():
+        """Flushes the file."""
+        with self._errors_as_warnings():
             if self._writer is not None and self._is_writing:
                 self._writer.flush()
             self._upload()
 
     def close(self) -> None:
         """Flushes and closes the file."""
-        with self._errors_told():
+        with self._errors_as_warnings():
             if self._writer is not None and self._is_writing:
                 self._writer.close()
-            self._upload()  # with what was still on its way to the file at the flush
+            self._upload()  # with the events that the flush had not written yet
         self._writer = None
         if self._local is not None:
             self._local.cleanup()
@@ -115,14 +107,14 @@ class TensorBoardWriter:
 
     @property
     def _is_writing(self) -> bool:
-        """Whether tensorboardX's thread is alive; an error of the disk ends it for good."""
+        """Whether tensorboardX's thread is alive; a disk error ends it for good."""
         worker = getattr(self._writer.file_writer.event_writer, "_worker", None)
         return worker is None or worker.is_alive()
 
     def _open(self) -> Any:
         if self._writer is not None and not self._is_writing:
-            self._writer = None  # not closed: that would wait for the thread
-        if self._writer is None:  # at the first scalar: the import takes 0.1 s
+            self._writer = None  # not closed: close() waits for the dead thread
+        if self._writer is None:  # lazily: the import takes 0.1 s
             import tensorboardX
 
             folder = os.fspath(self._workdir.path)
@@ -132,7 +124,7 @@ class TensorBoardWriter:
             self._writer = tensorboardX.SummaryWriter(
                 folder,
                 purge_step=self._first_step + 1 if self._first_step else None,
-                # The name holds the second only: two writers in one second would share a file.
+                # tensorboardX names files by the second: two writers in one second would share one.
                 filename_suffix=f".{os.getpid()}.{time.time_ns()}",
                 flush_secs=20,
                 max_queue=_LONGEST_QUEUE,
@@ -140,15 +132,15 @@ class TensorBoardWriter:
             text = json.dumps(self._workdir.config.to_dict(), indent=2)
             indented = "".join(f"    {line}\n" for line in text.splitlines())
             self._writer.add_text("config", indented, self._first_step)
-            # Now, so that the HPARAMS tab has runs that go on or fail, too.
+            # Now, so that the HPARAMS tab also lists runs that never finish.
             self._writer.file_writer.add_summary(self._hparams({})[1])
         return self._writer
 
     def _upload(self) -> None:
-        """Copies event files to the object store, whole, if they have grown.
+        """Copies event files that have grown to the object store.
 
-        tensorboardX can write to some stores itself, but then in a thread of its own, through
-        another client with other credentials, and its flush blocks while that client retries.
+        tensorboardX can write to some stores itself, but through a second client with its own
+        credentials, whose retries block flush.
         """
         if self._local is not None:
             for file in Path(self._local.name).iterdir():
@@ -158,7 +150,7 @@ class TensorBoardWriter:
                     self._uploaded[file.name] = len(content)
 
     @contextlib.contextmanager
-    def _errors_told(self) -> Any:
+    def _errors_as_warnings(self) -> Any:
         try:
             yield
         except Exception as error:  # clients of object stores raise many types

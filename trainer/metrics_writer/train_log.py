@@ -11,11 +11,6 @@ import numpy as np
 from trainer.errors import NonFiniteLoss
 
 
-def is_due(every: int | None, before: int, after: int) -> bool:
-    """Whether a multiple of `every` lies in the call from one step to another."""
-    return every is not None and after // every > before // every
-
-
 @dataclass(frozen=True)
 class LogRow:
     """The mean of the metrics over the steps since the last row, and their speed.

@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.jsonl` and TensorBoard, the same tags in both."""
+"""Where metrics go: `metrics.jsonl` and TensorBoard, with the same tags in both."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from trainer.workdir.workdir import Workdir
 
 
 class MetricsWriter:
-    """Writes scalars of one run. One process of a job writes; the others have no report.
+    """Writes the scalars of one run, in the one process of a job that writes.
 
     Args:
         workdir: the claimed folder of the run.
-        step: the step the run goes on from; what was written past it is cut away.
-        rows: up to that step, which may be missing in the file.
+        step: the step the run resumes from; later rows in the files are dropped.
+        rows: up to that step, which the file may lack.
 
     Attributes:
-        curves: TensorBoard's.
+        tensorboard: the event files.
     """
 
     def __init__(self, workdir: Workdir, step: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-        there = read_metrics_file(workdir.metrics, step) if rows else []
-        self._rows = open_metrics_file(workdir.metrics, step)
+        present = read_metrics_file(workdir.metrics, step) if rows else []
+        self._file = open_metrics_file(workdir.metrics, step)
         for row in rows:
-            if row not in there:
-                self._rows.add(row)
-        self.curves = TensorBoardWriter(workdir, step)
+            if row not in present:
+                self._file.add(row)
+        self.tensorboard = TensorBoardWriter(workdir, step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one row.
@@ -39,63 +39,63 @@ class MetricsWriter:
             values: by tag; a value that is not finite becomes `null` in the file.
         """
         finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
-        self._rows.add({"step": step, **dict.fromkeys(values), **finite})
-        self.curves.scalars(step, finite)
+        self._file.add({"step": step, **dict.fromkeys(values), **finite})
+        self.tensorboard.scalars(step, finite)
 
-    def times(self, step: int, seconds: Mapping[str, float]) -> None:
-        """Writes what time was spent on, for TensorBoard only: no two runs agree about it."""
-        self.curves.scalars(step, {f"goodput/{kind}": spent for kind, spent in seconds.items()})
+    def goodput(self, step: int, seconds: Mapping[str, float]) -> None:
+        """Writes seconds by kind to TensorBoard only: they differ between equal runs."""
+        self.tensorboard.scalars(step, {f"goodput/{kind}": s for kind, s in seconds.items()})
 
-    def curves_only(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes finite values, by tag, for TensorBoard only: no two runs agree about them."""
-        self.curves.scalars(step, values)
+    def tensorboard_only(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes finite values, by tag, to TensorBoard only: they differ between equal runs."""
+        self.tensorboard.scalars(step, values)
 
     def hparams(self, metrics: Mapping[str, float]) -> None:
         """Writes the run's settings and closing metrics for TensorBoard's HPARAMS tab."""
-        self.curves.hparams({tag: v for tag, v in metrics.items() if math.isfinite(v)})
+        self.tensorboard.hparams({tag: v for tag, v in metrics.items() if math.isfinite(v)})
 
     def flush(self) -> bool:
-        """Hands everything written so far to the file system; says whether it took the rows."""
-        self.curves.flush()
-        return self._rows.flush()
+        """Flushes both; returns whether the file system took every row."""
+        self.tensorboard.flush()
+        return self._file.flush()
 
     def unwritten(self) -> list[dict[str, Any]]:
-        """Rows that the file system has not taken yet."""
-        return self._rows.unwritten()
+        """The rows that the file system has not taken yet."""
+        return self._file.unwritten()
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._rows.flush()
-        self.curves.close()
+        self._file.flush()
+        self.tensorboard.close()
 
 
 class NullWriter:
-    """What the processes that do not write have in place of a report."""
+    """The writer of the processes that do not write."""
 
-    curves = None
+    tensorboard = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes nothing."""
+        """Does nothing."""
 
-    def times(self, step: int, seconds: Mapping[str, float]) -> None:
-        """Writes nothing."""
+    def goodput(self, step: int, seconds: Mapping[str, float]) -> None:
+        """Does nothing."""
 
-    def curves_only(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes nothing."""
+    def tensorboard_only(self, step: int, values: Mapping[str, float]) -> None:
+        """Does nothing."""
 
     def hparams(self, metrics: Mapping[str, float]) -> None:
-        """Writes nothing."""
+        """Does nothing."""
 
     def flush(self) -> bool:
-        """Writes nothing."""
+        """Does nothing."""
         return True
 
     def unwritten(self) -> list[dict[str, Any]]:
-        """Has no rows."""
+        """Returns no rows."""
         return []
 
     def close(self) -> None:
-        """Has nothing to close."""
+        """Does nothing."""
 
 
 def last_values(workdir: Workdir, step: int) -> dict[str, float]:
@@ -108,9 +108,9 @@ def last_values(workdir: Workdir, step: int) -> dict[str, float]:
 
 
 def evaluation_at(workdir: Workdir, step: int) -> dict[str, float] | None:
-    """What `metrics.jsonl` has of the evaluation of a step, but for `null`; None if it has none."""
-    found = [row for row in read_metrics_file(workdir.metrics, step) if row["step"] == step]
-    found = [row for row in found if "eval/loss" in row]
-    if not found:
+    """The finite metrics of the evaluation of a step in `metrics.jsonl`; None if it has none."""
+    rows = [row for row in read_metrics_file(workdir.metrics, step) if row["step"] == step]
+    rows = [row for row in rows if "eval/loss" in row]
+    if not rows:
         return None
-    return {tag: value for row in found for tag, value in row.items() if value is not None}
+    return {tag: value for row in rows for tag, value in row.items() if value is not None}

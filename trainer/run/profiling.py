@@ -1,4 +1,4 @@
-"""Tracing some steps with jax's profiler, for XProf, TensorBoard and Perfetto."""
+"""Traces of some steps with jax's profiler, for XProf, TensorBoard and Perfetto."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,25 +15,25 @@ from trainer.console import say, warn
 from trainer.errors import UserError, first_line
 from trainer.workdir.paths import opened_whole
 
-if TYPE_CHECKING:  # a launcher reads what is asked for, without numpy
-    from trainer.metrics_writer.goodput import Goodput
-    from trainer.metrics_writer.train_log import TrainLog
+if TYPE_CHECKING:  # a launcher parses the flag, without numpy
+    from trainer.metrics_writer.step_metrics import StepMetrics
+    from trainer.step.call import Call
     from trainer.workdir.workdir import Workdir
 
-# What jax writes for each process, under the name of its host.
+# The files that jax writes in each process, named by its host.
 _ENDINGS = (".xplane.pb", ".trace.json.gz")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Which steps are to be traced.
+    """The steps to trace.
 
     Attributes:
-        start: how many steps come before them.
-        steps: how many they are; rounded up to whole calls.
+        start: steps before them.
+        steps: how many; rounded up to whole calls.
 
     Raises:
-        UserError: there are no such steps.
+        UserError: `start` is negative, or `steps` is not positive.
     """
 
     start: int
@@ -57,7 +56,7 @@ class Profile:
 
     @property
     def end(self) -> int:
-        """Steps taken when the last of them is."""
+        """Steps taken after the last of them."""
         return self.start + self.steps
 
 
@@ -69,23 +68,21 @@ def _unclear(given: str) -> UserError:
 
 
 class Profiler:
-    """Traces the steps of a profile. Every process writes a file of its own, by its rank.
+    """Traces the steps of a profile. Every process writes its own file, named by its rank.
 
-    What it costs is in no row of speed. Where a trace cannot be made, a line says so and training
-    goes on.
+    The time it takes is not part of the reported speed. A trace that cannot be made is a warning,
+    and training continues. As an action of the loop it ends the trace; `before` starts it.
 
     Args:
-        profile: which steps; None: none, and nothing is ever done.
+        profile: which steps; None: none.
         workdir: the run's folder.
         rank: of this process.
         per_call: steps in one call.
-        stop: at which step the run stops.
-        log: whose clock stands still meanwhile.
-        goodput: what is told how long starting and writing take.
-        drain: reads all metrics, and so waits for the devices.
+        stop: the step at which the run stops.
+        metrics: of the steps; drained before and after, with its clock stopped meanwhile.
 
     Raises:
-        UserError: the run is over before these steps.
+        UserError: the run ends before these steps.
     """
 
     def __init__(
@@ -96,62 +93,63 @@ class Profiler:
         *,
         per_call: int,
         stop: int,
-        log: TrainLog,
-        goodput: Goodput,
-        drain: Callable[[], None],
+        metrics: StepMetrics,
     ) -> None:
         profile = Profile.parse(profile) if isinstance(profile, str) else profile
         if profile is not None and profile.start >= stop:
             raise UserError(
-                f"{profile} begins where the run is over: it stops at step {stop}",
+                f"{profile} begins past the end of the run, which stops at step {stop}",
                 f"START can be from 0 to {stop - 1}",
             )
         self._profile = profile
         self._folder = workdir.path
         self._rank = rank
         self._per_call, self._stop = per_call, stop
-        self._log, self._goodput, self._drain = log, goodput, drain
+        self._metrics = metrics
         self._local: tempfile.TemporaryDirectory[str] | None = None
         self._first = 0
         self._written = ""
 
     def before(self, step: int) -> None:
-        """To be told before each call, and before its batch is waited for: it may be the first."""
+        """Starts the trace if the call after `step` steps takes the first step of the profile."""
         profile = self._profile
         if profile is None or self._local is not None or step >= self._stop:
             return
         if step >= profile.end:
-            say(f"nothing is traced: {profile} lies before step {step}, from which the run goes on")
+            say(f"nothing is traced: {profile} lies before step {step}, from which the run resumes")
             self._profile = None
             return
         if min(step + self._per_call, self._stop) <= profile.start:
             return
-        self._drain()
-        self._log.pause()
-        with self._goodput.spending("profile"), self._errors_told():
+        self._metrics.drain()
+        self._metrics.log.pause()
+        with self._metrics.goodput.spending("profile"), self._errors_as_warnings():
             import jax
 
             self._local, self._first = tempfile.TemporaryDirectory(prefix="podlift-trace-"), step
             jax.profiler.start_trace(self._local.name)
         if self._profile is None:
-            self._log.resume()
+            self._metrics.log.resume()
 
-    def after(self, step: int) -> None:
-        """To be told after each call: it may have been the last."""
+    def due(self, call: Call) -> bool:
+        """After the last step of the profile."""
         if self._local is None or self._profile is None:
-            return
-        if step >= min(self._profile.end, self._stop):
-            self._drain()
-            self._finish(step)
-            self._log.resume()
+            return False
+        return call.step >= min(self._profile.end, self._stop)
+
+    def run(self, call: Call, state: Any) -> None:
+        """Ends the trace, and writes it."""
+        self._metrics.drain()
+        self._finish(call.step)
+        self._metrics.log.resume()
 
     def close(self, step: int) -> None:
-        """Ends a trace in progress, where the run was stopped or has failed after this step."""
+        """Ends a trace in progress, where the run stops or fails after this step."""
         if self._local is not None:
             self._finish(step)
 
     def say_end(self) -> None:
-        """How to open what was written."""
+        """Prints how to open the trace."""
         if self._written:
             say(
                 f"trace: xprof --logdir {shlex.quote(str(self._folder))} (pip install "
@@ -160,7 +158,8 @@ class Profiler:
 
     def _finish(self, step: int) -> None:
         assert self._local is not None
-        with self._goodput.spending("profile"), self._errors_told(), self._local as local:
+        spending = self._metrics.goodput.spending("profile")
+        with spending, self._errors_as_warnings(), self._local as local:
             import jax
 
             jax.profiler.stop_trace()
@@ -186,10 +185,10 @@ class Profiler:
         return folder
 
     @contextlib.contextmanager
-    def _errors_told(self) -> Any:
+    def _errors_as_warnings(self) -> Any:
         try:
             yield
-        except Exception as error:  # another trace is in progress, the disk is full, ...
+        except Exception as error:  # another trace in progress, a full disk, ...
             warn(f"no trace of the steps: {first_line(error)}")
             self._profile = None
             if self._local is not None:
@@ -198,7 +197,7 @@ class Profiler:
 
 
 def annotated(step: int) -> Any:
-    """Marks the call that takes the step after `step` in a trace, whoever makes one."""
+    """Marks a call after `step` steps in any trace."""
     import jax
 
     return jax.profiler.StepTraceAnnotation("train", step_num=step + 1)

@@ -1,31 +1,12 @@
-"""Pictures as PNG files, with nothing but the standard library: TensorBoard takes them so."""
+"""Arrays as images for TensorBoard, uint8 `(height, width, channels)`."""
 
 from __future__ import annotations
-
-import struct
-import zlib
 
 import numpy as np
 
 
-def encode(pixels: np.ndarray) -> bytes:
-    """A PNG file (ISO/IEC 15948) of `(height, width, 1 or 3)` uint8."""
-    height, width, channels = pixels.shape
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
-
-    color = {1: 0, 3: 2}[channels]
-    header = struct.pack(">IIBBBBB", width, height, 8, color, 0, 0, 0)
-    rows = pixels.reshape(height, -1)
-    unfiltered = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1).tobytes()
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(unfiltered)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
-
-
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images of any dtype as uint8; floats from 0 to 1 as they are, others from least to most."""
+    """Images of any dtype as uint8: floats from 0 to 1 times 255, others from least to most."""
     if images.dtype == np.uint8:
         return images
     values = np.nan_to_num(images.astype(np.float64))
@@ -36,11 +17,11 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def tile(images: np.ndarray, side: int = 64, gap: int = 2) -> np.ndarray:
-    """`(count, height, width, channels)` beside and below each other, on white.
+    """One page of images in rows and columns, on white.
 
     Args:
-        images: uint8.
-        side: images that are smaller are enlarged to about this many pixels.
+        images: uint8, `(count, height, width, channels)`.
+        side: smaller images are enlarged to about this many pixels.
         gap: pixels between them.
     """
     factor = max(1, side // max(images.shape[1:3]))
@@ -57,7 +38,7 @@ def tile(images: np.ndarray, side: int = 64, gap: int = 2) -> np.ndarray:
 
 
 def heat(values: np.ndarray, side: int = 480) -> np.ndarray:
-    """A matrix of numbers from 0 to 1 as cells from white to dark blue, about `side` pixels."""
+    """A matrix of values from 0 to 1 as cells from white to dark blue, about `side` pixels."""
     factor = max(1, side // max(values.shape))
     shade = values.repeat(factor, axis=0).repeat(factor, axis=1)[..., None]
     white, blue = np.array([255.0, 255.0, 255.0]), np.array([8.0, 48.0, 107.0])

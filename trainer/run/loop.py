@@ -1,0 +1,363 @@
+"""The loop of a run: data, dispatch, and the actions that are due after a call of the step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator
+from contextlib import closing, suppress
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from trainer.checkpoints.init_from import initialise_from
+from trainer.checkpoints.restorer import Restored
+from trainer.checkpoints.saver import Saver
+from trainer.config.settings import Settings
+from trainer.console import say
+from trainer.data.prefetch import depth_for, prefetch
+from trainer.errors import NonFiniteLoss, Preempted
+from trainer.inference.evaluate import Evaluator
+from trainer.lift.lift import Lift
+from trainer.lift.replicas import check_replicas
+from trainer.lift.update import lift_update_step
+from trainer.metrics_writer.goodput import Goodput
+from trainer.metrics_writer.messages import (
+    say_end,
+    say_nothing_to_do,
+    say_start,
+    warn_of_changes,
+    warn_of_unsynced_state,
+)
+from trainer.metrics_writer.run_log import RunLog
+from trainer.metrics_writer.step_metrics import StepMetrics
+from trainer.metrics_writer.throughput import Throughput
+from trainer.metrics_writer.train_log import TrainLog
+from trainer.metrics_writer.writer import evaluation_at
+from trainer.run import actions
+from trainer.run.actions import StopRequested
+from trainer.run.early_stop import EarlyStop
+from trainer.run.ownership import Ownership
+from trainer.run.profiling import Profile, Profiler, annotated
+from trainer.state.train_state import TrainState
+from trainer.step.call import Call, calls
+from trainer.step.job import Job, make_init
+from trainer.step.update import metric_names
+from trainer.summaries.held_out import make_held_out_summaries
+from trainer.summaries.histograms import HistogramSummary
+from trainer.summaries.stragglers import Stragglers
+from trainer.workdir import lock
+from trainer.workdir.workdir import Workdir
+
+# How long the other processes give process 0 to save, after a loss that is not finite.
+_PATIENCE_SECS = 60.0
+
+
+class Result(NamedTuple):
+    """The end of a run.
+
+    Attributes:
+        state: the final state, on the devices.
+        metrics: the last value of every tag that was reported, as `{"train/loss": ...}`.
+    """
+
+    state: TrainState
+    metrics: dict[str, float]
+
+
+class Run:
+    """One call of `trainer.train`, which describes the arguments.
+
+    The order of every round of the loop: data, dispatch, metrics of older calls, then the actions
+    that are due, each on the state of exactly the step it is reported under.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        workdir: Workdir,
+        lift: Lift,
+        job: Job,
+        stop_requested: StopRequested,
+        local_dir: str | None,
+        profile: Profile | str | None,
+    ) -> None:
+        self.settings, self.workdir, self.lift, self.job = settings, workdir, lift, job
+        self.stop_requested = stop_requested
+        self.ownership = Ownership(workdir, lift, local_dir)
+        self.saver = Saver(workdir, settings, lift)
+        self.goodput = Goodput(time.monotonic)
+        self.early_stop = EarlyStop.of(settings)
+        self.prefetch_depth = depth_for(settings.prefetch, lift.platform)
+        self.scan = settings.steps_per_call > 1
+        self.step = 0  # before the call in progress
+        self.run_log = RunLog(
+            workdir,
+            self.goodput,
+            writes=lift.writes,
+            stop=job.stop,
+            global_batch_size=settings.global_batch_size,
+            num_devices=lift.mesh.size,
+            metrics=list(job.task.metrics),
+        )
+        self.log = TrainLog(
+            metric_names(job.task, job.recipe),
+            steps_per_epoch=job.stream.steps_per_epoch,
+            clock=time.monotonic,
+            on_epoch=self.run_log.epoch,
+            on_row=lambda row: self.run_log.row(row, self.log.skipped),
+            skip_limit=settings.nan_limit if settings.nan == "skip" else 0,
+        )
+        self.metrics = StepMetrics(self.log, self.goodput, self._read, self._on_non_finite)
+        self.profiler = Profiler(
+            profile,
+            workdir,
+            lift.process,
+            per_call=settings.steps_per_call,
+            stop=job.stop,
+            metrics=self.metrics,
+        )
+        self.checkpoint = actions.Checkpoint(
+            self.saver,
+            self.metrics,
+            self.run_log,
+            self._meta,
+            stop_requested,
+            settings.checkpoint_every_steps,
+        )
+        self.evaluate = self._make_evaluate()
+        self.actions = self._list_actions()
+
+    def _make_evaluate(self) -> actions.Evaluate | None:
+        settings, job, lift = self.settings, self.job, self.lift
+        summaries = make_held_out_summaries(
+            settings, job, lift, self.workdir, self.run_log, self.goodput, self.stop_requested
+        )
+        if job.held_out is None:
+            return None
+        batch_size = settings.eval_batch_size or settings.global_batch_size
+        return actions.Evaluate(
+            Evaluator(job.task, job.held_out, lift, batch_size, self.prefetch_depth),
+            self.metrics,
+            self.run_log,
+            self.saver,
+            self.early_stop,
+            self.stop_requested,
+            every_steps=settings.eval_every_steps or job.stream.steps_per_epoch,
+            summaries=summaries,
+        )
+
+    def _list_actions(self) -> list[actions.Action]:
+        """What is done after a call of the step when it is due, in this order."""
+        settings, lift = self.settings, self.lift
+        listed: list[actions.Action | None] = [
+            self.profiler,
+            actions.LogRow(self.metrics, settings.log_every_steps),
+            Stragglers.of(settings, lift, self.metrics, self.run_log),
+            HistogramSummary.of(
+                settings, self.job, lift, self.metrics, self.run_log, self.stop_requested
+            ),
+            self.evaluate,
+            self.checkpoint,
+            actions.CheckReplicas(lift, settings.replica_check_every_steps, self.checkpoint),
+            actions.CheckSaves(self.saver),
+            actions.InMemoryCheckpoint(self.saver, self.metrics, self.run_log, self._meta),
+        ]
+        return [action for action in listed if action is not None]
+
+    # The main path
+
+    def train(self) -> Result:
+        """Trains from the newest state to the last step."""
+        state = self._start()
+        step = int(self.lift.read(state.step))
+        if step >= self.job.stop or self.early_stop.reason:
+            return self._finish_at_once(step, state)
+        if self.workdir.exists:
+            self.ownership.record(self.saver.run)
+        warn_of_unsynced_state(self.lift, self.job, state)
+        self.goodput.begin_steps()
+        update = lift_update_step(self.settings, self.job, self.lift, state)
+        began = time.monotonic()
+        with closing(self._batches(step)) as batches:
+            for call, batch in batches:
+                phase = "compile" if call.is_first else "train"
+                if self.stop_requested(call.before, phase):
+                    self._save_and_stop(call.before, state)
+                self.step = call.before
+                kind = "compile" if call.is_first else "step"
+                with self.goodput.spending(kind), annotated(call.before):
+                    state, values = update(state, batch)
+                    if call.is_first:
+                        jax.block_until_ready(state)
+                self.metrics.add(call, values)
+                if call.is_first:
+                    self._begin(call, state, time.monotonic() - began)
+                self.run_log.progress(call.step)
+                for action in self.actions:
+                    if action.due(call):
+                        action.run(call, state)
+                step = call.step
+                if self.early_stop.reason:
+                    break
+        if self._evaluation_pending:
+            self._save_and_stop(step, state)
+        return self._finish(step, state)
+
+    def close(self) -> None:
+        """Releases everything, also after a failure, whose cause it never hides."""
+        self.profiler.close(self.step)
+        with suppress(Exception):
+            self.saver.close()
+        self.run_log.close()
+        lock.release(self.workdir.path)
+
+    # Before the first step
+
+    def _start(self) -> TrainState:
+        """The state to train on: restored, or new."""
+        began = time.monotonic()
+        self.stop_requested(0, "start")
+        self.ownership.agree()
+        if self.workdir.exists:
+            self.saver.run = self.ownership.claim()
+        state = self._restore_or_initialise()
+        step = int(self.lift.read(state.step))
+        seconds = time.monotonic() - began
+        say_start(self.settings, self.job, self.lift, self.workdir.path, state, seconds)
+        if self._evaluation_pending and self.evaluate is not None:
+            self.run_log.open(step)
+            self.evaluate.evaluate(step, state)
+        return state
+
+    def _restore_or_initialise(self) -> TrainState:
+        init = make_init(self.job, self.settings.seed)
+        if self.workdir.exists:
+            changed = bool(self.workdir.changes)
+            restored = self.saver.restore(jax.eval_shape(init), init, has_changed=changed)
+            if restored is None or not restored.in_memory or changed:
+                # In-memory checkpoints on any host are of steps that this start takes anew.
+                self.saver.run = self.ownership.new_run_id()
+            if restored is not None:
+                self._resume(restored)
+                return restored.state
+            self.run_log.resume(0)
+            say(f"{self.workdir.path} holds no checkpoint yet: starting at step 0")
+        state = self.lift.make_state(init)
+        if self.settings.init_from:
+            return initialise_from(self.settings, self.lift, state)
+        return state
+
+    def _resume(self, restored: Restored) -> None:
+        """Takes up what was saved beside the state."""
+        meta = restored.meta
+        self.log.from_json(meta["log"])
+        self.run_log.resume(restored.step, meta.get("rows", []))
+        self.goodput.resume(meta.get("goodput"))
+        self.early_stop.from_json(meta.get("early_stop"))
+        if meta["evaluation_pending"] and self.evaluate is not None:
+            found = json.dumps(evaluation_at(self.workdir, restored.step))
+            done = json.loads(self.lift.tell(found))
+            self.evaluate.pending = done is None
+            if done is not None:  # by an attempt that ended before it saved again
+                self.early_stop.add(restored.step, done)
+        warn_of_changes(self.job, self.workdir.changes, meta["num_steps"])
+
+    def _begin(self, call: Call, state: TrainState, seconds: float) -> None:
+        """Opens the run's files once its first call has succeeded."""
+        check_replicas(self.lift, state)
+        say(f"first {'call' if self.scan else 'step'} done, compiled in {seconds:.2f} s")
+        self._claim_new_folder()
+        self.run_log.open(call.before)
+        if self.lift.writes:
+            throughput = Throughput(self.settings, self.job, self.lift, state)
+            self.run_log.start_view(call.step, self.log.newest, throughput)
+        self.metrics.drain()
+
+    def _claim_new_folder(self) -> None:
+        if self.ownership.is_new:
+            self.saver.run = self.ownership.claim()
+            self.ownership.record(self.saver.run)
+
+    # In the loop
+
+    def _batches(self, first: int) -> Generator[tuple[Call, Any]]:
+        """Each call from step `first` on, with its batch on the devices."""
+        rows = self.lift.rows(self.settings.global_batch_size)
+        stream = self.job.stream
+
+        def make(call: Call) -> tuple[Call, Any]:
+            if self.scan:
+                batch = stream.batches_at(call.before, call.steps, rows)
+            else:
+                batch = stream.batch_at(call.before, rows)
+            return call, self.lift.put_batch(batch, scan=self.scan)
+
+        to_make = calls(first, self.job.stop, self.settings.steps_per_call)
+        with closing(prefetch(make, to_make, self.prefetch_depth)) as made:
+            self.profiler.before(first)
+            for call, batch in self.goodput.waiting(made):
+                yield call, batch
+                self.profiler.before(call.step)
+                self.stop_requested(call.step, "wait")
+
+    def _read(self, values: Any) -> np.ndarray:
+        # Draining waits for up to 16 calls in turn, and each of them is progress.
+        self.stop_requested(self.step, "wait")
+        return np.atleast_2d(self.lift.read(values))
+
+    def _on_non_finite(self, error: NonFiniteLoss) -> None:
+        self.run_log.non_finite(error)
+        self.saver.close()  # completes the save in progress: its state is good
+        error.last_good = self.saver.last_good
+        if not self.lift.writes:
+            time.sleep(_PATIENCE_SECS)  # the first failure ends the job, and process 0 still saves
+
+    def _meta(self) -> dict[str, Any]:
+        """What a resume needs beside the state."""
+        return {
+            "log": self.log.to_json(),
+            "num_steps": self.job.num_steps,
+            "goodput": self.goodput.to_json(),
+            "evaluation_pending": self._evaluation_pending,
+            "early_stop": self.early_stop.to_json(),
+        }
+
+    @property
+    def _evaluation_pending(self) -> bool:
+        return self.evaluate is not None and self.evaluate.pending
+
+    # After the last step
+
+    def _finish(self, step: int, state: TrainState) -> Result:
+        self.checkpoint.save(step, state)
+        self.stop_requested(step, "save")
+        with self.goodput.spending("save"):
+            self.saver.finish()
+        self.run_log.finish(step)
+        self.lift.gather(0)  # the job takes a process that leaves early for lost
+        reason = self.early_stop.reason
+        say_end(self.settings, self.job, self.workdir, self.saver, self.goodput, step, reason)
+        self.profiler.say_end()
+        return Result(state, self.run_log.metrics)
+
+    def _finish_at_once(self, step: int, state: TrainState) -> Result:
+        """The restored state is that of the last step."""
+        if self._evaluation_pending:
+            self._save_and_stop(step, state)
+        if self.saver.is_unsaved(step):  # the state was only in memory
+            self.ownership.record(self.saver.run)
+            self.checkpoint.save(step, state)
+        self.saver.finish()
+        say_nothing_to_do(self.settings, self.job, self.workdir.path, step, self.early_stop.reason)
+        return Result(state, self.run_log.metrics)
+
+    def _save_and_stop(self, step: int, state: TrainState) -> None:
+        say(f"asked to stop: saving at step {step}")
+        self._claim_new_folder()
+        self.profiler.close(step)
+        self.checkpoint.save(step, state)
+        self.run_log.close()
+        self.saver.finish()
+        raise Preempted(step)
