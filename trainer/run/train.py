@@ -238,7 +238,7 @@ class _Run:
                 elif is_due(self.settings.replica_check_every_steps, before, step):
                     check_replicas(self.lift, state)
                 self.saver.check()
-                if self.saver.copy_is_due:
+                if self.saver.in_memory_is_due:
                     self._copy(state, step)
                 self.profiler.before(step)
                 self.stop_requested(step, "wait")
@@ -380,7 +380,7 @@ class _Run:
         held_up = time.monotonic()  # until here the devices had steps to take
         meta = {**self._meta(), "rows": self.account.unwritten()}
         with self.goodput.spending("save"):
-            self.saver.copy(step, state, meta, held_up)
+            self.saver.save_in_memory(step, state, meta, held_up)
         self.log.exclude(time.monotonic() - held_up)  # the steps before it were steps
 
     def _meta(self) -> dict[str, Any]:
