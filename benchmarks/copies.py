@@ -44,18 +44,18 @@ def measure(model: str, batch: int, seconds: float) -> dict[str, object]:
     from trainer.checkpoints.in_memory import InMemoryCheckpoints
 
     copies: list[tuple[float, float, int]] = []  # when begun, when written, bytes
-    copy, write = InMemoryCheckpoints.copy, InMemoryCheckpoints._write
+    save, write = InMemoryCheckpoints.save, InMemoryCheckpoints._write
 
-    def timed_copy(self, step, meta, arrays, blocked):
+    def timed_save(self, step, meta, arrays, blocked):
         copies.append((time.monotonic() - blocked, 0.0, sum(a.nbytes for a in arrays.values())))
-        copy(self, step, meta, arrays, blocked)
+        save(self, step, meta, arrays, blocked)
 
     def timed_write(self, job):
         write(self, job)
         began, _, size = copies[-1]
         copies[-1] = (began, time.monotonic(), size)
 
-    InMemoryCheckpoints.copy, InMemoryCheckpoints._write = timed_copy, timed_write
+    InMemoryCheckpoints.save, InMemoryCheckpoints._write = timed_save, timed_write
     ends: list[float] = []  # of steps, as the loop dispatches them
     deadline = [float("inf")]
 

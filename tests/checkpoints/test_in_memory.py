@@ -70,7 +70,7 @@ def tier_of(root, workdir="/runs/mine", every_secs=10.0, max_bytes=1e9, clock=No
 
 def copy(tier, step, arrays=None, run="r", blocked=0.0):
     arrays = arrays_of(step) if arrays is None else arrays
-    tier.copy(step, {"run": run, "number": step}, arrays, blocked)
+    tier.save(step, {"run": run, "number": step}, arrays, blocked)
     tier.wait()
 
 
@@ -508,7 +508,7 @@ def test_none_is_due_while_one_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(fast, "_write_arrays", wait)
     clock = Clock()
     tier = tier_of(tmp_path / "shm", clock=clock)
-    tier.copy(1, {"run": "r", "number": 1}, arrays_of(1), 0.0)
+    tier.save(1, {"run": "r", "number": 1}, arrays_of(1), 0.0)
     try:
         assert begun.wait(30)
         clock.now += 1e9

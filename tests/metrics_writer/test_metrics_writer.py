@@ -110,8 +110,8 @@ def slow_loss(outputs, batch):
 
 @pytest.mark.slow
 def test_steps_that_a_copy_waits_for_are_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(Saver, "copy_is_due", True)
-    config = digits(20, loss={"target": "test_report:slow_loss"})
+    monkeypatch.setattr(Saver, "in_memory_is_due", True)
+    config = digits(20, loss={"target": "test_metrics_writer:slow_loss"})
     config.checkpoint.fast_dir = str(tmp_path)
     metrics = trainer.train(config, tmp_path / "run", mesh_of(2)).metrics
     assert metrics["train/step_seconds"] > 0.03

@@ -502,13 +502,13 @@ def crash(tmp_path, monkeypatch):
     (tmp_path / "memory").mkdir()
     monkeypatch.setattr(fast, "_BLOCKED_PART", 1e9)
     monkeypatch.setattr(fast, "_WRITING_PART", 1e9)
-    copy = InMemoryCheckpoints.copy
+    save = InMemoryCheckpoints.save
 
-    def copy_and_wait(self, *arguments):
-        copy(self, *arguments)
+    def save_and_wait(self, *arguments):
+        save(self, *arguments)
         self.wait()
 
-    monkeypatch.setattr(InMemoryCheckpoints, "copy", copy_and_wait)
+    monkeypatch.setattr(InMemoryCheckpoints, "save", save_and_wait)
     monkeypatch.setattr(InMemoryCheckpoints, "remove", lambda self: None)
 
     def crash_at(step, config, workdir):

@@ -138,7 +138,7 @@ class InMemoryCheckpoints:
         busy = self._thread is not None and self._thread.is_alive()
         return not self._is_off and not busy and self._clock() >= self._due
 
-    def copy(
+    def save(
         self, step: int, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], blocked: float
     ) -> None:
         """Takes a copy of the state; a thread writes it.

@@ -217,11 +217,11 @@ class Saver:
         return f"step {steps[-1]}, in {self._latest.path}" if steps else "none yet"
 
     @property
-    def copy_is_due(self) -> bool:
+    def in_memory_is_due(self) -> bool:
         """Whether it is time for a copy in memory; every host decides for itself."""
         return self._fast is not None and self._copies_here and self._fast.is_due
 
-    def copy(self, step: int, state: TrainState, meta: Meta, began: float) -> None:
+    def save_in_memory(self, step: int, state: TrainState, meta: Meta, began: float) -> None:
         """Takes a copy into the memory of this host.
 
         Args:
@@ -233,7 +233,7 @@ class Saver:
         assert self._fast is not None
         arrays = self._lift.host_copy(state)
         blocked = time.monotonic() - began
-        self._fast.copy(step, {**meta, **self._own_meta()}, arrays, blocked)
+        self._fast.save(step, {**meta, **self._own_meta()}, arrays, blocked)
 
     def discard_in_memory(self) -> None:
         """Gives up all copies: devices differ, and nobody has looked since they last agreed.
