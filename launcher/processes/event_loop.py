@@ -1,105 +1,73 @@
-"""Waiting for files, signals and timers at once, in one thread and without jax or asyncio."""
+"""Waits for files, signals and timers in one thread: callbacks on an asyncio loop."""
 
 from __future__ import annotations
 
-import contextlib
-import heapq
-import itertools
-import selectors
+import asyncio
 import signal
-import socket
-import time
 from collections.abc import Callable
 from typing import Any
 
 
-class Timer:
-    """Something that is due once; `cancel` calls it off."""
-
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self._callback: Callable[[], None] | None = callback
-
-    def cancel(self) -> None:
-        """Calls it off."""
-        self._callback = None
-
-    def fire(self) -> None:
-        """Calls back, unless called off."""
-        if self._callback is not None:
-            self._callback()
-
-
 class EventLoop:
-    """Calls back when a file can be read, a signal has arrived or a time has come.
+    """Calls back when a file is readable, a signal has arrived or a timer has expired.
 
-    Signals only leave a byte in a socket, and are acted on between other callbacks. Use as a
-    context manager, in the main thread: handlers are put back at its end.
-
-    Args:
-        clock: seconds, monotonic.
+    Unlike asyncio's loop, it runs until a condition holds, raises what a callback raises, and
+    restores the signal handlers that it has replaced. A context manager, for the main thread.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
-        self._selector = selectors.DefaultSelector()
-        self._timers: list[tuple[float, int, Timer]] = []
-        self._numbers = itertools.count()
-        self._on_signal: dict[int, Callable[[], None]] = {}
-        self._handlers: dict[int, Any] = {}
+    def __init__(self) -> None:
+        self._loop = asyncio.SelectorEventLoop()
+        self._until: Callable[[], bool] = lambda: True
+        self._errors: list[Exception] = []
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> EventLoop:
-        self._woken, wake = socket.socketpair()
-        self._woken.setblocking(False)
-        wake.setblocking(False)
-        self._wake = wake
-        self._previous = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        self.watch(self._woken, self._take_signals)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
+        self._loop.close()
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous)
-        self._selector.close()
-        self._woken.close()
-        self._wake.close()
 
-    def watch(self, file: Any, callback: Callable[[], None]) -> None:
-        """Calls back each time `file` (with a `fileno`, or the number) can be read."""
-        self._selector.register(file, selectors.EVENT_READ, callback)
+    def time(self) -> float:
+        """Seconds on a monotonic clock."""
+        return self._loop.time()
 
-    def forget(self, file: Any) -> None:
-        """Ends `watch`; a file that is not watched is no error."""
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(file)
+    def add_reader(self, file: Any, callback: Callable[[], None]) -> None:
+        """Calls back each time `file` (a descriptor, or an object with one) is readable."""
+        self._loop.add_reader(file, self._call, callback)
 
-    def on_signal(self, number: int, callback: Callable[[], None]) -> None:
-        """Calls back after each arrival of a signal."""
-        self._on_signal[number] = callback
-        previous = signal.signal(number, lambda number, frame: None)
-        self._handlers.setdefault(number, previous)
+    def remove_reader(self, file: Any) -> None:
+        """Ends `add_reader`, for a file that is still open; does nothing where there was none."""
+        self._loop.remove_reader(file)
 
-    def call_in(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        """Calls back once, after so many seconds."""
-        timer = Timer(callback)
-        heapq.heappush(self._timers, (self.clock() + seconds, next(self._numbers), timer))
-        return timer
+    def add_signal_handler(self, number: int, callback: Callable[[], None]) -> None:
+        """Calls back after each arrival of a signal, between two other callbacks."""
+        self._previous_handlers.setdefault(number, signal.getsignal(number))
+        self._loop.add_signal_handler(number, self._call, callback)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        """Calls back once, after a delay; the handle cancels it."""
+        return self._loop.call_later(seconds, self._call, callback)
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Goes on until `until()` says so after a callback."""
-        while not until():
-            timeout = None
-            if self._timers:
-                timeout = max(0.0, self._timers[0][0] - self.clock())
-            for key, _ in self._selector.select(timeout):
-                # Unless a callback of this round has forgotten it, and perhaps closed it.
-                if self._selector.get_map().get(key.fd) is key:
-                    key.data()
-            while self._timers and self._timers[0][0] <= self.clock():
-                heapq.heappop(self._timers)[2].fire()
+        """Runs callbacks until `until()` holds, which is evaluated after each of them.
 
-    def _take_signals(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            for number in self._woken.recv(4096):
-                if number in self._on_signal:
-                    self._on_signal[number]()
+        Raises:
+            Exception: what a callback raised. The loop can run again. Where two callbacks of one
+                round raise, the next `run` raises the second exception.
+        """
+        self._until = until
+        while not (self._errors or until()):
+            self._loop.run_forever()
+        if self._errors:
+            raise self._errors.pop(0)
+
+    def _call(self, callback: Callable[[], None]) -> None:
+        try:
+            callback()
+            if self._until():
+                self._loop.stop()
+        except Exception as error:
+            self._errors.append(error)
+            self._loop.stop()

@@ -18,7 +18,7 @@ class Client:
     """The meeting, as the launcher of any other rank takes part in it.
 
     Args:
-        reactor: of this launcher.
+        loop: of this launcher.
         card: its own.
         host: of rank 0.
         port: where its launcher listens.
@@ -30,7 +30,7 @@ class Client:
 
     def __init__(
         self,
-        reactor: EventLoop,
+        loop: EventLoop,
         card: Hello,
         host: str,
         port: int,
@@ -39,25 +39,25 @@ class Client:
         heartbeat_timeout: float,
         patience_secs: float,
     ) -> None:
-        self._reactor = reactor
+        self._loop = loop
         self._card = card
         self._target = (host, port)
         self._listener = listener
         self._rendezvous_timeout = rendezvous_timeout
         self._heartbeat_timeout = heartbeat_timeout
         self._patience_secs = patience_secs
-        self._began = reactor.clock()
+        self._began = loop.time()
         self._link: Connection | None = None
         self._has_started = self._is_over = self._is_done = False
         self._reason = ""
-        reactor.call_in(HEARTBEAT_SECS, self._beat)
-        reactor.call_in(10, self._remind)
+        loop.call_later(HEARTBEAT_SECS, self._beat)
+        loop.call_later(10, self._remind)
 
     def open(self) -> None:
         """Calls rank 0, again and again until it answers."""
         if self._is_over:
             return
-        waited = self._reactor.clock() - self._began
+        waited = self._loop.time() - self._began
         if waited > self._rendezvous_timeout:
             message = (
                 f"rank 0 does not answer at {join_address(*self._target)} for {waited:.0f} s "
@@ -68,10 +68,10 @@ class Client:
             connection = socket.create_connection(self._target, timeout=2.0)
         except OSError as error:
             self._reason = error.strerror or str(error)
-            self._reactor.call_in(min(2.0, 0.1 + waited / 10), self.open)
+            self._loop.call_later(min(2.0, 0.1 + waited / 10), self.open)
             return None
         self._address = connection.getsockname()[0]
-        self._link = Connection(self._reactor, connection, self._take, self._lost)
+        self._link = Connection(self._loop, connection, self._take, self._lost)
         self._link.send("join", protocol=PROTOCOL, card=asdict(self._card))
         return None
 
@@ -81,7 +81,7 @@ class Client:
             self._end(failure)
             return
         self._link.send("failed", failure=failure.to_json())
-        self._reactor.call_in(self._patience_secs, lambda: self._end(failure))
+        self._loop.call_later(self._patience_secs, lambda: self._end(failure))
 
     def abandon(self, failure: Failure) -> None:
         """This launcher ends now; the others end for this reason."""
@@ -138,16 +138,16 @@ class Client:
         # A proxy in front of a pod that is not up yet, or something else that listens there.
         self._link = None
         self._reason = reason
-        self._reactor.call_in(1.0, self.open)
+        self._loop.call_later(1.0, self.open)
 
     def _remind(self) -> None:
         if not self._has_started and not self._is_over:
-            waited = self._reactor.clock() - self._began
+            waited = self._loop.time() - self._began
             where = join_address(*self._target)
             what = f"the other ranks at {where}" if self._link else f"rank 0 at {where}"
             because = f": {self._reason}" if self._link is None else ""
             self._listener.on_wait(f"waiting for {what} ({waited:.0f} s{because})")
-            self._reactor.call_in(10, self._remind)
+            self._loop.call_later(10, self._remind)
 
     def _beat(self) -> None:
         if self._is_over:
@@ -155,4 +155,4 @@ class Client:
         if self._link is not None:
             self._link.send("beat")
             self._link.check(self._heartbeat_timeout)
-        self._reactor.call_in(HEARTBEAT_SECS, self._beat)
+        self._loop.call_later(HEARTBEAT_SECS, self._beat)

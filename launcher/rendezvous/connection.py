@@ -18,22 +18,22 @@ class Connection:
 
     def __init__(
         self,
-        reactor: EventLoop,
+        loop: EventLoop,
         connection: socket.socket,
         on_message: Callable[[dict[str, Any]], None],
         on_loss: Callable[[str], None],
     ) -> None:
-        self._reactor = reactor
+        self._loop = loop
         self._connection = connection
         self._on_message = on_message
         self._on_loss = on_loss
         self._received = b""
         self._unsent = b""
         self._is_open = True
-        self.heard = reactor.clock()
+        self.heard = loop.time()
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        reactor.watch(connection, self._read)
+        loop.add_reader(connection, self._read)
 
     def send(self, kind: str, **values: Any) -> None:
         """Sends one message. What the network does not take at once follows with the next."""
@@ -52,7 +52,7 @@ class Connection:
         if not self._is_open:
             return
         self._is_open = False
-        self._reactor.forget(self._connection)
+        self._loop.remove_reader(self._connection)
         with contextlib.suppress(OSError):
             if self._unsent:
                 self._connection.settimeout(1.0)
@@ -61,14 +61,14 @@ class Connection:
 
     def check(self, timeout: float) -> None:
         """Gives it up after so many seconds of silence."""
-        silent = self._reactor.clock() - self.heard
+        silent = self._loop.time() - self.heard
         if self._is_open and silent > timeout:
             self._lose(f"no sign of life for {silent:.0f} s")
 
     def _lose(self, reason: str) -> None:
         if self._is_open:
             self._is_open = False
-            self._reactor.forget(self._connection)
+            self._loop.remove_reader(self._connection)
             self._connection.close()
             self._on_loss(reason)
 
@@ -81,7 +81,7 @@ class Connection:
             return self._lose(error.strerror or "the connection broke")
         if not data:
             return self._lose("its launcher is gone")
-        self.heard = self._reactor.clock()
+        self.heard = self._loop.time()
         *lines, self._received = (self._received + data).split(b"\n")
         if len(self._received) > _LONGEST_LINE:
             return self._lose("it does not speak as a launcher does")

@@ -24,7 +24,7 @@ from trainer.version import __version__
 
 def open_rendezvous(
     plan: LaunchSpec,
-    reactor: EventLoop,
+    loop: EventLoop,
     listener: Listener,
     make_verdict: MakeRootCause,
     watch_secs: float,
@@ -33,7 +33,7 @@ def open_rendezvous(
 
     Args:
         plan: what is run.
-        reactor: of this launcher.
+        loop: of this launcher.
         listener: whom to tell.
         make_verdict: of what decides which failure is the story, where that is decided here.
         watch_secs: how often launchers look at their workers.
@@ -50,12 +50,12 @@ def open_rendezvous(
     times = (limits.rendezvous_timeout_secs, float(limits.heartbeat_timeout_secs))
     if card.rank != 0:
         patience = watch_secs + 5 * HEARTBEAT_SECS
-        return Client(reactor, card, placement.host, placement.port, listener, *times, patience)
+        return Client(loop, card, placement.host, placement.port, listener, *times, patience)
     address = own_address(placement.host)
     number_attempt = functools.partial(claim_attempt, plan.local_dir)
     try:
         return Server(
-            reactor, card, placement.port, address, number_attempt, listener, make_verdict, *times
+            loop, card, placement.port, address, number_attempt, listener, make_verdict, *times
         )
     except OSError as error:
         if error.errno != errno.EADDRINUSE:

@@ -17,7 +17,7 @@ class RootCause:
     """Takes failures as they are seen, and after a while says which came first.
 
     Args:
-        reactor: to wait with.
+        loop: to wait with.
         on_verdict: called once, with the story.
         consequence_secs: how long to wait for the cause where only a consequence was seen.
         hang_secs: how long to wait for other reports of a hang: launchers look now and then, and
@@ -26,13 +26,13 @@ class RootCause:
 
     def __init__(
         self,
-        reactor: EventLoop,
+        loop: EventLoop,
         on_verdict: Callable[[Failure], None],
         *,
         consequence_secs: float,
         hang_secs: float,
     ) -> None:
-        self._reactor = reactor
+        self._loop = loop
         self._on_verdict = on_verdict
         self._consequence_secs = consequence_secs
         self._hang_secs = hang_secs
@@ -43,16 +43,16 @@ class RootCause:
         """Takes a failure."""
         self._seen.append(failure)
         if len(self._seen) == 1:
-            self._reactor.call_in(_SETTLE_SECS, self._weigh)
+            self._loop.call_later(_SETTLE_SECS, self._weigh)
         elif failure.weight < CONSEQUENCE and failure.count is None:
-            self._reactor.call_in(_SETTLE_SECS, self._decide)  # a plain cause, after all
+            self._loop.call_later(_SETTLE_SECS, self._decide)  # a plain cause, after all
 
     def _weigh(self) -> None:
         story = self._first()
         if story.weight == CONSEQUENCE:
-            self._reactor.call_in(self._consequence_secs, self._decide)
+            self._loop.call_later(self._consequence_secs, self._decide)
         elif story.count is not None:
-            self._reactor.call_in(self._hang_secs, self._decide)
+            self._loop.call_later(self._hang_secs, self._decide)
         else:
             self._decide()
 

@@ -40,14 +40,14 @@ class _Refusal:
 class _Caller:
     """A launcher that has called: first a stranger, then the one of a rank."""
 
-    def __init__(self, meeting: Server, reactor: EventLoop, connection: socket.socket) -> None:
+    def __init__(self, meeting: Server, loop: EventLoop, connection: socket.socket) -> None:
         self.card: Hello | None = None
         self.has_left = False
         self.local_address = str(connection.getsockname()[0])
         self._meeting = meeting
-        self._reactor = reactor
-        self.link = Connection(reactor, connection, self._take, self._lost)
-        reactor.call_in(_INTRODUCTION_SECS, self._expect_card)
+        self._loop = loop
+        self.link = Connection(loop, connection, self._take, self._lost)
+        loop.call_later(_INTRODUCTION_SECS, self._expect_card)
 
     def _expect_card(self) -> None:
         if self.card is None:
@@ -61,7 +61,7 @@ class _Caller:
         if refusal is not None:
             failure = Failure(card.rank, refusal.exit_code, refusal.reason)
             self.link.send("end", failure=failure.to_json())
-            self._reactor.call_in(1.0, self.link.close)
+            self._loop.call_later(1.0, self.link.close)
             return self._meeting.end_everywhere(failure) if refusal.ends_the_job else None
         self.card = card
         return self._meeting.admit(self, card)
@@ -75,7 +75,7 @@ class Server:
     """The meeting, as rank 0's launcher holds it.
 
     Args:
-        reactor: of this launcher.
+        loop: of this launcher.
         card: its own.
         port: where to listen.
         address: on which of this machine's addresses; all of them where empty.
@@ -91,7 +91,7 @@ class Server:
 
     def __init__(
         self,
-        reactor: EventLoop,
+        loop: EventLoop,
         card: Hello,
         port: int,
         address: str,
@@ -101,7 +101,7 @@ class Server:
         rendezvous_timeout: float,
         heartbeat_timeout: float,
     ) -> None:
-        self._reactor = reactor
+        self._loop = loop
         self._card = card
         self._claim_attempt = claim_attempt
         self._listener = listener
@@ -117,11 +117,11 @@ class Server:
         self._server.bind((address, port))
         self._server.listen(128)
         self._server.setblocking(False)
-        reactor.watch(self._server, self._accept)
-        self._began = reactor.clock()
-        self._deadline = reactor.call_in(rendezvous_timeout, self._give_up)
-        reactor.call_in(HEARTBEAT_SECS, self._beat)
-        reactor.call_in(10, self._remind)
+        loop.add_reader(self._server, self._accept)
+        self._began = loop.time()
+        self._deadline = loop.call_later(rendezvous_timeout, self._give_up)
+        loop.call_later(HEARTBEAT_SECS, self._beat)
+        loop.call_later(10, self._remind)
 
     def open(self) -> None:
         """Begins at once if nobody else is expected."""
@@ -163,7 +163,7 @@ class Server:
         self._deadline.cancel()
         for caller in self._callers.values():
             caller.link.close()
-        self._reactor.forget(self._server)
+        self._loop.remove_reader(self._server)
         self._server.close()
         if self._held_port is not None:
             self._held_port.close()
@@ -171,7 +171,7 @@ class Server:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             connection, _ = self._server.accept()
-            _Caller(self, self._reactor, connection)
+            _Caller(self, self._loop, connection)
 
     def admit(self, caller: _Caller, card: Hello) -> None:
         """Takes up a launcher that `refusal_of` has no objection to."""
@@ -257,7 +257,7 @@ class Server:
     def _give_up(self) -> None:
         if self._has_started or self._is_over:
             return
-        waited = self._reactor.clock() - self._began
+        waited = self._loop.time() - self._began
         failure = Failure(
             self._card.rank,
             RETRY,
@@ -268,16 +268,16 @@ class Server:
 
     def _remind(self) -> None:
         if not self._has_started and not self._is_over:
-            waited = self._reactor.clock() - self._began
+            waited = self._loop.time() - self._began
             self._listener.on_wait(f"waiting for {self._missing()} ({waited:.0f} s)")
-            self._reactor.call_in(10, self._remind)
+            self._loop.call_later(10, self._remind)
 
     def _beat(self) -> None:
         self._send("beat")
         for caller in list(self._callers.values()):
             caller.link.check(self._heartbeat_timeout)
         if not self._is_over:
-            self._reactor.call_in(HEARTBEAT_SECS, self._beat)
+            self._loop.call_later(HEARTBEAT_SECS, self._beat)
 
     def take(self, caller: _Caller, card: Hello, message: dict[str, Any]) -> None:
         """A message of a launcher that was admitted."""

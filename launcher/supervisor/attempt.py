@@ -1,11 +1,12 @@
 """One attempt of a job: the workers of this launcher from their start to their end.
 
-What happens arrives as callbacks of the reactor. A failure is reported to the meeting, which comes
+What happens arrives as callbacks of the loop. A failure is reported to the meeting, which comes
 back with the story that ends the attempt (`_close_with`); everything else ends well (`_all_done`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from launcher import exit_codes
 from launcher.launch.spec import LaunchSpec, host_name
 from launcher.processes.assignment import Assignment, Outcome
-from launcher.processes.event_loop import EventLoop, Timer
+from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import Failure, of_exit, of_outcome
 from launcher.processes.messages import show
 from launcher.processes.rank_log import RankFile, remove_logs
@@ -68,7 +69,7 @@ class Attempt:
 
     Args:
         plan: what is run.
-        reactor: entered.
+        loop: entered.
         environ: the launcher's environment.
         other_children: children of this process that are none of its workers' making.
     """
@@ -76,13 +77,13 @@ class Attempt:
     def __init__(
         self,
         plan: LaunchSpec,
-        reactor: EventLoop,
+        loop: EventLoop,
         environ: Mapping[str, str],
         other_children: set[int],
     ) -> None:
         self._plan = plan
         self._limits = plan.limits
-        self._reactor = reactor
+        self._loop = loop
         self._environ = environ
         self._other_children = other_children
         self._rank = plan.workers[0].rank
@@ -90,7 +91,7 @@ class Attempt:
         self._children: list[Child] = []
         self._files: dict[int, RankFile] = {}
         self._meeting: Rendezvous | None = None
-        self._timers: list[Timer] = []
+        self._timers: list[asyncio.TimerHandle] = []
         self._reaped: set[int] = set()
         self._watchdog = Watchdog(plan.limits.hang_timeout_secs)
         self._asked_to_stop = False
@@ -108,15 +109,15 @@ class Attempt:
             self._meeting = self._make_meeting()
             try:
                 self._meeting.open()
-                self._reactor.run(lambda: self._ending is not None)
+                self._loop.run(lambda: self._ending is not None)
             except UserError as error:  # found by the launcher itself: the others are to know
                 self._report(Failure(self._rank, exit_codes.USAGE, str(error)))
-                self._reactor.run(lambda: self._ending is not None)
+                self._loop.run(lambda: self._ending is not None)
             except Exception as error:
                 message = f"{type(error).__name__} in the launcher of rank {self._rank}: {error}"
                 trace = traceback.format_exc()
                 self._report(Failure(self._rank, exit_codes.FAILED, message, trace=trace))
-                self._reactor.run(lambda: self._ending is not None)
+                self._loop.run(lambda: self._ending is not None)
         finally:
             self._clean_up()
         assert self._ending is not None
@@ -134,12 +135,12 @@ class Attempt:
         )
         make_verdict: MakeRootCause = functools.partial(
             RootCause,
-            self._reactor,
+            self._loop,
             # Longer than another launcher's failure or loss takes to be known here.
             consequence_secs=0.5 if placement is None else 2 * HEARTBEAT_SECS,
             hang_secs=0.0 if placement is None else self._watchdog.period + HEARTBEAT_SECS,
         )
-        return open_rendezvous(plan, self._reactor, listener, make_verdict, self._watchdog.period)
+        return open_rendezvous(plan, self._loop, listener, make_verdict, self._watchdog.period)
 
     def _start(self, start: Start) -> None:
         plan = self._plan
@@ -170,7 +171,7 @@ class Attempt:
                 self._children.append(Child(assignment, environ, label=label))
         for child in self._children:
             child.listen(
-                self._reactor,
+                self._loop,
                 functools.partial(self._relay, child),
                 functools.partial(self._heard, child),
             )
@@ -178,7 +179,7 @@ class Attempt:
 
     def _later(self, seconds: float, callback: Callable[[], None]) -> None:
         """Calls back unless the attempt is over by then."""
-        self._timers.append(self._reactor.call_in(seconds, callback))
+        self._timers.append(self._loop.call_later(seconds, callback))
 
     # What workers say and do
 
@@ -234,12 +235,12 @@ class Attempt:
         assert self._meeting is not None
         code = max(outcome.exit_code for outcome in outcomes)
         message = next((o.message for o in outcomes if o.exit_code == code), "")
-        deadline = self._reactor.clock() + _EXIT_SECS
+        deadline = self._loop.time() + _EXIT_SECS
         self._meeting.done()
 
         def wait() -> None:
             assert self._meeting is not None
-            if self._meeting.all_done or self._reactor.clock() > deadline:
+            if self._meeting.all_done or self._loop.time() > deadline:
                 ending = AttemptResult(code, message, None, self._asked_to_stop, self._number)
                 self._ending = self._ending or ending
             else:
@@ -250,7 +251,7 @@ class Attempt:
     def _watch(self) -> None:
         """Looks whether the workers move on."""
         said = {c.rank: c.page.read() for c in self._children if c.outcome is None}
-        stuck = self._watchdog.look(said, self._reactor.clock())
+        stuck = self._watchdog.look(said, self._loop.time())
         if stuck is None:
             self._later(self._watchdog.period, self._watch)
             return
@@ -373,12 +374,12 @@ class Attempt:
         for timer in self._timers:
             timer.cancel()
         is_over: list[bool] = []
-        self._reactor.call_in(0.05, lambda: is_over.append(True))
-        self._reactor.run(lambda: bool(is_over))  # what is left in the pipes
+        self._loop.call_later(0.05, lambda: is_over.append(True))
+        self._loop.run(lambda: bool(is_over))  # what is left in the pipes
         if self._meeting is not None:
             self._meeting.leave()
         for child in self._children:
-            child.close(self._reactor)
+            child.close(self._loop)
         for file in self._files.values():
             file.close()
         if self._ending is not None and self._ending.exit_code == exit_codes.USAGE:

@@ -68,20 +68,20 @@ class Child:
         return self.process.pid
 
     def listen(
-        self, reactor: EventLoop, on_line: OnLine, on_outcome: Callable[[Outcome], None]
+        self, loop: EventLoop, on_line: OnLine, on_outcome: Callable[[Outcome], None]
     ) -> None:
         """Passes on its output, as (line, whether from stderr), and its outcome."""
         assert self.process.stdout is not None
         assert self.process.stderr is not None
-        _Lines(reactor, self.process.stdout, lambda line: on_line(line, False))
-        _Lines(reactor, self.process.stderr, lambda line: on_line(line, True))
+        _Lines(loop, self.process.stdout, lambda line: on_line(line, False))
+        _Lines(loop, self.process.stderr, lambda line: on_line(line, True))
 
         def take(line: str) -> None:
             with contextlib.suppress(ValueError, TypeError):  # killed in the middle of its words
                 self.outcome = Outcome.from_line(line.encode())
                 on_outcome(self.outcome)
 
-        _Lines(reactor, self.report, take)
+        _Lines(loop, self.report, take)
 
     def signal(self, number: int) -> None:
         """Sends it a signal, if it is still there."""
@@ -93,24 +93,24 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def close(self, reactor: EventLoop) -> None:
+    def close(self, loop: EventLoop) -> None:
         """Lets go of its pipes."""
         for pipe in (self.process.stdout, self.process.stderr, self.report):
             if pipe is not None and not pipe.closed:
-                reactor.forget(pipe)
+                loop.remove_reader(pipe)
                 pipe.close()
 
 
 class _Lines:
     """Whole lines out of a pipe, until its end."""
 
-    def __init__(self, reactor: EventLoop, pipe: IO[bytes], on_line: Callable[[str], None]) -> None:
-        self._reactor = reactor
+    def __init__(self, loop: EventLoop, pipe: IO[bytes], on_line: Callable[[str], None]) -> None:
+        self._loop = loop
         self._pipe = pipe
         self._on_line = on_line
         self._rest = b""
         os.set_blocking(pipe.fileno(), False)
-        reactor.watch(pipe, self._read)
+        loop.add_reader(pipe, self._read)
 
     def _read(self) -> None:
         try:
@@ -123,7 +123,7 @@ class _Lines:
         for line in lines:
             self._on_line(line.decode(errors="replace"))
         if not data:
-            self._reactor.forget(self._pipe)
+            self._loop.remove_reader(self._pipe)
             self._pipe.close()
 
 

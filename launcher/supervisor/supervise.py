@@ -31,31 +31,31 @@ def supervise(plan: LaunchSpec, environ: Mapping[str, str] = os.environ) -> int:
         show_line(detected(plan.placement))
     adopt_orphans()
     try:
-        with EventLoop() as reactor:
-            return _Supervisor(plan, reactor, environ).run()
+        with EventLoop() as loop:
+            return _Supervisor(plan, loop, environ).run()
     finally:
         finish_showing()
 
 
 class _Supervisor:
-    def __init__(self, plan: LaunchSpec, reactor: EventLoop, environ: Mapping[str, str]) -> None:
+    def __init__(self, plan: LaunchSpec, loop: EventLoop, environ: Mapping[str, str]) -> None:
         self._plan = plan
-        self._reactor = reactor
+        self._loop = loop
         self._environ = environ
         self._other_children = children()
         self._attempt: Attempt | None = None
         self._asked_to_stop = False
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                reactor.on_signal(number, functools.partial(self._asked, number))
-        reactor.on_signal(signal.SIGCHLD, self._reap)
-        reactor.on_signal(STACKS_SIGNAL, self._dump_stacks)
+                loop.add_signal_handler(number, functools.partial(self._asked, number))
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        loop.add_signal_handler(STACKS_SIGNAL, self._dump_stacks)
 
     def run(self) -> int:
         previous: Failure | None = None
         restarts = 0
         while True:
-            self._attempt = Attempt(self._plan, self._reactor, self._environ, self._other_children)
+            self._attempt = Attempt(self._plan, self._loop, self._environ, self._other_children)
             ending = self._attempt.run()
             self._attempt = None
             why_not = why_not_again(ending, previous, restarts, self._plan.limits.max_restarts)
@@ -75,8 +75,8 @@ class _Supervisor:
     def _wait(self, seconds: float) -> bool:
         """Returns early, with True, if asked to stop."""
         due: list[bool] = []
-        timer = self._reactor.call_in(seconds, lambda: due.append(True))
-        self._reactor.run(lambda: bool(due) or self._asked_to_stop)
+        timer = self._loop.call_later(seconds, lambda: due.append(True))
+        self._loop.run(lambda: bool(due) or self._asked_to_stop)
         timer.cancel()
         return self._asked_to_stop
 

@@ -181,14 +181,14 @@ def test_what_a_message_sets_off_is_not_the_fault_of_who_sent_it():
     with socket.create_server(("127.0.0.1", 0)) as server:
         theirs = socket.create_connection(server.getsockname())
         ours, _ = server.accept()
-    with EventLoop() as reactor, theirs:
-        link = Connection(reactor, ours, claim, lost.append)
+    with EventLoop() as loop, theirs:
+        link = Connection(loop, ours, claim, lost.append)
         theirs.sendall(b'{"kind": "start"}\n')
         with pytest.raises(OSError, match="No space left"):
-            reactor.run(lambda: bool(lost))
+            loop.run(lambda: bool(lost))
         assert lost == []
         theirs.sendall(b"hello\n")
-        reactor.run(lambda: bool(lost))
+        loop.run(lambda: bool(lost))
         assert lost == ["it does not speak as a launcher does"]
         link.close()
 
@@ -202,11 +202,11 @@ def test_of_ranks_that_hang_the_one_furthest_behind_is_the_story():
 def story_of(*failures):
     """The verdict on failures that are all seen within a moment."""
     stories = []
-    with EventLoop() as reactor:
-        verdict = RootCause(reactor, stories.append, consequence_secs=0.2, hang_secs=0.2)
+    with EventLoop() as loop:
+        verdict = RootCause(loop, stories.append, consequence_secs=0.2, hang_secs=0.2)
         for failure in failures:
             verdict.add(failure)
-        reactor.run(lambda: bool(stories))
+        loop.run(lambda: bool(stories))
     return stories[0]
 
 
