@@ -23,36 +23,36 @@ class Clock:
 
 def test_every_second_is_of_one_kind():
     clock = Clock()
-    account = Goodput(clock)
+    goodput = Goodput(clock)
     clock.tick(3)
-    account.begin_steps()
+    goodput.begin_steps()
 
     def batches():
         for number in range(3):
             clock.tick(0.5)
             yield number
 
-    for _ in account.waiting(batches()):
+    for _ in goodput.waiting(batches()):
         clock.tick(2)
-        with account.spending("evaluate"):
+        with goodput.spending("evaluate"):
             clock.tick(1)
-            with account.spending("save"):
+            with goodput.spending("save"):
                 clock.tick(0.25)
-    seconds = account.seconds()
+    seconds = goodput.seconds()
     expected = {"start": 3, "data": 1.5, "step": 6, "evaluate": 3, "save": 0.75}
     assert {kind: spent for kind, spent in seconds.items() if spent} == expected
-    assert max(account.shares(), key=account.shares().get) == "step"
-    assert sum(account.shares().values()) == pytest.approx(1)
+    assert max(goodput.shares(), key=goodput.shares().get) == "step"
+    assert sum(goodput.shares().values()) == pytest.approx(1)
 
-    with account.spending("profile"):  # a kind of its own, asked for while it lasts
+    with goodput.spending("profile"):  # a kind of its own, asked for while it lasts
         clock.tick(1)
-        assert account.seconds()["profile"] == 1
+        assert goodput.seconds()["profile"] == 1
 
-    saved = json.loads(json.dumps(account.to_json()))
+    saved = json.loads(json.dumps(goodput.to_json()))
     clock.tick(10)
     later = Goodput(clock)
     clock.tick(4)
-    later.go_on_from(saved)
+    later.resume(saved)
     clock.tick(1)
     later.begin_steps()
     clock.tick(7)
@@ -64,18 +64,18 @@ def test_every_second_is_of_one_kind():
 
 def test_a_block_that_raises_is_over():
     clock = Clock()
-    account = Goodput(clock)
-    account.begin_steps()
+    goodput = Goodput(clock)
+    goodput.begin_steps()
 
     def fail():
-        with account.spending("save"):
+        with goodput.spending("save"):
             clock.tick(1)
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
     clock.tick(2)
-    assert account.seconds()["step"] == 2
+    assert goodput.seconds()["step"] == 2
 
 
 def test_the_account_survives_a_restart(tmp_path, capsys):

@@ -13,7 +13,7 @@ import trainer
 from trainer.metrics_writer import chip_peaks as peaks
 from trainer.metrics_writer.chip_peaks import Peak, utilization
 from trainer.metrics_writer.messages import describe_chips, describe_rate
-from trainer.metrics_writer.throughput import Speed, memory_tags
+from trainer.metrics_writer.throughput import Throughput, memory_tags
 
 
 def chips(kind, count, cores=1):
@@ -48,13 +48,13 @@ def test_utilization_is_not_guessed():
 @pytest.mark.parametrize("lift", ["pmap", "vmap"])
 def test_speed_is_in_tensorboard_only(tmp_path, monkeypatch, capsys, lift):
     monkeypatch.setitem(peaks.PEAKS, "cpu", Peak(half=1e12, single=1e12))
-    told = Speed.tags
+    told = Throughput.tags
 
     def counted(speed, seconds):
         speed.counting.join()
         return told(speed, seconds)
 
-    monkeypatch.setattr(Speed, "tags", counted)
+    monkeypatch.setattr(Throughput, "tags", counted)
     config = digits(20, lift=lift, steps_per_call=5)
     trainer.train(config, tmp_path / "run", mesh_of(4))
     scalars, _ = read_tensorboard(tmp_path / "run")

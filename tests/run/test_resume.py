@@ -469,8 +469,8 @@ def test_replicas_are_compared_after_the_first_step_every_n_steps_and_before_sav
         seen.append(int(lift.read(state.step)))
         return check_replicas(lift, state)
 
-    for user in ("trainer.run.train", "trainer.checkpoints.saver"):
-        monkeypatch.setattr(f"{user}.examine", recorded)
+    for user in ("trainer.run.loop", "trainer.run.actions", "trainer.checkpoints.saver"):
+        monkeypatch.setattr(f"{user}.check_replicas", recorded)
     config = digits(10, replica_check_every_steps=3)
     config.checkpoint.every_steps = 5
     trainer.train(config, tmp_path / "run", mesh_of(2))

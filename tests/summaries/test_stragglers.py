@@ -33,18 +33,18 @@ def test_who_is_slowest_and_whether_it_matters():
 def test_waiting_is_not_computing():
     """Wall time and processor time of each kind are told apart."""
     now = {"wall": 0.0, "cpu": 0.0}
-    account = Goodput(lambda: now["wall"], lambda: now["cpu"])
+    goodput = Goodput(lambda: now["wall"], lambda: now["cpu"])
     now["cpu"] += 5.0
-    account.begin_steps()
+    goodput.begin_steps()
     now["wall"] += 10.0  # of which the thread computes for one, while the devices work
     now["cpu"] += 1.0
-    with account.spending("data"):
+    with goodput.spending("data"):
         now["wall"] += 3.0
         now["cpu"] += 2.0
     now["cpu"] += 0.5
-    assert account.cpu_seconds("step") == 1.5
-    assert account.cpu_seconds("evaluate") == 0.0
-    assert account.seconds()["data"] == 3.0
+    assert goodput.cpu_seconds("step") == 1.5
+    assert goodput.cpu_seconds("evaluate") == 0.0
+    assert goodput.seconds()["data"] == 3.0
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_a_rank_with_slow_data_is_named(launch, tmp_path, lift):
         "--config.summaries.confusion",
         "--config.summaries.images=4",
         "--config.summaries.histograms_every_steps=20",
-        environ={"PYTHONPATH": f"{ROOT}:{ROOT}/tests/cluster"},
+        environ={"PYTHONPATH": f"{ROOT}:{ROOT}/tests/jobs"},
     )
     assert code == 0, out + err
     lines = [line for line in out.splitlines() if "slowest rank" in line]

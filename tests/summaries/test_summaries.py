@@ -22,13 +22,15 @@ from trainer.inference.evaluate import HeldOutSums
 from trainer.lift.lift import make_lift
 from trainer.lift.update import lift_update_step
 from trainer.losses import softmax_cross_entropy
-from trainer.run import train as loop
+from trainer.metrics_writer.tensorboard import TensorBoardWriter
+from trainer.run import loop
 from trainer.state.leaves import name_leaves
 from trainer.step.init import init_state
 from trainer.step.task import Task
-from trainer.summaries import images as png
+from trainer.summaries import images
 from trainer.summaries.confusion import make_confusion_step
 from trainer.summaries.histograms import BINS
+from trainer.workdir.workdir import Workdir
 
 ON = {"histograms_every_steps": 4, "images": 5, "confusion": True, "stragglers": True}
 EXAMPLES = load()["eval"]
@@ -153,8 +155,8 @@ def test_images_are_those_of_the_data(tmp_path):
     assert len(events.Images("held_out/images")) == 1  # they do not change
     step, page = picture(events, "held_out/images")
     assert step == 2
-    assert page.shape == (2 * 64 + 2, 3 * 64 + 2 * 2)
-    shown = page[66:, 66:130].reshape(8, 8, 8, 8)  # the fifth, each pixel as 8 x 8
+    assert page.shape == (2 * 64 + 2, 3 * 64 + 2 * 2, 3)  # tensorboardX writes grey as RGB
+    shown = page[66:, 66:130, 0].reshape(8, 8, 8, 8)  # the fifth, each pixel as 8 x 8
     assert (shown == shown[:, :1, :, :1]).all()
     expected = np.asarray(EXAMPLES["x"][4, ..., 0])
     np.testing.assert_allclose(shown[:, 0, :, 0] / 255, expected / expected.max(), atol=0.01)
@@ -230,7 +232,7 @@ def test_the_confusion_matrix_of_each_evaluation(tmp_path):
         ({"histograms_every_steps": 0}, None, "should be a whole number of at least 1"),
         ({"images": 2}, "flat", r"config.summaries.images=2: x has the shape \(64,\)"),
         ({"confusion": True}, "onehot", r"one class an example; .*labels float32\[1, 10\]"),
-        ({"confusion": True}, "alone", "config.summaries.confusion=True: nothing is held out"),
+        ({"confusion": True}, "alone", "config.summaries.confusion=True: there are no held-out examples"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_before_anything_is_written(
@@ -256,15 +258,19 @@ def other(change):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_are_png_files(channels):
+def test_images_reach_tensorboard_as_they_are(tmp_path, channels):
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (5, 7, channels), dtype=np.uint8)
-    read = np.array(Image.open(io.BytesIO(png.encode(pixels))))
-    np.testing.assert_array_equal(read.reshape(pixels.shape), pixels)
+    writer = TensorBoardWriter(Workdir.check(tmp_path, digits(1)), 0)
+    writer.image(3, "eval/confusion", pixels)
+    writer.close()
+    step, read = picture(histograms_and_images(tmp_path), "eval/confusion")
+    assert step == 3
+    np.testing.assert_array_equal(read.reshape(5, 7, -1), np.broadcast_to(pixels, (5, 7, 3)))
 
 
 def test_floats_become_pixels():
-    np.testing.assert_array_equal(png.to_uint8(np.array([0.0, 0.2, 1.0])), [0, 51, 255])
-    np.testing.assert_array_equal(png.to_uint8(np.array([-2.0, 0.0, 2.0])), [0, 128, 255])
-    np.testing.assert_array_equal(png.to_uint8(np.array([3.0, 3.0])), [0, 0])
-    np.testing.assert_array_equal(png.to_uint8(np.array([0, 128, 255], np.uint8)), [0, 128, 255])
+    np.testing.assert_array_equal(images.to_uint8(np.array([0.0, 0.2, 1.0])), [0, 51, 255])
+    np.testing.assert_array_equal(images.to_uint8(np.array([-2.0, 0.0, 2.0])), [0, 128, 255])
+    np.testing.assert_array_equal(images.to_uint8(np.array([3.0, 3.0])), [0, 0])
+    np.testing.assert_array_equal(images.to_uint8(np.array([0, 128, 255], np.uint8)), [0, 128, 255])
