@@ -232,7 +232,11 @@ def test_the_confusion_matrix_of_each_evaluation(tmp_path):
         ({"histograms_every_steps": 0}, None, "should be a whole number of at least 1"),
         ({"images": 2}, "flat", r"config.summaries.images=2: x has the shape \(64,\)"),
         ({"confusion": True}, "onehot", r"one class an example; .*labels float32\[1, 10\]"),
-        ({"confusion": True}, "alone", "config.summaries.confusion=True: there are no held-out examples"),
+        (
+            {"confusion": True},
+            "alone",
+            "confusion=True: there are no held-out examples",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_refused_before_anything_is_written(

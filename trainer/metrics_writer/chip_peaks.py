@@ -1,4 +1,4 @@
-"""The most that chips compute: what a measured or predicted step is held against."""
+"""Peak FLOP/s of chips, for MFU and for the roofline of `launcher plan`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HALF = ("bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Peak:
-    """Of one chip, in FLOP/s, dense.
+    """Dense peak FLOP/s of one chip.
 
     Attributes:
         half: of bfloat16 and float16.
@@ -22,7 +22,7 @@ class Peak:
     single: float
 
     def seconds(self, flops: Mapping[str, float]) -> float | None:
-        """What so many operations, by dtype, take at least; None where a dtype has no peak."""
+        """The least seconds for operations by dtype; None if a dtype has no peak."""
         total = 0.0
         for dtype, count in flops.items():
             if dtype not in (*_HALF, "float32"):
@@ -39,7 +39,7 @@ _H100 = Peak(989e12, 494e12)
 _A100 = Peak(312e12, 156e12)
 
 # By `jax.Device.device_kind`. TPUs: https://cloud.google.com/tpu/docs/v3 and its like for the other
-# versions; GPUs: their data sheets, whose figures with sparsity are twice these.
+# versions; GPUs: their data sheets, where figures with sparsity are twice these.
 PEAKS: dict[str, Peak] = {
     "TPU v2": _tpu(45e12),
     "TPU v3": _tpu(123e12),
@@ -62,15 +62,15 @@ PEAKS: dict[str, Peak] = {
 
 
 def utilization(flops: Mapping[str, float], seconds: float, devices: Iterable[Any]) -> float | None:
-    """The part of the chips' peak that a step reaches (MFU), from 0 to 1.
+    """Model FLOPs utilisation (MFU) of a step, from 0 to 1.
 
     Args:
         flops: of the step on all devices, by dtype.
-        seconds: that the step takes.
-        devices: of jax. Both cores of a TPU v3, two devices, are one chip: they share its place.
+        seconds: of the step.
+        devices: of jax. The two devices of a TPU v3 chip share its coordinates.
 
     Returns:
-        None where the peak of a device's kind, or of a dtype on it, is not known.
+        None if the peak of the device kind, or of a dtype on it, is unknown.
     """
     devices = list(devices)
     kinds = {device.device_kind for device in devices}

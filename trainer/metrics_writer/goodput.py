@@ -1,4 +1,4 @@
-"""Where the time of a run goes, over all its starts: the part that is steps is its goodput."""
+"""Where the time of a run goes, over all its starts. Its goodput is the share of steps."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
-# Everything that is none of these, or of a kind that not every run has, is steps.
+# All other time is "step", or a kind that only some runs have.
 KINDS = ("start", "restart", "compile", "data", "evaluate", "save")
 
 
 class Goodput:
-    """Adds up seconds by what they were spent on.
+    """Adds up seconds by kind.
 
-    What a killed attempt did after its newest state is not in it: nobody was left to tell.
+    The time of a killed attempt past its newest checkpoint is lost with it.
 
     Args:
         clock: seconds, monotonic.
-        cpu_clock: seconds of processor time of the thread that calls.
+        cpu_clock: seconds of processor time of the calling thread.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def spending(self, kind: str) -> Generator[None]:
-        """The time of a block is of this kind; that of blocks within it is of theirs."""
+        """Counts the time of a block as this kind, except blocks of another kind within it."""
         outer = self._kind
         self._switch(kind)
         try:
@@ -42,11 +42,11 @@ class Goodput:
             self._switch(outer)
 
     def begin_steps(self) -> None:
-        """All is ready: what is not said to be of another kind is steps from now on."""
+        """Counts all time that is not of another kind as "step" from now on."""
         self._switch("step")
 
     def waiting(self, batches: Iterable[Any]) -> Generator[Any]:
-        """The same batches; the wait for each is for data."""
+        """Yields the batches, and counts the wait for each as "data"."""
         iterator = iter(batches)
         while True:
             with self.spending("data"):
@@ -56,14 +56,14 @@ class Goodput:
             yield batch
 
     def seconds(self) -> dict[str, float]:
-        """By kind, until now, with those of earlier starts."""
-        # Nothing is changed: a thread that shows it asks too.
+        """Seconds by kind until now, over all starts."""
+        # Changes nothing: the thread of the live view calls it too.
         spent = dict(self._spent)
         spent[self._kind] = spent.get(self._kind, 0.0) + self._clock() - self._since
         return spent
 
     def cpu_seconds(self, kind: str) -> float:
-        """Of one kind, what this start has computed on the host; waiting is no part of it."""
+        """Seconds of processor time of one kind in this start, without waits."""
         spent = self._cpu_spent.get(kind, 0.0)
         return spent + self._cpu_clock() - self._cpu_since if kind == self._kind else spent
 
@@ -72,18 +72,18 @@ class Goodput:
         return {"seconds": self.seconds(), "starts": self.starts}
 
     def resume(self, saved: Mapping[str, Any] | None) -> None:
-        """Adds what `to_json` gave in an earlier start; what this start has taken is a restart."""
+        """Adds what `to_json` gave in an earlier start; the time until now becomes "restart"."""
         self._switch("restart")
         self._spent["restart"] += self._spent["start"]
         self._spent["start"] = 0.0
-        if saved is None:  # a checkpoint from before there was an account
+        if saved is None:  # a checkpoint of a podlift without goodput
             return
         for kind, seconds in saved["seconds"].items():
             self._spent[kind] = self._spent.get(kind, 0.0) + seconds
         self.starts += saved["starts"]
 
     def shares(self) -> dict[str, float]:
-        """Of the whole time, by kind, largest first, without those that took none."""
+        """The share of each kind in the whole time, largest first, without empty kinds."""
         seconds = self.seconds()
         total = sum(seconds.values()) or 1.0
         shares = {kind: spent / total for kind, spent in seconds.items() if spent > 0}

@@ -1,7 +1,7 @@
-"""What a person sees while a run goes on, on a terminal: a bar and three lines that stay below.
+"""The live view of a run on a terminal: a progress bar and three lines below the log.
 
-It is drawn four times a second by a thread of its own from what the run has left for it, so that a
-step costs no more than an assignment. Nothing of it is on anything but a terminal.
+A thread draws it four times a second from attributes that the run assigns, so a step costs one
+assignment. It is shown on terminals only.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _PER_SECOND = 4
 
 
 class LiveView:
-    """A view of a run; attributes are what it shows, and are replaced, never changed, from outside.
+    """The live view. It shows its attributes, which the run replaces and never mutates.
 
     Args:
         step: steps taken so far.
-        stop: the step at which the run is to stop.
+        stop: the step at which the run stops.
         num_devices: of the run.
-        newest: gives the metrics of the newest step that is known to be done, by name.
+        newest: gives the metrics of the newest finished step, by name.
         goodput: where the time goes.
 
     Attributes:
         step: steps dispatched so far.
-        speed: the tags of the last row that speak of speed and memory.
-        evaluation: what the last evaluation gave, by tag.
-        saved: the step of the last checkpoint, and when it was.
+        speed: the tags of the last row, with speed and memory.
+        evaluation: the metrics of the last evaluation, by tag.
+        saved: the step of the last checkpoint, and its time by `time.monotonic`.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class LiveView:
         self._live: Any = None
 
     def start(self) -> None:
-        """Shows it, where stdout is a terminal."""
+        """Shows the view, where stdout is a terminal."""
         if not sys.stdout.isatty():
             return
         from rich.console import Console
         from rich.live import Live
 
         console = Console(file=sys.stdout)
-        # What the user's code prints comes above, too; not what goes to another place.
+        # The output of user code is printed above the view too, if it goes to the same terminal.
         both = _is_one_terminal(sys.stdout, sys.stderr)
         self._live = Live(
             console=console,
@@ -77,7 +77,7 @@ class LiveView:
         print_above(console, warnings=both)
 
     def close(self) -> None:
-        """Takes it off the screen."""
+        """Removes the view."""
         if self._live is not None:
             live, self._live = self._live, None
             print_above(None)
@@ -85,18 +85,18 @@ class LiveView:
                 live.stop()
 
     def draw(self) -> Any:
-        """What is to be seen now."""
+        """The current view."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
         top = Table.grid(padding=(0, 2))
-        top.add_row(ProgressBar(total=self._stop, completed=self.step, width=40), self._place())
+        top.add_row(ProgressBar(total=self._stop, completed=self.step, width=40), self._progress())
         lines = [self._values(), self._speed(), self._time()]
         return Group(top, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 
-    def _place(self) -> str:
+    def _progress(self) -> str:
         shown = f"{self.step:,}/{self._stop:,}  {self.step / self._stop:.0%}"
         taken = self.step - self._first
         if not taken:
@@ -129,8 +129,8 @@ class LiveView:
 
 
 def _is_one_terminal(a: Any, b: Any) -> bool:
-    """Whether two streams end on the same terminal."""
+    """Whether two streams are the same terminal."""
     try:
         return a.isatty() and b.isatty() and os.path.sameopenfile(a.fileno(), b.fileno())
-    except (OSError, ValueError, AttributeError):  # closed, or none at all
+    except (OSError, ValueError, AttributeError):  # closed, or not a stream
         return False

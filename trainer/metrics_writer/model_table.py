@@ -1,6 +1,6 @@
-"""A table of a model's modules, from one trace of it on shapes: nothing is compiled or run.
+"""A table of a model's modules, from one trace on shapes: nothing is compiled or run.
 
-(`nn.tabulate` compiles each module where FLOPs are asked for: minutes for ResNet-50.)
+(`nn.tabulate` compiles each module to count FLOPs: minutes for ResNet-50.)
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from trainer.step.task import AXIS, Task
 
 Path = tuple[str, ...]
 
-# Marks the scopes of modules among those that the model opens itself.
+# Tells the scopes of modules from those that the model opens itself.
 _MARK = "module:"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A module and all that is in it.
+    """A module with its submodules.
 
     Attributes:
-        path: of its names, from the whole model `()` on.
-        kind: the name of its class; empty where only its parameters are known.
+        path: the names from the model, `()`, to the module.
+        kind: the name of its class; empty if only its parameters are known.
         shapes: of its outputs for one example, at its first call.
-        params: how many numbers its parameters hold.
-        flops: of its matmuls and convolutions, forward, for one example.
+        params: the size of its parameters.
+        flops: of its matmuls and convolutions in the forward pass of one example.
     """
 
     path: Path
@@ -44,13 +44,13 @@ class Row:
 
 
 def model_rows(task: Task, state: TrainState, x: jax.ShapeDtypeStruct, depth: int) -> list[Row]:
-    """The whole model, then its modules in the order of their first calls.
+    """The model, then its modules in the order of their first calls.
 
     Args:
-        task: whose model it is.
+        task: with the model.
         state: a state, or its shapes.
         x: one example, without a batch axis, as a shape.
-        depth: how many levels below the whole model.
+        depth: levels below the model.
     """
     kinds: dict[Path, str] = {}
     shapes: dict[Path, tuple[tuple[int, ...], ...]] = {}
@@ -62,7 +62,7 @@ def model_rows(task: Task, state: TrainState, x: jax.ShapeDtypeStruct, depth: in
         kinds.setdefault(path, type(context.module).__name__)
         with jax.named_scope(_MARK + ".".join(path)):
             outputs = call(*args, **kwargs)
-        # Of one example: the first axis is that of a batch of one.
+        # Without the batch axis, of size one.
         shapes.setdefault(path, tuple(leaf.shape[1:] for leaf in jax.tree.leaves(outputs)))
         return outputs
 
@@ -79,7 +79,7 @@ def model_rows(task: Task, state: TrainState, x: jax.ShapeDtypeStruct, depth: in
         for length in range(len(names) + 1):
             flops[names[:length]] += count
     params = _params_of(state.params)
-    # What is not called through Linen, as the parts of an NNX module, is known by its parameters.
+    # Parts of an NNX module are not called through Linen: only their parameters are known.
     paths = [path for path in dict.fromkeys((*kinds, *params)) if len(path) <= depth]
     return [
         Row(path, kinds.get(path, ""), shapes.get(path, ()), params[path], flops[path])
@@ -88,7 +88,7 @@ def model_rows(task: Task, state: TrainState, x: jax.ShapeDtypeStruct, depth: in
 
 
 def draw_table(rows: Sequence[Row]) -> str:
-    """Rows as lines of text, the whole model last; "-" where something is not known."""
+    """Rows as lines of text, the model last; "-" for unknown values."""
     cells = [("module", "output of an example", "parameters", "FLOPs an example")]
     for row in (*(row for row in rows if row.path), *(row for row in rows if not row.path)):
         name = "/".join(row.path) or "all"
@@ -105,7 +105,7 @@ def draw_table(rows: Sequence[Row]) -> str:
 
 
 def _params_of(params: Any) -> Counter[Path]:
-    """How many numbers there are below each node of a tree, in the order of the tree."""
+    """The number of parameters below each node of a tree, in the order of the tree."""
     counts: Counter[Path] = Counter()
     for name, leaf in name_leaves(params).items():
         node = tuple(name.split("/"))[:-1]

@@ -85,7 +85,8 @@ class TensorBoardWriter:
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
             for key, value in flatten(self._workdir.config.to_dict()).items()
         }
-        return hparams(settings, dict(metrics))
+        experiment, start, end = hparams(settings, dict(metrics))
+        return experiment, start, end
 
     def flush(self) -> None:
         """Flushes the file."""

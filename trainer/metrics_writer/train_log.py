@@ -1,4 +1,4 @@
-"""From the metrics of finished steps to epoch losses and log rows."""
+"""Epoch losses and rows of metrics, from the metrics of finished steps."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class LogRow:
 
     Attributes:
         step: steps taken at its end.
-        values: by name, `learning_rate` being the last one.
-        step_seconds: wall time a step, without evaluation and saving; NaN where none was timed.
+        values: means by name; `learning_rate` is that of the last step.
+        step_seconds: wall time a step, without evaluations and saves; NaN if no step was timed.
     """
 
     step: int
@@ -27,7 +27,7 @@ class LogRow:
 
 
 class TrainLog:
-    """Collects finished calls in order.
+    """Collects the metrics of finished calls, in order.
 
     Args:
         names: of the columns of the metrics.
@@ -35,11 +35,10 @@ class TrainLog:
         clock: seconds, monotonic.
         on_epoch: called with (epoch, counted from 1; mean loss over its steps).
         on_row: called with each row.
-        skip_limit: steps that are not finite, and so were skipped, until there are too many of
-            them; 0 where the first is one too many.
+        skip_limit: how many steps may be skipped because they are not finite.
 
     Attributes:
-        skipped: how many such steps there were.
+        skipped: how many steps were skipped.
     """
 
     def __init__(
@@ -82,22 +81,22 @@ class TrainLog:
         }
 
     def from_json(self, saved: dict[str, Any]) -> None:
-        """Goes on from what `to_json` gave."""
+        """Restores what `to_json` gave."""
         self._epoch_sum, self._steps = saved["epoch"], saved["steps"]
         self._epoch_skipped, self.skipped = saved["epoch_skipped"], saved["skipped"]
-        if len(saved["row"]) == len(self._names):  # else the metrics are others now, as allowed
+        if len(saved["row"]) == len(self._names):  # else the config has other metrics now
             self._total = np.array(saved["row"])
 
     def add(self, first_step: int, rows: np.ndarray) -> None:
-        """Takes the metrics of one finished call.
+        """Adds the metrics of one finished call.
 
         Args:
             first_step: steps taken before the call.
             rows: shape (steps, metrics).
 
         Raises:
-            NonFiniteLoss: at the first step whose loss or gradient norm is not finite, beyond those
-                that may be skipped.
+            NonFiniteLoss: more steps than `skip_limit` have a loss or gradient norm that is not
+                finite.
         """
         finite = np.isfinite(rows[:, self._guarded]).all(axis=1)
         for bad in np.flatnonzero(~finite):
@@ -111,7 +110,7 @@ class TrainLog:
         if len(good):
             self._last = good[-1]
         self._steps += len(good)
-        if self._since is None:  # the first call compiles, so timing starts at its end
+        if self._since is None:  # timing starts after the first call, which compiles
             self._since = self._now()
         elif self._paused_at is None:
             self._timed_steps += len(rows)
@@ -132,13 +131,13 @@ class TrainLog:
                 self._epoch_sum, self._epoch_skipped = 0.0, 0
 
     def newest(self) -> dict[str, float]:
-        """The metrics of the newest step that was added, by name; none before the first."""
+        """The metrics of the newest step, by name; empty before the first."""
         if self._since is None:
             return {}
         return dict(zip(self._names, self._last.tolist(), strict=True))
 
     def emit(self, step: int) -> None:
-        """Hands over the row of the steps added since the last one, if there are any.
+        """Reports the row of the steps since the last row, if there are any.
 
         Args:
             step: the last step added.
@@ -152,22 +151,22 @@ class TrainLog:
         self._total = np.zeros(len(self._names))
         self._steps = self._timed_steps = 0
         self._on_row(LogRow(step, values, seconds))
-        self._since = self._now()  # the first row opens files, which is no part of the next one
+        self._since = self._now()  # opening files for the first row is not part of the next
 
     def exclude(self, seconds: float) -> None:
-        """Leaves time that was spent on something else than steps out of the speed."""
+        """Excludes time that was not spent on steps from the speed."""
         if self._since is not None and self._paused_at is None:
             self._since += seconds
 
     def pause(self) -> None:
-        """Stops the clock: the time and the steps from here to `resume` are not part of the speed.
+        """Stops the clock: time and steps until `resume` are not part of the speed.
 
-        To be called when all steps so far have been added, as `resume` is.
+        Call both with all steps so far added.
         """
         self._paused_at = self._clock()
 
     def resume(self) -> None:
-        """Lets the clock go on."""
+        """Starts the clock again."""
         if self._paused_at is not None:
             self._lost += self._clock() - self._paused_at
         self._paused_at = None

@@ -1,4 +1,4 @@
-"""When a run ends before its time: evaluations have stopped getting better."""
+"""Early stopping: a run ends once its evaluations stop improving."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from trainer.config.settings import Settings
 
 @dataclass
 class EarlyStop:
-    """Counts evaluations without improvement, in every process alike: all see the same metrics.
+    """Counts evaluations without improvement, alike in all processes, which see the same metrics.
 
-    It counts also where the config does not ask for it, so that it can be asked for on a resume.
+    It also counts without `patience`, so that a resume can set it.
 
     Attributes:
         metric: the tag that decides, `checkpoint.best_metric`.
         mode: "min" or "max".
-        patience: so many evaluations in a row without improvement end the run; None: never.
-        min_delta: what counts as an improvement is larger than this.
-        best: the value that has to be improved on, or None.
-        best_step: the step it was seen at, or None.
+        patience: evaluations in a row without improvement that end the run; None: no early stop.
+        min_delta: an improvement is larger than this.
+        best: the best value so far, or None.
+        best_step: its step, or None.
         waited: evaluations since then.
     """
 
@@ -36,7 +36,7 @@ class EarlyStop:
 
     @classmethod
     def of(cls, settings: Settings) -> EarlyStop:
-        """What a config asks for, before the first evaluation."""
+        """The count of a config, before the first evaluation."""
         return cls(
             settings.best_metric,
             settings.best_mode,
@@ -45,11 +45,11 @@ class EarlyStop:
         )
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes an evaluation; a value that is not finite is no improvement.
+        """Adds an evaluation; a value that is not finite is no improvement.
 
         Args:
-            step: that was evaluated.
-            metrics: by tag; one that is missing was not finite.
+            step: the evaluated step.
+            metrics: by tag, without those that are not finite.
         """
         value = metrics.get(self.metric, math.nan)
         sign = 1 if self.mode == "max" else -1
@@ -62,7 +62,7 @@ class EarlyStop:
 
     @property
     def reason(self) -> str:
-        """Why the run is to end, for a person; empty where it is not."""
+        """Why the run ends early, for its log; empty if it does not."""
         if self.patience is None or self.waited < self.patience:
             return ""
         times = f"{self.waited} evaluation{'s' * (self.waited != 1)}"
@@ -85,10 +85,10 @@ class EarlyStop:
         }
 
     def from_json(self, saved: Mapping[str, Any] | None) -> None:
-        """Goes on from what `to_json` gave, unless another metric decides now.
+        """Restores what `to_json` gave, unless another metric decides now.
 
         Args:
-            saved: the count; None where the state is of a podlift that did not count.
+            saved: the count; None in checkpoints of a podlift that did not count.
         """
         if saved is not None and (saved["metric"], saved["mode"]) == (self.metric, self.mode):
             self.best, self.best_step = saved["best"], saved["step"]

@@ -1,4 +1,4 @@
-"""The run's folder as all processes of the run see it: one of them writes, all have to agree."""
+"""Ownership of the run's folder: one process locks and writes it, and all agree on it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ _NOT_SHARED = "--workdir must be a folder that all hosts share"
 
 
 class Ownership:
-    """A run's folder, and who owns it. Every method is called by all processes at the same point.
+    """The run's folder as seen by all processes, which call every method at the same point.
 
     Args:
-        folder: as this process has found it.
-        lift: which knows the processes.
+        folder: as this process found it.
+        lift: the processes.
         local_dir: where the lock of a remote folder is.
+
+    Attributes:
+        is_new: the folder is not recorded as this run's yet.
     """
 
     def __init__(self, folder: Workdir, lift: Lift, local_dir: str | None) -> None:
@@ -38,9 +41,9 @@ class Ownership:
         self.is_new = not folder.exists
 
     def agree(self) -> None:
-        """Raises a UserError where processes would go on as if they were of one run, and are not.
+        """Raises a UserError if processes differ in config or code, or in what they see.
 
-        Launchers have compared more before jax started; this holds without one, too.
+        Launchers compare more before jax starts; this check also works without one.
         """
         what = {
             "another config": config_to_json(self._folder.config),
@@ -65,29 +68,29 @@ class Ownership:
             )
 
     def claim(self) -> str:
-        """Takes the folder's lock; returns the id of the run in it, or a new one.
+        """Locks the folder; returns the id of the run in it, or a new one.
 
         Raises:
-            UserError: somebody else has it, or has begun a run in it since it was found to be free.
+            UserError: another job holds the lock, or began a run in the folder meanwhile.
         """
         if self._lift.writes:
             self._folder.claim(self._local_dir)
             if not self._folder.exists and self._folder.is_recorded():
                 raise UserError(
                     f"another job has begun a run in {self._folder.path} meanwhile",
-                    "start again to go on with it, or name another --workdir",
+                    "start again to resume it, or name another --workdir",
                 )
         return self._lift.tell(self._folder.run_id() if self._lift.writes else "")
 
     def new_run_id(self) -> str:
-        """An id for a run that is no longer what its copies in memory know."""
+        """A new id, which invalidates the in-memory checkpoints of all hosts."""
         return self._lift.tell(uuid.uuid4().hex)
 
     def record(self, run: str) -> None:
-        """Writes what the run is, and checks that all processes see it.
+        """Writes `config.json` and `env.json`, and checks that all processes see them.
 
         Args:
-            run: its id.
+            run: the id of the run.
         """
         self.is_new = False
         if self._lift.writes:
@@ -102,10 +105,10 @@ class Ownership:
 
 
 def refuse_changes(settings: Settings, folder: Workdir, job: Job) -> None:
-    """Refuses a config that is not that of the run in the folder, and says what would differ.
+    """Refuses a config other than that of the run in the folder.
 
     Raises:
-        UserError: listing keys of the config and leaves of the state.
+        UserError: with the keys of the config and the leaves of the state that differ.
     """
     found = how_leaves_differ(
         CheckpointFolder(folder.checkpoints, settings.checkpoint_keep),

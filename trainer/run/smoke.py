@@ -1,4 +1,4 @@
-"""A smoke test: would this run work here? Every part of one once, in a folder of its own."""
+"""A smoke test of a run: each of its parts once, in a separate folder."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from trainer.workdir import lock
 from trainer.workdir.paths import absolute
 from trainer.workdir.workdir import Workdir
 
-# Why a step may not be the same twice where nothing is wrong.
+# Why two equal steps may differ on a healthy machine.
 _ON_GPU = (
-    "some kernels of GPUs add up in any order; XLA_FLAGS=--xla_gpu_deterministic_ops=true does not"
+    "some GPU kernels sum in any order; XLA_FLAGS=--xla_gpu_deterministic_ops=true fixes the order"
 )
 
 StopRequested = Callable[[int, str], bool]
@@ -51,22 +51,22 @@ def smoke(
     stop_requested: StopRequested = lambda step, phase: False,
     local_dir: str | None = None,
 ) -> None:
-    """Takes two calls of a run's own step, evaluates, saves, restores, and takes the second again.
+    """Takes two calls of the run's step, evaluates, saves, restores, and repeats the second call.
 
-    Called by all processes of a job, as `trainer.train` is. Process 0 says what was found, a line a
-    check. What was written is removed if all is well, and is left to be looked at otherwise.
+    All processes of a job call it, as they call `trainer.train`. Process 0 prints a line a check.
+    The files are removed on success, and kept for inspection on failure.
 
     Args:
         config: of the run.
-        folder: where a run may be made meanwhile, in a folder of its own; all processes see it.
+        folder: a folder that all processes see; the test makes its own inside.
         mesh: the devices, with the one axis "batch"; all devices where None.
         stop_requested: as for `trainer.train`.
         local_dir: where what needs a local folder goes if `folder` is remote.
 
     Raises:
-        SmokeFailed: a check did not come out as it should.
+        SmokeFailed: a check failed.
         Preempted: asked to stop. Nothing was saved.
-        Exception: whatever the run itself would have raised.
+        Exception: whatever the run itself would raise.
     """
     open_terminal()
     settings = check(config)
@@ -82,12 +82,12 @@ def smoke(
         raise
     finally:
         lock.release(workdir.path)
-    lift.gather(0)  # nobody reads it any more
+    lift.gather(0)  # all processes are done with the folder
     test.remove()
 
 
 class _Smoke:
-    """The parts of one smoke test. All processes take the same way through it."""
+    """One smoke test. All processes run the same checks."""
 
     def __init__(
         self,
@@ -103,25 +103,25 @@ class _Smoke:
         self.lift = lift
         self.job = job
         self.stop_requested = stop_requested
-        self.shared = Ownership(workdir, lift, local_dir)
+        self.ownership = Ownership(workdir, lift, local_dir)
         self.scan = settings.steps_per_call > 1
 
     def run(self) -> None:
-        """All checks, in the order in which a run would come to them."""
+        """All checks, in the order of a run."""
         lift, settings = self.lift, self.settings
-        with self._check("devices") as tell:
+        with self._check("devices") as report:
             self._ask(0, "start")
-            self.shared.agree()
+            self.ownership.agree()
             per_shard = settings.global_batch_size // lift.num_shards
-            tell(f"{describe_devices(lift)}, global batch {settings.global_batch_size}, ")
-            tell(f"{per_shard} a shard")
-        with self._check("processes") as tell:
-            run = self.shared.claim()
-            self.shared.record(run)
+            report(f"{describe_devices(lift)}, global batch {settings.global_batch_size}, ")
+            report(f"{per_shard} a shard")
+        with self._check("processes") as report:
+            run = self.ownership.claim()
+            self.ownership.record(run)
             seen = "; all see the workdir" if lift.num_processes > 1 else ""
-            tell(f"{lift.num_processes}{seen}")
+            report(f"{lift.num_processes}{seen}")
         init = make_init(self.job, settings.seed)
-        with self._check("first step") as tell:
+        with self._check("first step") as report:
             state = lift.make_state(init)
             if settings.init_from:
                 state = initialise_from(settings, lift, state)
@@ -130,40 +130,40 @@ class _Smoke:
             update = lift_update_step(settings, self.job, lift, state)
             state, first, seconds = self._call(update, state, 0)
             step = int(lift.read(state.step))
-            tell(f"{params:,} parameters, compiled in {seconds:.2f} s")
-        saved = self._examined(f"after step {step}", state)
-        with self._check("save") as tell:
+            report(f"{params:,} parameters, compiled in {seconds:.2f} s")
+        saved = self._checksums(f"after step {step}", state)
+        with self._check("save") as report:
             started = time.monotonic()
             self._save(state, step, run)
-            tell(f"{len(saved)} leaves in {time.monotonic() - started:.2f} s")
-        with self._check("second step") as tell:
+            report(f"{len(saved)} leaves in {time.monotonic() - started:.2f} s")
+        with self._check("second step") as report:
             state, second, seconds = self._call(update, state, step)
             each = seconds / settings.steps_per_call
-            tell(f"{1000 * each:.3g} ms, {settings.global_batch_size / each:,.0f} examples/s")
+            report(f"{1000 * each:.3g} ms, {settings.global_batch_size / each:,.0f} examples/s")
             if self.scan:
-                tell(f", {settings.steps_per_call} steps a call")
-        with self._check("loss") as tell:
-            tell(f"{first[0]:.6g}, then {second[-1]:.6g}")
-        unstopped = self._examined(f"after step {2 * step}", state)
+                report(f", {settings.steps_per_call} steps a call")
+        with self._check("loss") as report:
+            report(f"{first[0]:.6g}, then {second[-1]:.6g}")
+        unstopped = self._checksums(f"after step {2 * step}", state)
         self._evaluate(state, 2 * step)
-        with self._check("restore") as tell:
+        with self._check("restore") as report:
             restored = self._restore(jax.eval_shape(init), init, run)
             _compare(saved, check_replicas(lift, restored).checksums, "is not what was saved")
-            tell(f"step {step}, bit for bit what was saved")
-        with self._check("resume") as tell:
+            report(f"step {step}, bit for bit what was saved")
+        with self._check("resume") as report:
             again, _, _ = self._call(update, restored, step)
             what = f"at step {2 * step} is not what it was without a stop\n  HINT: {_ON_GPU}"
             _compare(unstopped, check_replicas(lift, again).checksums, what)
-            tell(f"step {2 * step} again, bit for bit as without a stop")
+            report(f"step {2 * step} again, bit for bit as without a stop")
 
     def remove(self) -> None:
-        """Removes what was written."""
+        """Removes the files of the test."""
         if self.lift.writes and self.workdir.path.exists():
             self.workdir.path.rmtree()
 
     @contextlib.contextmanager
     def _check(self, name: str) -> Iterator[Callable[[str], None]]:
-        """One line for a person, with what was said in the block, or that it has failed."""
+        """Prints one line: what the block reports, or FAILED."""
         said: list[str] = []
         try:
             yield said.append
@@ -204,30 +204,32 @@ class _Smoke:
         return state, losses, seconds
 
     def _save(self, state: TrainState, step: int, run: str) -> None:
-        """Saves a state and waits until it is on disk."""
+        """Saves a state, and waits until it is on disk."""
         self._ask(step, "save")
         with contextlib.closing(Saver(self.workdir, self.settings, self.lift)) as saver:
             saver.run = run
             saver.save(step, state, {"num_steps": self.job.num_steps})
             saver.finish()
 
-    def _examined(self, when: str, state: TrainState) -> dict[str, int]:
-        """The checksums of a state that is the same on all devices."""
-        with self._check("replicas") as tell:
+    def _checksums(self, when: str, state: TrainState) -> dict[str, int]:
+        """The checksums of a state, which is the same on all devices."""
+        with self._check("replicas") as report:
             sums = check_replicas(self.lift, state).checksums
             copies = self.lift.mesh.size
-            tell(f"{copies} {'copies agree' if copies > 1 else 'copy'}, {len(sums)} leaves, {when}")
+            report(
+                f"{copies} {'copies agree' if copies > 1 else 'copy'}, {len(sums)} leaves, {when}"
+            )
             if self.lift.sharded:
-                tell(f"; {' and '.join(self.lift.sharded)} cut over the devices")
+                report(f"; {' and '.join(self.lift.sharded)} sharded over the devices")
         return sums
 
     def _evaluate(self, state: TrainState, step: int) -> None:
-        with self._check("evaluation") as tell:
+        with self._check("evaluation") as report:
             if self.job.held_out is None:
-                tell("none: there are no held-out examples")
+                report("none: there are no held-out examples")
                 return
             size = self.settings.eval_batch_size or self.settings.global_batch_size
-            # A whole batch and one that has to be padded, where there are as many.
+            # One full batch and one padded batch, if there are enough examples.
             few = _First(self.job.held_out, min(size + 1, len(self.job.held_out)))
             depth = depth_for(self.settings.prefetch, self.lift.platform)
             evaluator = Evaluator(self.job.task, few, self.lift, size, depth)
@@ -238,10 +240,10 @@ class _Smoke:
             if bad:
                 raise SmokeFailed(f"{bad[0]} is {metrics[bad[0]]}")
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            tell(f"{shown} on {len(few)} of {len(self.job.held_out):,} examples")
+            report(f"{shown} on {len(few)} of {len(self.job.held_out):,} examples")
 
     def _restore(self, abstract: TrainState, init: Callable[[], Any], run: str) -> TrainState:
-        """The saved state, by the way that a run takes that is started again."""
+        """The saved state, restored as a restart does."""
         with contextlib.closing(Saver(self.workdir, self.settings, self.lift)) as saver:
             saver.run = run
             try:

@@ -1,4 +1,4 @@
-"""Which class was taken for which: counts over all held-out examples."""
+"""The confusion matrix over all held-out examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.inference.evaluate import HeldOutSums
 from trainer.lift.lift import Lift
 from trainer.step.task import AXIS, Batch, Task
 
-# A matrix of more is no picture, and four million counts an evaluation batch.
+# Larger matrices are no use as an image, and cost millions of counts a batch.
 _MOST_CLASSES = 2000
 
 
@@ -25,15 +25,15 @@ def make_confusion_step(
 ) -> Callable[[Any, Batch], jax.Array]:
     """Builds `(state, batch) -> counts (classes, classes)`, int32, summed over the axis.
 
-    Row: the label; column: the class with the largest logit. Examples whose `mask` is 0, or whose
-    label is none of the classes, count for nothing.
+    Rows are labels, columns the classes with the largest logit. Examples with a `mask` of 0, or
+    with a label out of range, are not counted.
     """
 
     def confusion_step(state: Any, batch: Batch) -> jax.Array:
         rng = jax.random.wrap_key_data(state.rng)
         outputs, _ = task.apply(state.evaluated, state.model_state, batch, train=False, rng=rng)
         classes = _classes_of(outputs, batch)
-        labels = batch["y"].astype(jnp.int32)  # of 8 bits would not hold a place in the matrix
+        labels = batch["y"].astype(jnp.int32)  # 8 bits do not hold an index into the matrix
         counted = (labels >= 0) & (labels < classes)
         if "mask" in batch:
             counted &= batch["mask"] > 0
@@ -48,13 +48,13 @@ def make_confusion_step(
 def make_confusion(
     task: Task, source: Source, lift: Lift, batch_size: int, depth: int, state: Any
 ) -> HeldOutSums:
-    """What counts over all held-out examples; see `HeldOutSums` for the arguments.
+    """Counts over all held-out examples; see `HeldOutSums` for the arguments.
 
     Args:
         state: shapes of a state.
 
     Raises:
-        UserError: this is no classification, one label an example.
+        UserError: the task is not a classification with one label an example.
     """
     step = make_confusion_step(task)
     example = next(iter(eval_batches(source, 1)))
@@ -64,8 +64,8 @@ def make_confusion(
 
 
 def shares(counts: np.ndarray) -> np.ndarray:
-    """Of the examples of each label, the part that was taken for each class; rows add up to 1."""
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    """The share of each predicted class among the examples of a label; rows sum to 1."""
+    return np.asarray(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
 
 
 def _classes_of(outputs: Any, batch: Batch) -> int:

@@ -13,7 +13,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     low, high = values.min(), values.max()
     if low < 0 or high > 1:
         values = (values - low) / ((high - low) or 1.0)
-    return np.round(255 * values).astype(np.uint8)
+    return np.asarray(np.round(255 * values), np.uint8)
 
 
 def tile(images: np.ndarray, side: int = 64, gap: int = 2) -> np.ndarray:
@@ -42,4 +42,4 @@ def heat(values: np.ndarray, side: int = 480) -> np.ndarray:
     factor = max(1, side // max(values.shape))
     shade = values.repeat(factor, axis=0).repeat(factor, axis=1)[..., None]
     white, blue = np.array([255.0, 255.0, 255.0]), np.array([8.0, 48.0, 107.0])
-    return np.round(white + shade * (blue - white)).astype(np.uint8)
+    return np.asarray(np.round(white + shade * (blue - white)), np.uint8)
