@@ -44,7 +44,7 @@ def test_every_second_is_of_one_kind():
     assert max(goodput.shares(), key=goodput.shares().get) == "step"
     assert sum(goodput.shares().values()) == pytest.approx(1)
 
-    with goodput.spending("profile"):  # a kind of its own, asked for while it lasts
+    with goodput.spending("profile"):  # a kind that only some runs have, read while it lasts
         clock.tick(1)
         assert goodput.seconds()["profile"] == 1
 
@@ -78,7 +78,7 @@ def test_a_block_that_raises_is_over():
     assert goodput.seconds()["step"] == 2
 
 
-def test_the_account_survives_a_restart(tmp_path, capsys):
+def test_goodput_survives_a_restart(tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from configs.digits import get_config

@@ -1,4 +1,4 @@
-"""The table of a model, against counts by hand and those of the whole step."""
+"""The table of a model against counts by hand and those of the full step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A live view on a terminal, that leaves every line whole, and nothing of it elsewhere."""
+"""The live view: on a terminal it leaves every line intact, elsewhere it is absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Going on with another config or other code: told in full, refused, or allowed by name."""
+"""Resuming with another config or other code: reported, refused, or allowed by name."""
 
 from __future__ import annotations
 

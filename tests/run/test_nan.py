@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: the run stops and says how to go on, or skips."""
+"""A loss or gradient that is not finite: the run stops and says how to resume, or skips."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_run_stops_with_the_step_the_metric_and_the_last_good_checkpoint(tmp
     assert f"last good checkpoint: step 6, in {tmp_path}/run/checkpoints" in told
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert (last["step"], last["train/loss"]) == (8, None)
-    # The data mended, or such updates skipped, it goes on from there.
+    # With the data repaired, or such updates skipped, it resumes from there.
     skipping = config(20, [first_of(8)], nan="skip")
     assert int(trainer.train(skipping, tmp_path / "run", mesh_of(2)).state.step) == 20
 

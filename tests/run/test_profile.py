@@ -45,7 +45,7 @@ def test_whole_calls_are_traced(tmp_path):
 
 
 def test_a_trace_ends_with_the_run(tmp_path, capsys):
-    """Also where that is asked to stop; and what goes on past the steps says so."""
+    """Also if the run is asked to stop; a run that resumes past the steps says so."""
 
     def stop(step, phase):
         return step >= 4 and phase == "train"

@@ -31,7 +31,7 @@ def test_who_is_slowest_and_whether_it_matters():
 
 
 def test_waiting_is_not_computing():
-    """Wall time and processor time of each kind are told apart."""
+    """Wall time and processor time of each kind are distinct."""
     now = {"wall": 0.0, "cpu": 0.0}
     goodput = Goodput(lambda: now["wall"], lambda: now["cpu"])
     now["cpu"] += 5.0

@@ -81,7 +81,7 @@ def test_the_numbers_of_the_run_are_bit_for_bit_the_same(
 
     monkeypatch.setattr(loop, "lift_update_step", listen)
     config = digits(12, lift=lift, state_sharding=sharding, ema_decay=0.9)
-    config.model.hidden_size = 64  # wide enough to be cut
+    config.model.hidden_size = 64  # wide enough to be sharded
     config.eval.every_steps = 5
     plain = trainer.train(config, tmp_path / "plain", mesh_of(2))
     config.summaries = ON
@@ -102,7 +102,7 @@ def test_the_numbers_of_the_run_are_bit_for_bit_the_same(
 def test_histograms_are_of_the_params_and_of_the_very_next_gradient(tmp_path, sharding):
     """With plain SGD the gradient is the difference of two states over the learning rate."""
     config = digits(5, clip_norm=0.5, lift="shard_map", state_sharding=sharding)
-    config.model.hidden_size = 64  # wide enough to be cut
+    config.model.hidden_size = 64  # wide enough to be sharded
     config.log_every_steps = config.checkpoint.every_steps = 1
     config.optimizer = {"target": "optax:sgd", "learning_rate": 0.5}
     config.summaries = {"histograms_every_steps": 4}
