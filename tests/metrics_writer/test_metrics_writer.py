@@ -109,7 +109,7 @@ def slow_loss(outputs, batch):
 
 
 @pytest.mark.slow
-def test_waiting_for_the_devices_before_an_in_memory_checkpoint_counts_as_steps(tmp_path, monkeypatch):
+def test_waiting_for_devices_before_an_in_memory_checkpoint_is_step_time(tmp_path, monkeypatch):
     monkeypatch.setattr(Saver, "in_memory_is_due", True)
     config = digits(20, loss={"target": "test_metrics_writer:slow_loss"})
     config.checkpoint.fast_dir = str(tmp_path)
