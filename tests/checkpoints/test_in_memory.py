@@ -17,7 +17,7 @@ from disk_faults import Killed, faults, full_disk, tree
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.checkpoints import in_memory as fast
+from trainer.checkpoints import in_memory as in_memory
 from trainer.checkpoints import manifest
 from trainer.checkpoints.in_memory import InMemoryCheckpoints
 from trainer.checkpoints.manifest import Damaged, Leaf
@@ -50,7 +50,7 @@ class Inline:
 
 @pytest.fixture
 def inline(monkeypatch):
-    monkeypatch.setattr(fast, "threading", types.SimpleNamespace(Thread=Inline))
+    monkeypatch.setattr(in_memory, "threading", types.SimpleNamespace(Thread=Inline))
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def test_a_kill_in_the_middle_of_the_bytes(tmp_path, inline, monkeypatch, leaf):
         return checksum_of(array)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fast, "checksum_of", die)
+        patch.setattr(in_memory, "checksum_of", die)
         with pytest.raises(Killed):
             copy(tier, 3)
     assert set(steps_here(tier_of(tmp_path / "shm"))) == {2}
@@ -281,7 +281,10 @@ def test_a_state_that_does_not_fit_is_told_once(tmp_path, told):
     assert tier.is_due
     copy(tier, 1, arrays)
     assert len(told) == 1
-    assert "two states of 1e-06 GB do not fit into the 2e-06 GB that config.checkpoint" in told[0]
+    assert (
+        "two states of 1e-06 GB do not fit into 2e-06 GB, the smaller of config.checkpoint"
+        in told[0]
+    )
     clock.now += 1e9
     assert not tier.is_due
     assert tree(tmp_path / "shm") == {}
@@ -302,7 +305,7 @@ def test_what_fits_at_first_fits_on(tmp_path, told, monkeypatch, part):
         taken = sum(file.stat().st_size for file in path.rglob("state.bin"))
         return types.SimpleNamespace(free=part * 1000 - taken)
 
-    monkeypatch.setattr(fast.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(in_memory.shutil, "disk_usage", disk_usage)
     copy(tier, 1, arrays)
     begun = set(tier.steps("r"))
     assert begun == ({1} if part > 4 else set())
@@ -370,7 +373,7 @@ def test_a_folder_others_may_write_to_is_not_touched(tmp_path, told, monkeypatch
     clock.now += 1e9
     assert not again.is_due
     assert len(told) == 1
-    assert "is somebody else's" in told[0]
+    assert "is not this user's alone" in told[0]
     again.remove()
     assert tree(tmp_path / "shm") == before
     assert (again.folder / "0/state.bin").exists()
@@ -422,7 +425,7 @@ def test_a_folder_that_cannot_be_used_turns_copies_off(tmp_path, told, what):
     clock.now += 1e9
     assert not tier.is_due
     assert len(told) == 1
-    assert told[0].startswith("warning: no copies of the state in memory from here on: ")
+    assert told[0].startswith("warning: no more in-memory checkpoints: ")
     tier.remove()
     if what == "a file":
         assert tier.folder.parent.read_text() == "in the way"
@@ -446,13 +449,13 @@ def test_copies_take_a_small_part_of_the_time(
     tmp_path, inline, monkeypatch, blocked, writing, pause
 ):
     clock = Clock()
-    write = fast._write_arrays
+    write = in_memory._write_arrays
 
     def slowly(*args):
         clock.now += writing
         return write(*args)
 
-    monkeypatch.setattr(fast, "_write_arrays", slowly)
+    monkeypatch.setattr(in_memory, "_write_arrays", slowly)
     tier = tier_of(tmp_path / "shm", every_secs=10.0, clock=clock)
     assert not tier.is_due
     clock.now += 9.99
@@ -477,10 +480,10 @@ def test_whatever_copies_take_the_parts_hold(costs):
         clock.now += writing
         return write(path, arrays)
 
-    write = fast._write_arrays
+    write = in_memory._write_arrays
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast, "_write_arrays", write_arrays)
-        patch.setattr(fast, "threading", types.SimpleNamespace(Thread=Inline))
+        patch.setattr(in_memory, "_write_arrays", write_arrays)
+        patch.setattr(in_memory, "threading", types.SimpleNamespace(Thread=Inline))
         tier = tier_of(Path(name), every_secs=1.0, clock=clock)
         began = clock.now
         spent_blocked = spent_writing = 0.0
@@ -498,14 +501,14 @@ def test_whatever_copies_take_the_parts_hold(costs):
 
 def test_none_is_due_while_one_is_written(tmp_path, monkeypatch):
     begun, goes_on = threading.Event(), threading.Event()
-    write = fast._write_arrays
+    write = in_memory._write_arrays
 
     def wait(*args):
         begun.set()
         assert goes_on.wait(30)
         return write(*args)
 
-    monkeypatch.setattr(fast, "_write_arrays", wait)
+    monkeypatch.setattr(in_memory, "_write_arrays", wait)
     clock = Clock()
     tier = tier_of(tmp_path / "shm", clock=clock)
     tier.save(1, {"run": "r", "number": 1}, arrays_of(1), 0.0)

@@ -11,7 +11,7 @@ from conftest import mesh_of, wide
 from runs import assert_bitwise_equal, digits, steps_of
 
 import trainer
-from trainer.checkpoints.init_from import match_leaves
+from trainer.checkpoints.init_map import match_leaves
 from trainer.errors import CheckpointsUnreadable, UserError
 from trainer.state.leaves import name_leaves
 
@@ -46,10 +46,10 @@ def test_names_are_matched_by_whole_parts(rules, wanted, sources, unused):
 @pytest.mark.parametrize(
     ("rules", "told"),
     [
-        (["hea->x"], "what config.init_from holds has no 'hea'\n  HINT: did you mean head"),
+        (["hea->x"], "the checkpoint of config.init_from has no 'hea'\n  HINT: did you mean head"),
         (["!he"], "this model has no 'he'\n  HINT: did you mean head"),
-        (["head"], "'head' is no rule"),
-        (["!head->x"], "'!head->x' is no rule"),
+        (["head"], "'head' is not a rule"),
+        (["!head->x"], "'!head->x' is not a rule"),
         (["enc/Dense_0->head"], "params/enc/Dense_0/kernel and params/head/kernel would both"),
     ],
 )
@@ -148,14 +148,14 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing_behind(tmp_path, pretra
     config = fine(pretrained / "run", init_map="BatchNorm_0->BatchNorm_0")
     config.model.out_size = 12
     told = (
-        r"params/Dense_2/bias is float32\[10\] there and float32\[12\] in this model, and 1 more "
-        r"do not fit\n  HINT: .*--config.init_map='BatchNorm_0->BatchNorm_0,!Dense_2'"
+        r"params/Dense_2/bias is float32\[10\] in the checkpoint and float32\[12\] in this model, "
+        r"and 1 more do not fit\n  HINT: .*--config.init_map='BatchNorm_0->BatchNorm_0,!Dense_2'"
     )
     with pytest.raises(UserError, match=told):
         trainer.train(config, tmp_path / "run", mesh_of(2))
-    with pytest.raises(UserError, match="none of its leaves has a place in this model"):
+    with pytest.raises(UserError, match="no leaf of the checkpoint fits this model"):
         trainer.train(fine(pretrained / "run", init_map="->net"), tmp_path / "run", mesh_of(2))
-    with pytest.raises(CheckpointsUnreadable, match=r"init_from='.*there is no .*typo\n  HINT"):
+    with pytest.raises(CheckpointsUnreadable, match=r"init_from='.*typo does not exist\n  HINT"):
         trainer.train(fine(tmp_path / "typo"), tmp_path / "run", mesh_of(2))
     assert not (tmp_path / "run").exists()
 

@@ -122,7 +122,7 @@ def test_every_file_is_listed_and_a_whole_checkpoint_is_whole(folder):
     }
     (folder / "state/of nobody").write_text("ignored")
     assert manifest.read(folder) == manifest.read_alone(folder) == listed
-    with pytest.raises(Damaged, match=r"is that of step 7$"):
+    with pytest.raises(Damaged, match=r"belongs to step 7$"):
         manifest.read_alone(folder, 8)
 
 

@@ -175,8 +175,8 @@ def test_a_save_that_fails_is_told_at_once_and_tried_again(make, saves, told):
     writer.finish()
     assert disk.done == [("latest", 1)]
     assert told.lines[0].startswith("warning: step 1 could not be saved: try 1 of step 1 failed (")
-    assert told.lines[0].endswith("; trying again in 0.001 s")
-    assert told.lines[1].endswith("; trying again in 0.002 s")
+    assert told.lines[0].endswith("; retrying in 0.001 s")
+    assert told.lines[1].endswith("; retrying in 0.002 s")
     assert "step 1 is saved after all" in told.lines[2]
     assert len(told.lines) == 3
     assert writer.last_saved == 1
@@ -188,7 +188,9 @@ def test_too_many_in_a_row_end_the_run(make, saves, told):
     writer.submit(saves(1))
     writer.finish()
     writer.submit(saves(2))
-    assert told.wait_for("step 2 was not saved").endswith("; step 1 is (1 of 2 failures in a row)")
+    assert told.wait_for("step 2 was not saved").endswith(
+        "; the last good checkpoint is step 1 (1 of 2 failures in a row)"
+    )
     writer.check()
     writer.submit(saves(3))
     told.wait_for("(2 of 2 failures in a row)")
@@ -202,7 +204,7 @@ def test_one_failure_may_be_too_many(make, saves, told):
     writer = make(Disk({1: -1}), max_failures=1)
     writer.submit(saves(1))
     told.wait_for("was not saved")
-    expected = "^1 save in a row failed, .*; the last good checkpoint is none of this run$"
+    expected = "^1 save in a row failed, .*; this run has no good checkpoint$"
     with pytest.raises(SavesFailed, match=expected):
         writer.check()
 
@@ -211,7 +213,7 @@ def test_the_step_that_was_restored_is_the_last_good_one(make, saves, told):
     writer = make(Disk({30: -1}), max_failures=1)
     writer.last_saved = 20
     writer.submit(saves(30))
-    assert "; step 20 is (1 of 1" in told.wait_for("was not saved")
+    assert "checkpoint is step 20 (1 of 1" in told.wait_for("was not saved")
     with pytest.raises(SavesFailed, match=r"the last good checkpoint is step 20$"):
         writer.check()
 
@@ -347,7 +349,7 @@ def test_a_newer_one_need_not_wait_for_a_pause(make, saves, told):
     disk = Disk({1: -1})
     writer = make(disk, pauses=(1000.0,))
     writer.submit(saves(1))
-    told.wait_for("trying again in 1000 s")
+    told.wait_for("retrying in 1000 s")
     writer.submit(saves(2))
     writer.finish()
     assert disk.done == [("latest", 2)]
@@ -366,7 +368,9 @@ def test_a_disk_that_hangs_counts_as_one_that_fails(make, saves, told):
             f"warning: step {step - 1} was not saved: the disk is still busy with step 1 "
             f"({step - 2} of 3 failures in a row)"
         )
-    with pytest.raises(SavesFailed, match=r"still busy with step 1; the last good .* is none of"):
+    with pytest.raises(
+        SavesFailed, match=r"still busy with step 1; this run has no good checkpoint"
+    ):
         writer.submit(saves(5))
     disk.is_open.set()
     writer.close()
@@ -416,7 +420,7 @@ def test_closing_gives_what_waits_one_more_try(make, saves, told):
     disk = Disk({1: -1, 2: -1})
     writer = make(disk, pauses=(1000.0,))
     writer.submit(saves(1))
-    told.wait_for("trying again in 1000 s")
+    told.wait_for("retrying in 1000 s")
     writer.submit(saves(2, "best"))
     writer.submit(saves(3, "x"))
     writer.close()

@@ -165,7 +165,7 @@ def test_another_model_is_told_by_its_leaves_and_another_optimizer_does_not_matt
     with pytest.raises(UserError) as error:
         restore(run, check(config))
     told = str(error.value)
-    assert f"the state in {run}/checkpoints/30 is not the one" in told
+    assert f"the state in {run}/checkpoints/30 does not match" in told
     assert "  params/Dense_0/kernel                     shape    float32[64,16] -> " in told
     assert "opt_state" not in told
     assert "allow" not in told
