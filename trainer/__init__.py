@@ -1,38 +1,70 @@
-"""What the chips compute: state, step, lift, loop, data, checkpoints, metrics.
+"""Train Flax models on any number of devices and processes.
 
-Use it without a launcher, from a script or a notebook::
+Use it without the launcher, from a script or a notebook::
 
     import trainer
-    result = trainer.train(config, "runs/mine")
 
-Importing this package imports neither jax nor flax; the first attribute that needs them does.
+    result = trainer.train(config, "runs/mine")
+    trainer.evaluate("runs/mine", best=True)["eval/loss"]
+    trainer.predict("runs/mine")["outputs"]
+    trainer.load("runs/mine")["params"]
+
+This module is the public interface: `train`, `evaluate`, `predict`, `load`, and the errors they
+raise. Importing it imports neither jax nor flax; the first attribute that needs them does.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.checkpoints.load import load
-    from trainer.errors import NonFiniteLoss, Preempted, UserError
+    from trainer.errors import (
+        CheckpointsUnreadable,
+        NonFiniteLoss,
+        NonFiniteState,
+        Preempted,
+        ReplicasDiffer,
+        SavesFailed,
+        StateUnreadable,
+        UserError,
+    )
+    from trainer.inference.evaluate import evaluate
+    from trainer.inference.predict import predict
     from trainer.run.loop import Result
     from trainer.run.train import train
 
-__all__ = ["NonFiniteLoss", "Preempted", "Result", "UserError", "load", "train"]
+__all__ = [
+    "CheckpointsUnreadable",
+    "NonFiniteLoss",
+    "NonFiniteState",
+    "Preempted",
+    "ReplicasDiffer",
+    "Result",
+    "SavesFailed",
+    "StateUnreadable",
+    "UserError",
+    "evaluate",
+    "load",
+    "predict",
+    "train",
+]
 
-_HOME = {
-    "train": "trainer.run.train",
-    "load": "trainer.checkpoints.load",
+_MODULES = {
     "Result": "trainer.run.loop",
-    "Preempted": "trainer.errors",
-    "NonFiniteLoss": "trainer.errors",
-    "UserError": "trainer.errors",
+    "evaluate": "trainer.inference.evaluate",
+    "load": "trainer.checkpoints.load",
+    "predict": "trainer.inference.predict",
+    "train": "trainer.run.train",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        import importlib
-
-        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in __all__:
+        return getattr(importlib.import_module(_MODULES.get(name, "trainer.errors")), name)
     raise AttributeError(f"module 'trainer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,7 +19,6 @@ from launcher.cli.finished_run import (
     writing,
 )
 from launcher.command_line.parse import Flags
-from trainer.errors import UserError
 from trainer.workdir.paths import absolute, write_whole
 
 HELP = f"""\
@@ -51,27 +50,17 @@ def _evaluate(argv: Sequence[str]) -> None:
     file = request.flags["json"]
     check_writable("json", file)
     trained, lift = open_model(request, request.flags["fake_devices"])
-    from trainer.data.prefetch import depth_for
-    from trainer.inference.evaluate import Evaluator
+    from trainer.inference.evaluate import evaluate_trained
     from trainer.metrics_writer.messages import say_evaluation
 
-    settings, job = trained.settings, trained.job
-    if job.held_out is None:
-        raise UserError(
-            "the data has no examples to evaluate on",
-            'return {"train": source, "eval": source} from config.data.target',
-        )
-    batch_size = settings.eval_batch_size or settings.global_batch_size
-    depth = depth_for(settings.prefetch, lift.platform)
-    metrics = Evaluator(job.task, job.held_out, lift, batch_size, depth)(trained.state)
-    assert metrics is not None
-    say_evaluation(trained.step, job.stop, metrics)
+    metrics = evaluate_trained(trained, lift)
+    say_evaluation(trained.step, trained.job.stop, metrics)
     if file is not None:
         device = lift.mesh.devices.flat[0]
         found = {
             "step": trained.step,
             "checkpoint": str(trained.place),
-            "examples": len(job.held_out),
+            "examples": len(trained.examples("eval")),
             "devices": {"count": lift.mesh.size, "kind": device.device_kind},
             "metrics": {n: v if math.isfinite(v) else None for n, v in metrics.items()},
         }

@@ -63,16 +63,9 @@ def _predict(argv: Sequence[str]) -> None:
     import numpy as np
 
     from trainer.console import say
-    from trainer.data.prefetch import depth_for
-    from trainer.inference.predict import predict
+    from trainer.inference.predict import predict_trained
 
-    settings, job = trained.settings, trained.job
-    source = job.held_out if split == "eval" else job.stream.source
-    if source is None:
-        raise UserError("the data has no held-out examples", "--split=train takes the others")
-    batch_size = settings.eval_batch_size or settings.global_batch_size
-    depth = depth_for(settings.prefetch, lift.platform)
-    arrays = predict(job.task, trained.state, source, lift, batch_size, depth)
+    arrays = predict_trained(trained, lift, split)
     with writing(file), opened_whole(absolute(file)) as out:
         np.savez(out, **arrays)  # type: ignore[arg-type]
     shown = ", ".join(f"{n} {a.dtype}[{','.join(map(str, a.shape))}]" for n, a in arrays.items())

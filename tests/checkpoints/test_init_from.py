@@ -1,4 +1,4 @@
-"""A fresh run begins with what another has learned, and says with how much of it."""
+"""A new run initialised from another one, and what it prints about that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conftest import mesh_of, wide
 from runs import assert_bitwise_equal, digits, steps_of
 
 import trainer
-from trainer.checkpoints.init_from import match_leaves
+from trainer.checkpoints.init_map import match_leaves
 from trainer.errors import CheckpointsUnreadable, UserError
 from trainer.state.leaves import name_leaves
 
@@ -46,14 +46,14 @@ def test_names_are_matched_by_whole_parts(rules, wanted, sources, unused):
 @pytest.mark.parametrize(
     ("rules", "told"),
     [
-        (["hea->x"], "what config.init_from holds has no 'hea'\n  HINT: did you mean head"),
+        (["hea->x"], "the checkpoint of config.init_from has no 'hea'\n  HINT: did you mean head"),
         (["!he"], "this model has no 'he'\n  HINT: did you mean head"),
-        (["head"], "'head' is no rule"),
-        (["!head->x"], "'!head->x' is no rule"),
+        (["head"], "'head' is not a rule"),
+        (["!head->x"], "'!head->x' is not a rule"),
         (["enc/Dense_0->head"], "params/enc/Dense_0/kernel and params/head/kernel would both"),
     ],
 )
-def test_a_rule_with_nothing_to_do_is_told(rules, told):
+def test_a_rule_that_fits_nothing_is_an_error(rules, told):
     with pytest.raises(UserError, match=re.escape(told)):
         match_leaves(SOURCE, SOURCE, rules)
 
@@ -85,7 +85,7 @@ def fine(source, steps=1, **changes):
         wide("best/10", 10, "pmap"),
     ],
 )
-def test_params_and_statistics_are_taken_and_nothing_else(
+def test_params_and_statistics_are_loaded_and_nothing_else(
     tmp_path, capsys, pretrained, place, step, lift
 ):
     source = pretrained / "run" / place
@@ -106,7 +106,7 @@ def test_params_and_statistics_are_taken_and_nothing_else(
     assert f"{pretrained}/run/{kind}/{step}: 14 leaves loaded (1,610 numbers)\n" in told
 
 
-def test_an_average_is_what_is_taken_and_begun_with(tmp_path, pretrained):
+def test_an_average_is_loaded_into_params_and_average(tmp_path, pretrained):
     there = trainer.load(pretrained / "averaged")
     source = pretrained / "averaged"
     found = trainer.train(fine(source, ema_decay=0.9), tmp_path / "run", mesh_of(2)).state
@@ -116,7 +116,7 @@ def test_an_average_is_what_is_taken_and_begun_with(tmp_path, pretrained):
 
 
 @pytest.mark.parametrize("state_sharding", [wide("zero1"), "fsdp"])
-def test_leaves_go_to_where_a_cut_state_has_its_own(tmp_path, state_sharding):
+def test_leaves_are_placed_as_those_of_a_sharded_state(tmp_path, state_sharding):
     wide = digits(2, seed=5, ema_decay=0.5)
     wide.model.hidden_size = 64
     source = tmp_path / "source"
@@ -131,7 +131,7 @@ def test_leaves_go_to_where_a_cut_state_has_its_own(tmp_path, state_sharding):
     assert not found.ema["Dense_0"]["kernel"].is_fully_replicated
 
 
-def test_a_part_may_begin_afresh(tmp_path, capsys, pretrained):
+def test_a_part_may_keep_its_initial_values(tmp_path, capsys, pretrained):
     source = pretrained / "run"
     config = fine(source, init_map="!Dense_2")
     config.model.out_size = 12
@@ -148,14 +148,14 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing_behind(tmp_path, pretra
     config = fine(pretrained / "run", init_map="BatchNorm_0->BatchNorm_0")
     config.model.out_size = 12
     told = (
-        r"params/Dense_2/bias is float32\[10\] there and float32\[12\] in this model, and 1 more "
-        r"do not fit\n  HINT: .*--config.init_map='BatchNorm_0->BatchNorm_0,!Dense_2'"
+        r"params/Dense_2/bias is float32\[10\] in the checkpoint and float32\[12\] in this model, "
+        r"and 1 more do not fit\n  HINT: .*--config.init_map='BatchNorm_0->BatchNorm_0,!Dense_2'"
     )
     with pytest.raises(UserError, match=told):
         trainer.train(config, tmp_path / "run", mesh_of(2))
-    with pytest.raises(UserError, match="none of its leaves has a place in this model"):
+    with pytest.raises(UserError, match="no leaf of the checkpoint fits this model"):
         trainer.train(fine(pretrained / "run", init_map="->net"), tmp_path / "run", mesh_of(2))
-    with pytest.raises(CheckpointsUnreadable, match=r"init_from='.*there is no .*typo\n  HINT"):
+    with pytest.raises(CheckpointsUnreadable, match=r"init_from='.*typo does not exist\n  HINT"):
         trainer.train(fine(tmp_path / "typo"), tmp_path / "run", mesh_of(2))
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,4 @@
-"""A checkpoint that is not what was written is found, whatever was changed in it."""
+"""Manifests: any change to a checkpoint is found."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainer.checkpoints import manifest
 from trainer.checkpoints.manifest import Damaged, File, Leaf, Manifest
-from trainer.state import train_state as state
 
 NAMES = st.text(min_size=1)
 JSON = st.recursive(
@@ -115,14 +112,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_every_file_is_listed_and_a_whole_checkpoint_is_whole(folder):
+def test_every_file_is_listed_and_an_intact_checkpoint_passes(folder):
     listed = manifest.read(folder, 7)
     assert {name: file.size for name, file in listed.files.items()} == {
         name: len(content) for name, content in CONTENTS.items()
     }
     (folder / "state/of nobody").write_text("ignored")
     assert manifest.read(folder) == manifest.read_alone(folder) == listed
-    with pytest.raises(Damaged, match=r"is that of step 7$"):
+    with pytest.raises(Damaged, match=r"belongs to step 7$"):
         manifest.read_alone(folder, 8)
 
 
@@ -239,13 +236,13 @@ def expect_damaged(content):
 @example(b'{"sha256": "", "body": {"version": 1e999}}')
 @example(b'{"sha256": "", "body": {"version": NaN}}')
 @example(b"\x00" * 4096)  # what a power failure leaves
-def test_rubbish_is_damaged_and_nothing_worse(content):
+def test_arbitrary_bytes_are_reported_as_damage(content):
     expect_damaged(content)
 
 
 @settings(max_examples=200)
 @given(NEARLY)
-def test_what_looks_like_a_manifest_is_damaged_and_nothing_worse(stored):
+def test_near_manifests_are_reported_as_damage(stored):
     expect_damaged(json.dumps(stored).encode())
 
 
@@ -260,79 +257,3 @@ def test_a_manifest_that_is_no_file_is_damaged(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(Damaged, match="cannot be read"):
         manifest.read_alone(tmp_path / "file")
-
-
-# Checksums of leaves: on the devices and in the memory of the host
-
-DTYPES = [
-    *["float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2"],
-    *["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"],
-]
-SHAPES = [(), (0,), (3, 0, 2), (1,), (5, 3), (2, 3, 4)]
-
-
-def array_of(dtype, shape, data):
-    """Any bits: NaN of every kind, infinities, -0.0, subnormal numbers."""
-    dtype = jax.numpy.dtype(dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.frombuffer(data.draw(st.binary(min_size=size, max_size=size), str(dtype)), np.uint8)
-    return (raw & 1 if dtype == np.bool_ else raw.copy()).view(dtype).reshape(shape)
-
-
-@pytest.fixture(scope="module")
-def on_devices():
-    """Checksums as devices take them, of 64-bit leaves as well."""
-    compiled = jax.jit(state.checksums)
-
-    def run(tree):
-        with jax.enable_x64(True):
-            return np.asarray(compiled(tree)).tolist()
-
-    return run
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_host_and_device_take_the_same_checksum(on_devices, shape, monkeypatch):
-    @settings(max_examples=25)
-    @given(st.data())
-    def check(data):
-        arrays = [array_of(dtype, shape, data) for dtype in DTYPES]
-        expected = on_devices(arrays)
-        for chunk in (1 << 20, 1, 7):
-            monkeypatch.setattr(state, "_CHUNK", chunk)
-            found = [state.checksum_of(array) for array in arrays]
-            assert dict(zip(DTYPES, found, strict=True)) == dict(zip(DTYPES, expected, strict=True))
-
-    check()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@given(data=st.data())
-@settings(max_examples=60)
-def test_one_changed_bit_changes_the_checksum(dtype, data):
-    array = array_of(dtype, data.draw(st.sampled_from([(), (1,), (5, 3)])), data)
-    changed = array.copy()
-    raw = changed.reshape(-1).view(np.uint8)
-    place = data.draw(st.integers(0, raw.size - 1), "byte")
-    raw[place] ^= 1 if dtype == "bool" else 1 << data.draw(st.integers(0, 7), "bit")
-    assert state.checksum_of(changed) != state.checksum_of(array)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_two_elements_that_changed_places_change_the_checksum(dtype):
-    array = np.zeros((4, 5), dtype)
-    array[1, 2] = 1
-    moved = np.zeros((4, 5), dtype)
-    moved[2, 1] = 1
-    assert state.checksum_of(array) != state.checksum_of(moved)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_layout_in_memory_does_not_matter(dtype):
-    array = (np.arange(24) % 7).astype(dtype).reshape(4, 6)
-    padded = np.zeros((8, 12), dtype)
-    padded[::2, ::2] = array
-    expected = state.checksum_of(array)
-    assert state.checksum_of(np.asfortranarray(array)) == expected
-    assert state.checksum_of(padded[::2, ::2]) == expected
-    assert state.checksum_of(np.ascontiguousarray(array.T).T) == expected

@@ -26,7 +26,7 @@ from trainer.config.settings import check
 from trainer.data.stream import ArraySource, TrainStream
 from trainer.errors import CheckpointsUnreadable, UserError
 from trainer.inference.export import export_model, signature
-from trainer.inference.predict import predict as predict_all
+from trainer.inference.predict import predict_source
 from trainer.inference.trained_model import restore
 from trainer.lift.lift import make_lift
 from trainer.models.resnet import ResNet
@@ -165,7 +165,7 @@ def test_another_model_is_told_by_its_leaves_and_another_optimizer_does_not_matt
     with pytest.raises(UserError) as error:
         restore(run, check(config))
     told = str(error.value)
-    assert f"the state in {run}/checkpoints/30 is not the one" in told
+    assert f"the state in {run}/checkpoints/30 does not match" in told
     assert "  params/Dense_0/kernel                     shape    float32[64,16] -> " in told
     assert "opt_state" not in told
     assert "allow" not in told
@@ -180,7 +180,7 @@ def test_outputs_are_in_order_and_do_not_depend_on_devices(run, lift):
     for devices in (1, 8):
         lifted = make_lift(lift, mesh_of(devices))
         state = lifted.put_state(trained.state)
-        found = predict_all(trained.job.task, state, source, lifted, 100, depth=devices % 2)
+        found = predict_source(trained.job.task, state, source, lifted, 100, depth=devices % 2)
         assert list(found) == ["outputs", "y"]
         np.testing.assert_allclose(found["outputs"], expected, rtol=0, atol=1e-6)
         np.testing.assert_array_equal(found["y"], everything["y"])
@@ -227,14 +227,14 @@ def test_a_model_with_several_outputs(run, caplog):
     state = lift.put_state(trained.state)
     with caplog.at_level("WARNING", "podlift"):
         logging.getLogger("podlift").addHandler(caplog.handler)
-        found = predict_all(trained.job.task, state, trained.job.stream.source, lift, 4)
+        found = predict_source(trained.job.task, state, trained.job.stream.source, lift, 4)
         logging.getLogger("podlift").removeHandler(caplog.handler)
     assert {name: (a.shape, str(a.dtype)) for name, a in found.items()} == {
         "outputs/half": ((7, 3), "float32"),
         "outputs/logits": ((7, 3), "float32"),
     }
     np.testing.assert_allclose(found["outputs/half"], found["outputs/logits"], rtol=1e-2)
-    assert "left out, as it has no row for each example: outputs/aux" in caplog.text
+    assert "left out, without an example axis: outputs/aux" in caplog.text
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -461,7 +461,7 @@ def test_eval_of_data_without_held_out_examples_and_of_code_that_raises(launch, 
     arguments = ["eval", f"--workdir={run}", "--fake_devices=2"]
     code, _, err = launch(*arguments, "--config.data.target=mine:load", environ=environ)
     assert code == 2
-    assert "has no examples to evaluate on" in err
+    assert "has no held-out examples" in err
     code, _, err = launch(*arguments, "--config.loss.target=mine:loss", environ=environ)
     assert code == 1
     assert "mine.py:5, in loss: return outputs.no_such" in err

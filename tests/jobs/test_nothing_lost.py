@@ -107,7 +107,10 @@ def test_a_damaged_copy_gives_way_to_the_one_before(begin, run, tmp_path, memory
     code, out, err = run(workdir, *TWO, *FAST, memory.flag, "--config.num_steps=2000", stop,
                          "--config.data.delay=0.02")  # fmt: skip
     assert code == 0, err
-    assert f"step {max(steps)} cannot be restored from its copy in memory: state.bin is not" in err
+    assert (
+        f"step {max(steps)} cannot be restored from its in-memory checkpoint: state.bin is not"
+        in err
+    )
     assert f"restored step {min(steps)} from memory" in out
 
 

@@ -316,7 +316,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, dama
     capsys.readouterr()
     rest = trainer.train(config, tmp_path / "run")
     out, err = capsys.readouterr()
-    assert "warning: step 4 cannot be restored from the checkpoint" in err
+    assert "warning: step 4 cannot be restored from its checkpoint" in err
     assert "restored step 2 from " in out
     assert list((tmp_path / "run/checkpoints/quarantine").glob("4-*"))
     assert_close(leaves_of(rest.state), leaves_of(straight.state), atol=0)

@@ -67,7 +67,7 @@ DAMAGE = {
     remove_manifest: "it has no manifest.json: its save did not finish",
     damage_metadata: "state/_METADATA has 1 bytes",
     damage_manifest: "its manifest.json is damaged",
-    exchange: "its manifest.json is that of step 10",
+    exchange: "its manifest.json belongs to step 10",
     empty: "it is empty",
     save_another_state: "params/Dense_0/kernel is not what was saved",
 }
@@ -112,7 +112,7 @@ def test_a_checkpoint_that_is_gone_is_told_of(tmp_path, capsys, stopped_run):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/20")
     rest = trainer.train(saving_every_10(), tmp_path / "run", mesh_of(2))
-    assert "checkpoint 20 was saved and is gone; going on from step 10" in capsys.readouterr().err
+    assert "checkpoint 20 was saved and is gone; resuming from step 10" in capsys.readouterr().err
     assert_bitwise_equal(whole, rest.state)
 
 

@@ -38,8 +38,8 @@ def with_copies(steps, folder, **changes):
 def crash(tmp_path, monkeypatch):
     """Trains with an in-memory checkpoint after each step, and crashes at a step."""
     (tmp_path / "memory").mkdir()
-    monkeypatch.setattr(fast, "_BLOCKED_PART", 1e9)
-    monkeypatch.setattr(fast, "_WRITING_PART", 1e9)
+    monkeypatch.setattr(fast, "_BLOCKED_FRACTION", 1e9)
+    monkeypatch.setattr(fast, "_WRITING_FRACTION", 1e9)
     save = InMemoryCheckpoints.save
 
     def save_and_wait(self, *arguments):

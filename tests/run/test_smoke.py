@@ -159,7 +159,7 @@ def test_a_disk_that_does_not_keep_what_it_is_given(tmp_path, monkeypatch):
 
     real = Saver.finish
     monkeypatch.setattr(Saver, "finish", finish)
-    with pytest.raises(SmokeFailed, match=r"restore: none of the 1 checkpoints in .* is whole"):
+    with pytest.raises(SmokeFailed, match=r"restore: none of the 1 checkpoints in .* is intact"):
         smoke(config_of("mlp"), tmp_path, mesh_of(2))
     assert list(tmp_path.glob("smoke-*/checkpoints/1")), "what failed is there to be looked at"
 

@@ -82,7 +82,7 @@ def test_a_passing_failure_is_waited_out(folder, object_store):  # noqa: F811
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_report(folder, object_store, tmp_path):  # noqa: F811
+def test_metrics_are_written_to_an_object_store(folder, object_store, tmp_path):  # noqa: F811
     from configs.mlp import get_config
 
     report = MetricsWriter(Workdir.check(folder, get_config()), 0)

@@ -1,7 +1,7 @@
-"""Arrays in Orbax's format, written and read by one process without a word to the others.
+"""Arrays in Orbax's format, written and read by one process on its own.
 
-Orbax is given a local folder and numpy arrays only: its barriers between processes, which hang
-where one of them fails, and its own idea of which steps there are stay out of it.
+Orbax only sees a local folder and numpy arrays. Its barriers between processes, which hang if one
+process fails, and its own list of steps are not used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from trainer.checkpoints.manifest import Leaf
 from trainer.state.leaves import from_flat, name_leaves
 
-STATE = "state"  # the folder of a checkpoint that is Orbax's
+STATE = "state"  # the part of a checkpoint that is in Orbax's format
 
 
 def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -29,18 +29,22 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         folder: exists.
         arrays: by name; "/" in a name makes a nested dict.
     """
-    # Orbax refuses arrays without elements; their shape is in the manifest.
+    # Orbax rejects arrays without elements; the manifest has their shapes.
     kept = {name: array for name, array in arrays.items() if array.size}
     with _quiet_absl(), _checkpointer() as (checkpointer, args):
         checkpointer.save(os.fspath(folder / STATE), args=args.PyTreeSave(from_flat(kept)))
 
 
 def read(folder: Path, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
-    """The arrays that `write` has written, as the manifest describes them.
+    """Reads the arrays that `write` wrote.
+
+    Args:
+        folder: the local folder of the checkpoint.
+        leaves: the leaves in the manifest, by name.
 
     Raises:
-        Exception: of many types, where Orbax cannot read its files.
-        ValueError: an array is not of the shape and dtype in the manifest.
+        ValueError: an array does not have the shape and dtype in the manifest.
+        Exception: of many types, if Orbax cannot read its files.
     """
     import orbax.checkpoint as ocp
 
@@ -84,7 +88,7 @@ def _checkpointer() -> Iterator[tuple[Any, Any]]:
 
 @contextlib.contextmanager
 def _quiet_absl() -> Iterator[None]:
-    """Orbax warns of files that it only writes one folder up, and of its own errors."""
+    """Silences Orbax, which warns of files it writes one folder up and of errors that it raises."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

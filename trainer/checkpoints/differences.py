@@ -1,4 +1,4 @@
-"""What a saved state and the state that is wanted now have not in common."""
+"""Differences between a saved state and the expected one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Difference:
-    """One leaf that is not as it was.
+    """A leaf that differs.
 
     Attributes:
-        name: of the leaf.
-        kind: "shape", "dtype", "missing" (was not saved) or "extra" (is no longer there).
-        before: what was saved, for a person.
-        after: what is wanted.
+        name: the name of the leaf.
+        kind: "shape", "dtype", "missing" (not saved) or "extra" (not in the model).
+        before: what was saved, for a message.
+        after: what is expected, for a message.
     """
 
     name: str
@@ -34,10 +34,15 @@ class Difference:
     after: str
 
 
-def compare(saved: Mapping[str, Leaf], wanted: Mapping[str, Any]) -> list[Difference]:
-    """The differences between saved leaves and those that are wanted (arrays or their shapes)."""
+def compare(saved: Mapping[str, Leaf], expected: Mapping[str, Any]) -> list[Difference]:
+    """The differences between saved leaves and the expected ones.
+
+    Args:
+        saved: the leaves in a manifest, by name.
+        expected: arrays, or their shapes and dtypes, by name.
+    """
     found = []
-    for name, leaf in wanted.items():
+    for name, leaf in expected.items():
         after = _show(leaf.shape, str(leaf.dtype))
         old = saved.get(name)
         if old is None:
@@ -47,14 +52,14 @@ def compare(saved: Mapping[str, Leaf], wanted: Mapping[str, Any]) -> list[Differ
         elif old.dtype != str(leaf.dtype):
             found.append(Difference(name, "dtype", _show(old.shape, old.dtype), after))
     for name, old in saved.items():
-        if name not in wanted:
+        if name not in expected:
             before = _show(old.shape, old.dtype)
             found.append(Difference(name, "extra", before, "(not in the model)"))
     return found
 
 
 def show(differences: Sequence[Difference]) -> str:
-    """A table: name, kind, what was saved -> what is wanted."""
+    """A table with the columns name, kind, and saved -> expected."""
     shown = differences[:_SHOWN]
     name_width = max(len(d.name) for d in shown)
     before_width = max(len(d.before) for d in shown)
@@ -68,24 +73,24 @@ def show(differences: Sequence[Difference]) -> str:
 
 
 def check_allowed(differences: Sequence[Difference], allow: Sequence[str], where: str) -> None:
-    """Refuses differences that were not allowed.
+    """Raises unless all differences are of permitted kinds.
 
     Args:
-        differences: between what was saved and what is wanted.
-        allow: kinds of difference, among other things.
+        differences: between the saved state and the expected one.
+        allow: the permitted kinds, among other entries of `config.checkpoint.allow`.
         where: the checkpoint.
 
     Raises:
-        UserError: listing them.
+        UserError: lists the differences that are not permitted.
     """
     kinds = sorted({d.kind for d in differences} - set(allow))
     together = ",".join([*allow, *kinds])
     refuse(
         [d for d in differences if d.kind in kinds],
         where,
-        "go back to the code and config it was saved with, or "
-        f"--config.checkpoint.allow={together} goes on all the same: leaves that were not saved "
-        "or have another shape start afresh, other dtypes are cast, extra ones are left out",
+        "use the code and config it was saved with, or resume anyway with "
+        f"--config.checkpoint.allow={together}: leaves that were not saved or have another shape "
+        "are initialised, other dtypes are cast, extra leaves are dropped",
     )
 
 
@@ -93,45 +98,46 @@ def refuse(differences: Sequence[Difference], where: str, hint: str) -> None:
     """Raises a UserError that lists the differences, if there are any.
 
     Args:
-        differences: between what was saved and what is wanted.
+        differences: between the saved state and the expected one.
         where: the checkpoint.
         hint: what to do.
     """
     if differences:
         raise UserError(
-            f"the state in {where} is not the one this code and config ask for "
-            f"(saved -> wanted):\n{show(differences)}",
+            f"the state in {where} does not match this code and config "
+            f"(saved -> expected):\n{show(differences)}",
             hint,
         )
 
 
 def adapt(
     arrays: Mapping[str, np.ndarray],
-    wanted: Mapping[str, Any],
+    expected: Mapping[str, Any],
     differences: Sequence[Difference],
     fresh: Callable[[], Mapping[str, Any]],
 ) -> dict[str, np.ndarray]:
-    """Saved leaves as they are wanted, after the differences were allowed; says what it did.
+    """Turns saved leaves into the expected ones, with a warning that lists the differences.
 
     Args:
-        arrays: what was saved.
-        wanted: shapes and dtypes.
-        differences: between the two.
-        fresh: gives the leaves of a new state.
+        arrays: the saved leaves, by name.
+        expected: the expected shapes and dtypes, by name.
+        differences: between the two; all of them are permitted.
+        fresh: returns the leaves of a new state.
     """
     kinds = {d.name: d.kind for d in differences}
-    begun = fresh() if {"missing", "shape"} & set(kinds.values()) else {}
+    initialised = fresh() if {"missing", "shape"} & set(kinds.values()) else {}
     adapted = {}
-    for name, leaf in wanted.items():
+    for name, leaf in expected.items():
         kind = kinds.get(name)
         if kind is None:
             adapted[name] = arrays[name]
         elif kind == "dtype":
             adapted[name] = arrays[name].astype(jax.numpy.dtype(leaf.dtype))
         else:
-            adapted[name] = np.asarray(begun[name])
+            adapted[name] = np.asarray(initialised[name])
     if differences:
-        warn(f"the state differs from what was saved, as allowed:\n{show(differences)}")
+        table = show(differences)
+        warn(f"the state differs from the saved one, as config.checkpoint.allow permits:\n{table}")
     return adapted
 
 
@@ -140,22 +146,22 @@ def _show(shape: Sequence[int], dtype: str) -> str:
 
 
 def how_leaves_differ(
-    folder: CheckpointFolder, wanted: Callable[[], Mapping[str, Any]]
+    folder: CheckpointFolder, expected: Callable[[], Mapping[str, Any]]
 ) -> list[Difference]:
-    """How the newest saved state differs from what is wanted.
+    """How the newest saved state differs from the expected one; empty if that is unknown.
 
-    Nothing is read but a manifest. A courtesy: where it cannot be told, nothing is.
+    Reads manifests only.
 
     Args:
-        folder: of the checkpoints.
-        wanted: gives the shapes and dtypes of the leaves.
+        folder: the folder of checkpoints.
+        expected: returns the shapes and dtypes of the leaves, by name.
     """
     for step in reversed(folder.steps()):
         try:
-            found = compare(folder.check(step).leaves, wanted())
+            found = compare(folder.check(step).leaves, expected())
         except Damaged:
             continue
-        except Exception:  # of the user's model
+        except Exception:  # the user's model may raise anything
             return []
         return found
     return []

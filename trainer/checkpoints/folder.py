@@ -1,8 +1,8 @@
-"""A folder of checkpoints, `<folder>/<step>/`: how they come into it, leave it and are kept safe.
+"""A folder of checkpoints, `<folder>/<step>/`, that stays intact through kills and full disks.
 
-A checkpoint is made elsewhere and gets its name when it is complete, so a step that has a name and
-no manifest was damaged. It is made beside its place on a file system, where a rename is at once or
-not at all, and on this machine for an object store, which then gets the manifest last.
+A checkpoint gets its name once it is complete, so a named step without a manifest is damaged. On a
+file system it is written beside its final place and renamed, which is atomic. For an object store
+it is written on this machine and uploaded, the manifest last.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ QUARANTINE = "quarantine"
 
 
 class CheckpointFolder:
-    """One folder of checkpoints. Used by one process of a job at a time.
+    """One folder of checkpoints. Only one process of a job uses it.
 
     Args:
-        path: where; made at the first save.
-        keep: how many of the newest to keep.
+        path: the folder; made at the first save.
+        keep: how many of the newest checkpoints to keep.
     """
 
     def __init__(self, path: epath.Path, keep: int) -> None:
@@ -40,7 +40,7 @@ class CheckpointFolder:
         self._keep = keep
 
     def steps(self) -> list[int]:
-        """The steps that are there, whole or not, oldest first."""
+        """The steps in the folder, intact or not, oldest first."""
         try:
             return sorted(int(entry.name) for entry in self.path.iterdir() if _is_step(entry.name))
         except (FileNotFoundError, NotADirectoryError):
@@ -53,15 +53,15 @@ class CheckpointFolder:
         describe: Callable[[dict[str, File]], Manifest],
         size: int = 0,
     ) -> None:
-        """Adds a checkpoint, then removes those that are older than the newest `keep`.
+        """Adds a checkpoint, then removes all but the newest `keep`.
 
-        Nothing that was there is touched until the new one is complete.
+        The existing checkpoints stay untouched until the new one is complete.
 
         Args:
-            step: of the checkpoint.
-            write: puts its files into an empty local folder.
-            describe: makes its manifest, given what was written.
-            size: of what will be written, in bytes, about.
+            step: the step of the checkpoint.
+            write: writes its files into an empty local folder.
+            describe: makes its manifest from a description of the written files.
+            size: roughly how many bytes it needs.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if is_local(self.path):
@@ -73,14 +73,14 @@ class CheckpointFolder:
                 self._complete(made, write, describe)
                 self._put_in_place(made, step)
             except BaseException:
-                shutil.rmtree(made, ignore_errors=True)  # its space may be what is lacking
+                shutil.rmtree(made, ignore_errors=True)  # it may be what fills the disk
                 raise
         else:
             with tempfile.TemporaryDirectory(prefix="podlift-") as name:
                 self._complete(Path(name), write, describe)
                 _upload(Path(name), self.path / str(step))
-        # The new one is complete, whatever becomes of the others: they are tried again after the
-        # next save. Clients of object stores raise many types.
+        # The new one is complete, so errors from here on do not matter: the next save removes the
+        # others again. Clients of object stores raise many types.
         with contextlib.suppress(Exception):
             for old in expired(self.steps(), self._keep, step):
                 with contextlib.suppress(Exception):
@@ -102,7 +102,7 @@ class CheckpointFolder:
 
     def _put_in_place(self, made: Path, step: int) -> None:
         place = Path(self.path, str(step))
-        if place.exists():  # the same step was saved before, and reached again
+        if place.exists():  # after a resume the run reaches a step again
             removed = place.with_name(f"{_REMOVED}{step}")
             shutil.rmtree(removed, ignore_errors=True)
             place.rename(removed)
@@ -127,19 +127,19 @@ class CheckpointFolder:
             place.rmtree()
 
     def check(self, step: int) -> Manifest:
-        """The manifest of a step, after a look at it only.
+        """Reads the manifest of a step, and no other file.
 
         Raises:
-            Damaged: it is not as it was written.
+            Damaged: the manifest is missing, damaged or belongs to another step.
         """
         return manifest.read_alone(self.path / str(step), step)
 
     @contextlib.contextmanager
     def opened(self, step: int) -> Iterator[tuple[Path, Manifest]]:
-        """A step as a local folder, every file of which is as it was written, and its manifest.
+        """A step as a local folder in which every file is intact, and its manifest.
 
         Raises:
-            Damaged: naming what is not.
+            Damaged: a file is not what was written; names it.
         """
         if is_local(self.path):
             place = Path(self.path, str(step))
@@ -151,7 +151,7 @@ class CheckpointFolder:
             yield Path(name), manifest.read(Path(name), step)
 
     def quarantine(self, step: int, why: str) -> epath.Path:
-        """Takes a step out of the way without deleting it; returns where it is now."""
+        """Moves a step into `quarantine/` and returns its new place."""
         aside = self.path / QUARANTINE
         aside.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y%m%dT%H%M%S")
@@ -161,19 +161,19 @@ class CheckpointFolder:
             number += 1
             moved = aside / f"{step}-{stamp}-{number}"
         (self.path / str(step)).rename(moved)
-        with contextlib.suppress(OSError):  # a note, for whoever comes to look
+        with contextlib.suppress(OSError):  # the note is optional
             (moved / "why.txt").write_text(f"{why}\n")
         return moved
 
     def newest_known(self) -> int | None:
-        """The newest step that was ever completed here, also if it is gone; None if unknown."""
+        """The newest step ever completed here, even if it is gone; None if unknown."""
         try:
             return int(json.loads(self._note.read_text())["step"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def has_history(self) -> bool:
-        """Whether there ever was a checkpoint here that was completed."""
+        """Whether a checkpoint was ever completed here."""
         if self._note.exists() or (is_local(self.path) and Path(self.path).is_symlink()):
             return True
         try:
@@ -183,9 +183,9 @@ class CheckpointFolder:
         return QUARANTINE in names or any(map(_is_step, names))
 
     def sweep(self) -> list[str]:
-        """Clears what a killed run has left half done; returns what was cleared.
+        """Cleans up after a killed run; returns the names of what it cleaned up.
 
-        A save that was complete but for its name gets it. To be called by the run's only owner.
+        A save that only lacks its final name gets it. Call this only while holding the run's lock.
         """
         if not is_local(self.path):
             return []
@@ -200,7 +200,7 @@ class CheckpointFolder:
                 step = int(name.removeprefix(_SAVING))
                 with contextlib.suppress(Damaged, OSError):
                     manifest.read(entry, step)
-                    if not self._is_whole(step):
+                    if not self._is_intact(step):
                         self._put_in_place(entry, step)
                         cleared.append(f"{name} (completed)")
                         continue
@@ -216,7 +216,7 @@ class CheckpointFolder:
             self._note_newest(steps[-1])
         return cleared
 
-    def _is_whole(self, step: int) -> bool:
+    def _is_intact(self, step: int) -> bool:
         try:
             manifest.read(Path(self.path, str(step)), step)
         except Damaged:
@@ -228,17 +228,17 @@ class CheckpointFolder:
 
     @property
     def _note(self) -> epath.Path:
-        """Of the newest step; beside the folder, so that it is there when the folder is gone."""
+        """The file with the newest step; beside the folder, so that it survives its removal."""
         return self.path.parent / f".{self.path.name}.json"
 
 
 def expired(steps: Sequence[int], keep: int, newest: int) -> list[int]:
-    """Which steps are to go once `newest` has been saved.
+    """The steps to remove once `newest` has been saved.
 
     Args:
-        steps: that are there, `newest` among them.
+        steps: the steps in the folder, including `newest`.
         keep: how many of the newest to keep, at least 1.
-        newest: the one just saved, which stays whatever the others are.
+        newest: the step just saved; it stays even if others are higher.
     """
     others = sorted(step for step in set(steps) if step != newest)
     surplus = len(others) + 1 - keep
@@ -246,7 +246,7 @@ def expired(steps: Sequence[int], keep: int, newest: int) -> list[int]:
 
 
 def _check_room(path: epath.Path, size: int) -> None:
-    """Says what is wrong before Orbax does, at length; arrays may be written in half their size."""
+    """Fails early, where Orbax would fail with a long message; compression may halve the size."""
     if shutil.disk_usage(path).free < size / 2:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -261,7 +261,7 @@ def _is_leftover(name: str) -> bool:
 
 def _upload(source: Path, target: epath.Path) -> None:
     """Copies a complete checkpoint to an object store, the manifest last."""
-    with contextlib.suppress(FileNotFoundError):  # from now on it counts as not there
+    with contextlib.suppress(FileNotFoundError):  # without it the old one no longer counts
         (target / manifest.NAME).unlink()
     paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
     for path in sorted(paths, key=lambda path: path == source / manifest.NAME):
@@ -276,13 +276,13 @@ def _download(source: epath.Path, listed: Manifest, target: Path) -> None:
         if not place.resolve().is_relative_to(target.resolve()):
             raise Damaged(f"its {manifest.NAME} names {name}, outside of it")
         place.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # to be found missing
+        with contextlib.suppress(FileNotFoundError):  # the check of the manifest reports it
             place.write_bytes((source / name).read_bytes())
 
 
 def _sync(path: Path) -> None:
-    """Hands a file or the entries of a folder to the disk: a rename may outlive a power failure
-    that what it names does not."""
+    """Flushes a file or a folder's entries to disk: a rename may survive a power failure that the
+    renamed data does not."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,10 +1,10 @@
-"""The newest state of a run in the memory of a host, for a restart on the same host.
+"""In-memory checkpoints: the newest state of a run in the memory of a host, for a restart there.
 
-Files in `/dev/shm` outlive the process that wrote them, and take no disk. Two slots are written in
-turn, so that a kill in the middle of one leaves the other; each has a manifest like a checkpoint on
-disk. A state is the same on all devices, so the copy of one host is enough for all ranks.
+Files in `/dev/shm` outlive the process that wrote them and need no disk. Two slots are written in
+turn, so that a kill during a write leaves the other slot intact; each has a manifest like a
+checkpoint on disk. A state is the same on all devices, so one host's checkpoint serves all ranks.
 
-Orbax's emergency checkpointing was tried first: docs/reliability.md says what kept it out.
+Why this is not Orbax's emergency checkpointing: docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from trainer.workdir.paths import absolute, digest_of, write_whole
 
 SLOTS = (0, 1)
 _ARRAYS = "state.bin"
-# A copy holds up the loop, and its writing the host: neither more than this part of the time.
-_BLOCKED_PART, _WRITING_PART = 0.01, 0.05
+# The largest fractions of the time for which a save may block the loop and write on the host.
+_BLOCKED_FRACTION, _WRITING_FRACTION = 0.01, 0.05
 
 
 @dataclass(frozen=True)
-class _Copy:
+class _State:
     step: int
     meta: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray]
 
 
 class InMemoryCheckpoints:
-    """The copies of one run in the memory of this host.
+    """The in-memory checkpoints of one run on this host.
 
     Args:
-        workdir: of the run, which names the copies' folder.
-        root: of a file system in memory.
-        every_secs: from one copy to the next, at least.
-        max_bytes: that both slots may take.
-        clock: seconds, monotonic.
+        workdir: the run's folder; the folder of the checkpoints is named after it.
+        root: the mount point of a file system in memory.
+        every_secs: the least number of seconds from one save to the next.
+        max_bytes: the most bytes that both slots may take together.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class InMemoryCheckpoints:
         self._writing_secs = 0.0
         self._is_off = False
 
-    # Reading, before a run goes on
+    # Read, before a run resumes
 
     def steps(self, run: str) -> dict[int, int]:
-        """The steps of a run that seem to be here, each with its slot.
+        """The steps of a run whose manifest is intact, each with its slot.
 
         Args:
-            run: its id; a copy of another run in the same folder is not offered.
+            run: the id of the run; checkpoints of other runs in the same folder are not offered.
         """
         found: dict[int, int] = {}
         if not self._is_ours():
@@ -93,7 +93,7 @@ class InMemoryCheckpoints:
         return found
 
     def _older_slot(self) -> int:
-        """The slot to write first: not the one with the newest copy."""
+        """The slot to write first: not the one with the newest checkpoint."""
         newest = {}
         for slot in SLOTS:
             with contextlib.suppress(Damaged, OSError):
@@ -101,7 +101,7 @@ class InMemoryCheckpoints:
         return 1 - newest[max(newest)] if newest else 0
 
     def _is_ours(self) -> bool:
-        """Whether the folder is this user's and nobody else may write there: all may make one."""
+        """Whether only this user can write to the folder: in `/dev/shm` anyone can create it."""
         try:
             status = self.folder.parent.lstat()
         except OSError:
@@ -113,10 +113,10 @@ class InMemoryCheckpoints:
         )
 
     def read(self, slot: int) -> tuple[dict[str, np.ndarray], Manifest]:
-        """What is in a slot.
+        """The arrays of a slot, by name, and its manifest. The next save spares this slot.
 
         Raises:
-            Damaged: it is not what was written.
+            Damaged: the slot does not hold what was written.
         """
         place = self.folder / str(slot)
         listed = manifest.read(place)
@@ -127,35 +127,40 @@ class InMemoryCheckpoints:
             end = start + int(np.prod(leaf.shape)) * dtype.itemsize
             arrays[name] = data[start:end].view(dtype).reshape(leaf.shape)
             start = end
-        self._slot = 1 - slot  # the next copy leaves this one alone
+        self._slot = 1 - slot
         return arrays, listed
 
-    # Writing, while a run goes on
+    # Save, while a run trains
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time for another copy, and the last one is written."""
+        """Whether it is time for another save, and the last one is complete."""
         busy = self._thread is not None and self._thread.is_alive()
         return not self._is_off and not busy and self._clock() >= self._due
 
     def save(
         self, step: int, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray], blocked: float
     ) -> None:
-        """Takes a copy of the state; a thread writes it.
+        """Starts a thread that writes a state into the next slot.
 
         Args:
-            step: of the state.
-            meta: what else a resume needs; `meta["run"]` says of which run it is.
+            step: the step of the state.
+            meta: what a resume needs besides the state; `meta["run"]` is the id of the run.
             arrays: the leaves, by name, in memory that nobody else changes.
-            blocked: seconds that the loop was held up for it.
+            blocked: the seconds for which the loop was blocked.
         """
         size = sum(array.nbytes for array in arrays.values())
         if not self._fits(size):
             return
-        pause = max(self._every_secs, blocked / _BLOCKED_PART, self._writing_secs / _WRITING_PART)
+        pause = max(
+            self._every_secs, blocked / _BLOCKED_FRACTION, self._writing_secs / _WRITING_FRACTION
+        )
         self._due = self._clock() + pause
         self._thread = threading.Thread(
-            target=self._write, args=(_Copy(step, meta, arrays),), name="podlift-fast", daemon=True
+            target=self._write,
+            args=(_State(step, meta, arrays),),
+            name="podlift-in-memory",
+            daemon=True,
         )
         self._thread.start()
 
@@ -169,32 +174,32 @@ class InMemoryCheckpoints:
         try:
             room = min(self._max_bytes, (shutil.disk_usage(self._root).free + taken) / 2)
         except OSError as error:
-            return self._turn_off(f"{self._root} cannot be used: {error.strerror or error}")
+            return self._turn_off(f"{self._root} is not usable: {error.strerror or error}")
         if 2 * size <= room:
             return True
         return self._turn_off(
-            f"two states of {size / 1e9:.3g} GB do not fit into the {room / 1e9:.3g} GB that "
-            f"config.checkpoint.fast_max_gb and half of what is free in {self._root} leave"
+            f"two states of {size / 1e9:.3g} GB do not fit into {room / 1e9:.3g} GB, the "
+            f"smaller of config.checkpoint.fast_max_gb and half of the free space in {self._root}"
         )
 
     def _turn_off(self, why: str) -> bool:
         self._is_off = True
-        warn(f"no copies of the state in memory from here on: {why}")
+        warn(f"no more in-memory checkpoints: {why}")
         return False
 
-    def _write(self, copy: _Copy) -> None:
+    def _write(self, state: _State) -> None:
         began = self._clock()
         place = self.folder / str(self._slot)
         try:
             self.folder.parent.mkdir(exist_ok=True, mode=0o700)
             if not self._is_ours():
-                raise PermissionError(f"{self.folder.parent} is somebody else's")
+                raise PermissionError(f"{self.folder.parent} is not this user's alone")
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not (self.folder / "workdir").exists():
                 (self.folder / "workdir").write_text(f"{absolute(self._workdir)}\n")
             (place / manifest.NAME).unlink(missing_ok=True)
-            file, leaves = _write_arrays(place / _ARRAYS, copy.arrays)
-            listed = Manifest(copy.step, copy.meta, leaves, {_ARRAYS: file})
+            file, leaves = _write_arrays(place / _ARRAYS, state.arrays)
+            listed = Manifest(state.step, state.meta, leaves, {_ARRAYS: file})
             write_whole(place / manifest.NAME, listed.to_text())
         except OSError as error:
             self._turn_off(f"{place} cannot be written: {error.strerror or error}")
@@ -202,15 +207,15 @@ class InMemoryCheckpoints:
             return
         self._slot = 1 - self._slot
         self._writing_secs = self._clock() - began
-        self._due = max(self._due, began + self._writing_secs / _WRITING_PART)
+        self._due = max(self._due, began + self._writing_secs / _WRITING_FRACTION)
 
     def wait(self) -> None:
-        """Waits for a copy that is being written."""
+        """Waits for a save in progress."""
         if self._thread is not None:
             self._thread.join()
 
     def remove(self) -> None:
-        """Gives the memory back."""
+        """Removes the checkpoints, which frees their memory."""
         self.wait()
         self._remove_files()
 
@@ -218,16 +223,16 @@ class InMemoryCheckpoints:
         if not self._is_ours():
             return
         shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the user's other runs may have theirs
+        with contextlib.suppress(OSError):  # not empty: other runs of the user
             self.folder.parent.rmdir()
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[File, dict[str, Leaf]]:
-    """All bytes in one file, in place of what was in it: its memory is used again."""
+    """Writes all arrays into one file, over the old content, which reuses its memory."""
     digest = hashlib.sha256()
     leaves = {}
     with path.open("r+b" if path.exists() else "w+b") as file:
-        for name, array in sorted(arrays.items()):  # as a manifest lists them when it is read
+        for name, array in sorted(arrays.items()):  # the order of a manifest that was read
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             file.write(data)
             digest.update(data)

@@ -1,7 +1,7 @@
-"""A fresh run that begins with the params and the model state of another run.
+"""`config.init_from`: initialises a new run with the params and model state of another run.
 
-Process 0 reads them, every file and leaf checked, and gives them to the others. The optimizer's
-state, the step and the random numbers are the new run's own.
+Process 0 reads them, checks every file and leaf, and broadcasts them. The optimizer state, the step
+and the random key stay those of the new run.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from trainer.checkpoints.init_map import Match, match_leaves, split_collection
 from trainer.checkpoints.load import Saved, read_saved
 from trainer.checkpoints.manifest import Leaf
 from trainer.config.settings import Settings
@@ -23,7 +24,6 @@ from trainer.console import say
 from trainer.errors import CheckpointsUnreadable, UserError
 from trainer.lift.lift import Lift
 from trainer.state.leaves import fill_in, name_leaves
-from trainer.state.subtrees import hint_for, is_within
 from trainer.state.train_state import TrainState
 from trainer.workdir.paths import absolute
 
@@ -31,34 +31,19 @@ _SHOWN = 8
 _PLACES = "name the folder of a run, RUN/best or RUN/checkpoints/120"
 
 
-@dataclass(frozen=True)
-class Match:
-    """Which leaf of the source goes where. All names are whole, as "params/Dense_0/kernel".
-
-    Attributes:
-        sources: the leaf of the source, by the leaf of the new model that it becomes.
-        kept: leaves of the new model that stay as they were initialised, and why.
-        unused: leaves of the source that have no place.
-    """
-
-    sources: Mapping[str, str]
-    kept: Mapping[str, str]
-    unused: tuple[str, ...]
-
-
 def initialise_from(settings: Settings, lift: Lift, state: TrainState) -> TrainState:
-    """A new state with the leaves that `config.init_from` has for it, and says which these are.
+    """Replaces leaves of a new state by those of `config.init_from`, and prints which.
 
-    All processes call it at the same point.
+    All processes call this at the same point.
 
     Args:
-        settings: of the new run.
-        lift: which knows the processes.
-        state: as initialised, on the devices.
+        settings: the checked config of the new run.
+        lift: the lift over the devices.
+        state: the initial state, on the devices.
 
     Raises:
-        CheckpointsUnreadable: there is no such checkpoint, or it is not what was saved.
-        UserError: a leaf has another shape, a rule has nothing to do, or nothing would be loaded.
+        CheckpointsUnreadable: the checkpoint does not exist or is damaged.
+        UserError: a leaf has another shape, a rule fits nothing, or no leaf would be loaded.
     """
     saved, listed, place = _read_for_all(str(settings.init_from), lift)
     wanted = name_leaves({"params": state.params, "model_state": state.model_state})
@@ -69,33 +54,33 @@ def initialise_from(settings: Settings, lift: Lift, state: TrainState) -> TrainS
     loaded = {
         name: arrays[source].astype(wanted[name].dtype) for name, source in match.sources.items()
     }
-    _tell(place, match, listed, loaded)
-    if state.ema is not None:  # as initialised it equals the params
+    _report(place, match, listed, loaded)
+    if state.ema is not None:  # initially it equals the params
         loaded |= {
             f"ema/{name.removeprefix('params/')}": leaf
             for name, leaf in loaded.items()
             if name.startswith("params/")
         }
-    there = name_leaves(state)
+    initial = name_leaves(state)
     return cast(
         TrainState,
-        fill_in(state, {name: lift.put_like(leaf, there[name]) for name, leaf in loaded.items()}),
+        fill_in(state, {name: lift.put_like(leaf, initial[name]) for name, leaf in loaded.items()}),
     )
 
 
 def read(place: str) -> Saved:
-    """The state that a folder stands for: that of a run, or a checkpoint in it.
+    """Reads the params and model state of a run's folder, or of one checkpoint in it.
 
-    Its params are those that its run evaluates: their average, where it has one.
+    The params are those that the run evaluates: their average, if it keeps one.
 
     Raises:
-        CheckpointsUnreadable: there is no such checkpoint, or it is not what was saved.
+        CheckpointsUnreadable: the checkpoint does not exist or is damaged.
     """
     folder = absolute(place)
     if not folder.exists():
         near = difflib.get_close_matches(folder.name, _names_beside(folder), n=1)
         hint = f"did you mean {folder.parent / near[0]}?" if near else _PLACES
-        raise CheckpointsUnreadable(f"there is no {folder}", hint)
+        raise CheckpointsUnreadable(f"{folder} does not exist", hint)
     is_run = any((folder / name).exists() for name in ("config.json", "checkpoints"))
     if not is_run and folder.name.isdigit() and folder.parent.name in ("best", "checkpoints"):
         saved = read_saved(folder.parent.parent, step=int(folder.name))
@@ -125,116 +110,30 @@ def _names_beside(folder: epath.Path) -> list[str]:
         return []
 
 
-def match_leaves(
-    source: Sequence[str] | Mapping[str, Any],
-    wanted: Sequence[str] | Mapping[str, Any],
-    rules: Sequence[str],
-) -> Match:
-    """Finds the place of each leaf, by its name.
-
-    A rule is about the names inside a collection, so `old->new` renames the params and the
-    statistics of a module alike; of several that fit a leaf, the first counts.
-
-    Args:
-        source: names of leaves, as "params/Dense_0/kernel".
-        wanted: the same of the new model.
-        rules: `old->new` or `!part`.
-
-    Raises:
-        UserError: a rule is none or has nothing to do, or two leaves would become one.
-    """
-    renames, skips = _parse(rules)
-    inside = [_split(name)[1] for name in source]
-    for old, _ in renames:
-        _check_rule(old, inside, "what config.init_from holds")
-    for part in skips:
-        _check_rule(part, [_split(name)[1] for name in wanted], "this model")
-    places: dict[str, str] = {}
-    unused = []
-    for name in source:
-        place = _renamed(name, renames)
-        if place not in wanted or _is_skipped(place, skips):
-            unused.append(name)
-        elif place in places:
-            raise UserError(
-                f"config.init_map: {places[place]} and {name} would both become {place}",
-                "rename or skip one of them",
-            )
-        else:
-            places[place] = name
-    kept = {
-        name: "skipped" if _is_skipped(name, skips) else "not there"
-        for name in wanted
-        if name not in places
-    }
-    return Match(places, kept, tuple(unused))
-
-
-def _parse(rules: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    renames, skips = [], []
-    for rule in rules:
-        old, arrow, new = rule.partition("->")
-        if rule.startswith("!") and len(rule) > 1 and not arrow:
-            skips.append(rule[1:].strip(" /"))
-        elif arrow and not rule.startswith("!"):
-            renames.append((old.strip(" /"), new.strip(" /")))
-        else:
-            raise UserError(
-                f"config.init_map: {rule!r} is no rule",
-                "`old->new` renames a part of the model, `!part` leaves one as it is initialised",
-            )
-    return renames, skips
-
-
-def _check_rule(part: str, names: Sequence[str], where: str) -> None:
-    if not any(is_within(name, part) for name in names):
-        raise UserError(f"config.init_map: {where} has no {part!r}", hint_for(part, names))
-
-
-def _split(name: str) -> tuple[str, str]:
-    """The collection of a leaf, and its name in there."""
-    pieces = name.split("/")
-    count = 2 if pieces[0] == "model_state" else 1
-    return "/".join(pieces[:count]), "/".join(pieces[count:])
-
-
-def _renamed(name: str, renames: Sequence[tuple[str, str]]) -> str:
-    collection, inside = _split(name)
-    for old, new in renames:
-        if is_within(inside, old):
-            rest = inside[len(old) :].strip("/")
-            return "/".join(piece for piece in (collection, new, rest) if piece)
-    return name
-
-
-def _is_skipped(name: str, skips: Sequence[str]) -> bool:
-    return any(is_within(_split(name)[1], part) for part in skips)
-
-
 def _check_fit(
     match: Match, listed: Mapping[str, Leaf], wanted: Mapping[str, Any], rules: Sequence[str]
 ) -> None:
-    """Refuses other shapes, and numbers of another kind; other precisions are cast."""
+    """Raises a UserError for other shapes and other kinds of dtype; precisions may differ."""
     others = [
         name for name, source in match.sources.items() if not _fits(listed[source], wanted[name])
     ]
     if others:
         name = others[0]
         source = match.sources[name]
-        renamed = f" ({source} there)" if source != name else ""
+        renamed = f" (from {source})" if source != name else ""
         more = f", and {len(others) - 1} more do not fit" if others[1:] else ""
         there, here = _show(listed[source]), _show(wanted[name])
-        inside = [_split(name)[1] for name in others]
+        inside = [split_collection(name)[1] for name in others]
         parts = dict.fromkeys(f"!{name.rpartition('/')[0] or name}" for name in inside)
         raise UserError(
-            f"config.init_from: {name}{renamed} is {there} there and {here} in this model{more}",
-            "leave such parts as they are initialised: "
-            f"--config.init_map='{','.join([*rules, *parts])}'",
+            f"config.init_from: {name}{renamed} is {there} in the checkpoint and {here} in this "
+            f"model{more}",
+            f"keep such parts as initialised: --config.init_map='{','.join([*rules, *parts])}'",
         )
     if not match.sources:
         first, ours = (", ".join([*list(names)[:3], "..."]) for names in (listed, wanted))
         raise UserError(
-            f"config.init_from: none of its leaves has a place in this model: it has {first}",
+            f"config.init_from: no leaf of the checkpoint fits this model: it has {first}",
             f"this model has {ours}; --config.init_map='old->new' renames parts",
         )
 
@@ -252,27 +151,29 @@ def _show(leaf: Any) -> str:
 def _read_for_all(
     place: str, lift: Lift
 ) -> tuple[dict[str, np.ndarray] | None, dict[str, Leaf], str]:
-    """The arrays in process 0; what they are, and where from, in all."""
+    """The arrays in process 0; in all processes their manifest and the checkpoint's path."""
     saved: Saved | None = None
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if lift.process == 0:
         try:
             saved = read(place)
             leaves = {name: asdict(leaf) for name, leaf in saved.listed.items()}
-            told = {"place": str(saved.place), "leaves": leaves}
+            found = {"place": str(saved.place), "leaves": leaves}
         except CheckpointsUnreadable as error:
-            told = {"message": error.message, "hint": error.hint or _PLACES}
-    told = json.loads(lift.tell(json.dumps(told)))
-    if "message" in told:
-        raise CheckpointsUnreadable(f"config.init_from={place!r}: {told['message']}", told["hint"])
+            found = {"message": error.message, "hint": error.hint or _PLACES}
+    found = json.loads(lift.tell(json.dumps(found)))
+    if "message" in found:
+        raise CheckpointsUnreadable(
+            f"config.init_from={place!r}: {found['message']}", found["hint"]
+        )
     listed = {
         name: Leaf(tuple(leaf["shape"]), leaf["dtype"], leaf["checksum"])
-        for name, leaf in told["leaves"].items()
+        for name, leaf in found["leaves"].items()
     }
-    return saved.leaves if saved is not None else None, listed, told["place"]
+    return saved.leaves if saved is not None else None, listed, found["place"]
 
 
-def _tell(
+def _report(
     place: str, match: Match, listed: Mapping[str, Leaf], loaded: Mapping[str, np.ndarray]
 ) -> None:
     numbers = sum(leaf.size for leaf in loaded.values())

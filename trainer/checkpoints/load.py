@@ -1,4 +1,4 @@
-"""A state of a run, read without a trainer. Nothing is written and no lock is taken."""
+"""Reads a state of a run on any machine. Writes nothing and takes no lock."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from trainer.state.checksums import checksum_of
 from trainer.state.leaves import from_flat
 from trainer.workdir.paths import absolute, is_local
 
-# How often a run that trains there may remove what is being read.
+# How often a run that is training may remove the checkpoint that is being read.
 _TRIES = 5
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A state as it was saved.
+    """A saved state.
 
     Attributes:
-        step: of the state.
+        step: the step of the state.
         place: the checkpoint.
-        leaves: of it, by name.
-        listed: what they are.
+        leaves: its leaves, by name.
+        listed: shape, dtype and checksum of each leaf, by name.
     """
 
     step: int
@@ -42,18 +42,22 @@ class Saved:
 def load(
     workdir: str | os.PathLike[str], *, best: bool = False, step: int | None = None
 ) -> dict[str, Any]:
-    """A state of a run, by default the newest, as nested dicts of numpy arrays.
+    """Loads a state of a run, by default the newest, as nested dicts of numpy arrays.
 
-    For use without a trainer, on any machine: `load("runs/mine", best=True)["params"]`. A run may
-    be training there meanwhile.
+    It needs neither the run's code nor its devices: `load("runs/mine", best=True)["params"]`. The
+    run may be training meanwhile.
 
     Args:
         workdir: the run's folder.
         best: the state in `best/` instead of the newest in `checkpoints/`.
         step: the state of this step, from `checkpoints/` or else from `best/`.
 
+    Returns:
+        The state in the shapes and dtypes it was saved in: "params", "model_state", "opt_state",
+        "step", "rng", and what the config adds: "ema" and "loss_scale".
+
     Raises:
-        CheckpointsUnreadable: there is no such checkpoint, or it is not what was saved.
+        CheckpointsUnreadable: the checkpoint does not exist or is damaged.
     """
     return from_flat(read_saved(workdir, best=best, step=step).leaves)
 
@@ -61,7 +65,7 @@ def load(
 def read_saved(
     workdir: str | os.PathLike[str], *, best: bool = False, step: int | None = None
 ) -> Saved:
-    """The same, with what is known of it; every file and every leaf has been checked."""
+    """The same as `load`, with step and manifest. Every file and every leaf is checked."""
     root = absolute(workdir)
     names = ["best"] if best else ["checkpoints"] if step is None else ["checkpoints", "best"]
     for _ in range(_TRIES):
@@ -72,9 +76,9 @@ def read_saved(
         except Exception as error:  # Orbax raises many types for damaged files
             if found in _steps(folder):
                 raise CheckpointsUnreadable(
-                    f"{place} is damaged: {first_line(error)}", _there_are(root, place)
+                    f"{place} is damaged: {first_line(error)}", _hint_of_others(root, place)
                 ) from error
-            # else it was removed meanwhile, for a newer one
+            # else the run has removed it, for a newer one
     raise CheckpointsUnreadable(f"{place} is gone: its run removes states while they are read")
 
 
@@ -87,18 +91,18 @@ def _find(root: epath.Path, names: list[str], step: int | None) -> tuple[Checkpo
     what = f"{root / names[0]} holds no checkpoint"
     if step is not None:
         what = f"{root} holds no state of step {step}"
-    raise CheckpointsUnreadable(what, _there_are(root))
+    raise CheckpointsUnreadable(what, _hint_of_others(root))
 
 
 def _steps(folder: CheckpointFolder) -> list[int]:
-    """The steps that can be read. In an object store one that is on its way has no manifest yet."""
+    """The steps that can be read: in an object store, an upload in progress has no manifest yet."""
     steps = folder.steps()
     if is_local(folder.path):
         return steps
     return [step for step in steps if (folder.path / str(step) / manifest.NAME).exists()]
 
 
-def _there_are(root: epath.Path, but: epath.Path | None = None) -> str:
+def _hint_of_others(root: epath.Path, but: epath.Path | None = None) -> str:
     """`there are checkpoints/10, checkpoints/20, best/20`, as a hint."""
     folders = [CheckpointFolder(root / name, 1) for name in ("checkpoints", "best")]
     places = [folder.path / str(step) for folder in folders for step in _steps(folder)]

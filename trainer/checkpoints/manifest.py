@@ -1,7 +1,7 @@
-"""What a checkpoint consists of, so that damage is found before anything is read from it.
+"""The manifest of a checkpoint, which finds damage before anything is restored.
 
-The manifest lies beside the files it lists, is written last, and carries a checksum of itself: a
-checkpoint whose manifest says "whole" is what was written, byte for byte.
+It is stored beside the files it lists, is written last and contains a checksum of itself: a
+checkpoint that matches its manifest is what was written, byte for byte.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _VERSION = 1
 
 
 class Damaged(Exception):
-    """A checkpoint is not what was written. The text says what is wrong, in a few words."""
+    """A checkpoint is not what was written. The message says what is wrong, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Leaf:
     """An array of the state.
 
     Attributes:
-        shape: of it.
-        dtype: as numpy names it.
-        checksum: of its bits, as `trainer.state.checksums.checksums` takes it.
+        shape: its shape.
+        dtype: its dtype, as numpy names it.
+        checksum: of its bits, as `trainer.state.checksums.checksums` computes it.
     """
 
     shape: tuple[int, ...]
@@ -41,8 +41,8 @@ class File:
     """A file of a checkpoint.
 
     Attributes:
-        size: in bytes.
-        sha256: of its content, in hex.
+        size: its size in bytes.
+        sha256: the digest of its content, in hex.
     """
 
     size: int
@@ -51,13 +51,13 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of.
+    """The contents of a checkpoint.
 
     Attributes:
-        step: of the state.
-        meta: what else a resume needs, as JSON.
-        leaves: of the state, by name, such as "params/Dense_0/kernel".
-        files: by their path in the checkpoint, with "/" in it.
+        step: the step of the state.
+        meta: what a resume needs besides the state, as JSON.
+        leaves: the leaves of the state, by name, such as "params/Dense_0/kernel".
+        files: the files, by their path in the checkpoint, separated by "/".
     """
 
     step: int
@@ -66,33 +66,33 @@ class Manifest:
     files: Mapping[str, File]
 
     def to_text(self) -> str:
-        """As JSON, with the checksum of all the rest in front."""
+        """The manifest as JSON, led by the checksum of the rest."""
         body = json.dumps({"version": _VERSION, **asdict(self)}, sort_keys=True)
         return f'{{"sha256": "{_sha256(body.encode())}", "body": {body}}}\n'
 
     @classmethod
     def from_text(cls, text: str) -> Manifest:
-        """The inverse.
+        """The inverse of `to_text`.
 
         Raises:
-            Damaged: one character or more is not as it was written.
+            Damaged: a character has changed, or a newer podlift wrote it.
         """
         try:
             stored = json.loads(text)
             body = dict(stored["body"])
             version = body.pop("version")
             if version > _VERSION:
-                raise Damaged(f"its {NAME} is of a newer podlift (version {version})")
+                raise Damaged(f"its {NAME} was written by a newer podlift (version {version})")
             leaves = {
                 name: Leaf(tuple(leaf["shape"]), leaf["dtype"], leaf["checksum"])
                 for name, leaf in body["leaves"].items()
             }
             files = {name: File(**file) for name, file in body["files"].items()}
             manifest = cls(body["step"], body["meta"], leaves, files)
-            is_whole = manifest.to_text() == text
+            is_intact = manifest.to_text() == text
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(_what_is_wrong(text)) from error
-        if not is_whole:
+        if not is_intact:
             raise Damaged(_what_is_wrong(text))
         return manifest
 
@@ -102,7 +102,7 @@ def _what_is_wrong(text: str) -> str:
 
 
 def describe_files(folder: Path) -> dict[str, File]:
-    """Every file under a folder, but for the manifest itself."""
+    """Size and digest of every file under a folder, except the manifest itself."""
     described = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -116,14 +116,14 @@ def describe_files(folder: Path) -> dict[str, File]:
 def read(folder: Path, step: int | None = None) -> Manifest:
     """Reads the manifest of a checkpoint and compares every file with it.
 
-    Files that it does not list are nobody's loss, and are ignored.
+    Files that it does not list are ignored.
 
     Args:
-        folder: of the checkpoint.
-        step: that it should be of, where that is known.
+        folder: the local folder of the checkpoint.
+        step: the expected step, if known.
 
     Raises:
-        Damaged: naming the first file that is not as it was written.
+        Damaged: a file is not what was written; names the first one.
     """
     manifest = read_alone(folder, step)
     for name, file in manifest.files.items():
@@ -143,25 +143,29 @@ def read(folder: Path, step: int | None = None) -> Manifest:
 
 
 def read_alone(folder: Any, step: int | None = None) -> Manifest:
-    """Reads the manifest of a checkpoint and looks at no other file.
+    """Reads the manifest of a checkpoint, and no other file.
+
+    Args:
+        folder: the folder of the checkpoint, local or remote.
+        step: the expected step, if known.
 
     Raises:
-        Damaged: it is missing, not as it was written, or of another step.
+        Damaged: the manifest is missing, damaged, or belongs to another step.
     """
     try:
         manifest = Manifest.from_text((folder / NAME).read_bytes().decode())
     except FileNotFoundError:
-        raise Damaged(_of_no_manifest(folder)) from None
+        raise Damaged(_why_no_manifest(folder)) from None
     except UnicodeDecodeError:
         raise Damaged(f"its {NAME} is damaged") from None
     except OSError as error:
         raise Damaged(f"its {NAME} cannot be read: {error.strerror or error}") from error
     if step is not None and manifest.step != step:
-        raise Damaged(f"its {NAME} is that of step {manifest.step}")
+        raise Damaged(f"its {NAME} belongs to step {manifest.step}")
     return manifest
 
 
-def _of_no_manifest(folder: Any) -> str:
+def _why_no_manifest(folder: Any) -> str:
     try:
         is_empty = not any(folder.iterdir())
     except OSError:

@@ -1,7 +1,8 @@
-"""What a run goes on from: the newest state that is whole, wherever it is.
+"""Finds and restores the newest intact state, on disk or in memory.
 
-What lies on disk is read by process 0, a copy in memory by a process of its host; either gives it
-to the others. All processes take the same way through this file, as it is paved with collectives.
+Process 0 reads the disk, and a process of its host reads an in-memory checkpoint; the reader
+broadcasts the state. All processes must take the same path through this file, because it is full of
+collectives.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from trainer.lift.replicas import check_replicas
 from trainer.state.leaves import name_leaves, with_leaves
 from trainer.state.train_state import TrainState
 
-# Before a read that failed is tried again, in seconds.
+# Seconds before each retry of a failed read.
 _PAUSES = (0.5, 2.0)
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A state read back.
+    """A restored state.
 
     Attributes:
         state: on the devices.
-        step: of the state.
+        step: the step of the state.
         meta: the JSON that was saved with it.
-        in_memory: whether it was a copy in the memory of a host.
+        in_memory: whether it comes from an in-memory checkpoint.
     """
 
     state: TrainState
@@ -49,12 +50,12 @@ class Restored:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A state that a run may go on from.
+    """A state that a run may resume from.
 
     Attributes:
-        step: of the state.
+        step: the step of the state.
         source: the process that can read it.
-        in_memory: whether it is a copy in that process's host's memory, not on disk.
+        in_memory: whether it is in the memory of that process's host, not on disk.
     """
 
     step: int
@@ -63,50 +64,50 @@ class _Candidate:
 
 
 class _BestIsLost(Exception):
-    """A copy in memory knows of a best state that had not reached the disk."""
+    """An in-memory checkpoint refers to a best state that was not saved."""
 
 
 class Restorer:
-    """Finds a state to go on from.
+    """Finds a state to resume from.
 
     Args:
         latest: the checkpoints on disk.
         best: the best state on disk.
-        fast: the copies in this host's memory, if there may be any.
-        lift: which knows the processes.
-        run: the id of the run; copies of another are none of its own.
-        allow: how the state may differ from what was saved.
+        in_memory: the in-memory checkpoints of this host, if enabled.
+        lift: for collectives among the processes.
+        run: the id of the run; in-memory checkpoints of another run are ignored.
+        allow: the kinds of difference to the saved state that are permitted.
     """
 
     def __init__(
         self,
         latest: CheckpointFolder,
         best: CheckpointFolder,
-        fast: InMemoryCheckpoints | None,
+        in_memory: InMemoryCheckpoints | None,
         lift: Lift,
         run: str,
         allow: Sequence[str],
     ) -> None:
         self._latest = latest
         self._best = best
-        self._fast = fast
+        self._in_memory = in_memory
         self._lift = lift
         self._run = run
         self._allow = allow
 
     def restore(self, abstract: TrainState, fresh: Callable[[], Any]) -> Restored | None:
-        """The newest state that is whole; None if the run has never saved one.
+        """Restores the newest intact state; None if the run has never saved one.
 
-        What is damaged on disk is told and moved into quarantine, once something else was found.
+        Once a state is found, damaged checkpoints on disk are reported and quarantined.
 
         Args:
             abstract: the shapes and dtypes of a state.
             fresh: makes a new state, for leaves that were not saved.
 
         Raises:
-            CheckpointsUnreadable: there were checkpoints, and none is whole.
-            StateUnreadable: one is, and cannot be read.
-            UserError: what was saved has other leaves, and that was not allowed.
+            CheckpointsUnreadable: the run saved checkpoints and none is intact.
+            StateUnreadable: a checkpoint is intact but Orbax cannot read it.
+            UserError: the checkpoint has other leaves, and `allow` does not permit that.
         """
         waiting = self._candidates()
         last_resort: list[_Candidate] = []
@@ -118,7 +119,7 @@ class Restorer:
             try:
                 restored = self._try(candidate, abstract, fresh, at_last)
             except (Damaged, _BestIsLost) as why:
-                where = "its copy in memory" if candidate.in_memory else "the checkpoint"
+                where = "its in-memory checkpoint" if candidate.in_memory else "its checkpoint"
                 if self._lift.writes:
                     warn(f"step {candidate.step} cannot be restored from {where}: {why}")
                 if isinstance(why, _BestIsLost):
@@ -126,23 +127,23 @@ class Restorer:
                 elif not candidate.in_memory:
                     damaged.append((candidate.step, str(why)))
         if restored is None:
-            self._refuse_to_start_afresh(damaged)
+            self._refuse_to_start_from_scratch(damaged)
         elif self._lift.writes:
-            self._tell_what_is_gone(restored.step)
+            self._warn_of_missing(restored.step)
             for step, reason in damaged:
                 quarantine(self._latest, step, reason)
         return restored
 
     def _candidates(self) -> list[_Candidate]:
-        """All states that may be restored, the newest first, those on disk before copies."""
+        """All states that may be restored: the newest first, and of one step the disk first."""
         steps = json.loads(self._lift.tell(json.dumps(self._latest.steps())))
         found = [_Candidate(step, 0, False) for step in steps]
         here = [-1] * len(SLOTS)
-        if self._fast is not None:
-            for step, slot in self._fast.steps(self._run).items():
+        if self._in_memory is not None:
+            for step, slot in self._in_memory.steps(self._run).items():
                 here[slot] = step
-        for source, copies in enumerate(self._lift.gather(np.array(here, np.int32))):
-            found += [_Candidate(step, source, True) for step in copies if step >= 0]
+        for source, steps in enumerate(self._lift.gather(np.array(here, np.int32))):
+            found += [_Candidate(step, source, True) for step in steps if step >= 0]
         return sorted(found, key=lambda c: (-c.step, c.in_memory, c.source))
 
     def _try(
@@ -152,7 +153,7 @@ class Restorer:
         fresh: Callable[[], Any],
         at_last: bool,
     ) -> Restored:
-        """A state; raises the same in all processes if it is not to be had."""
+        """Restores a candidate; raises the same in all processes if that fails."""
         leaves, listed = self._read_for_all(candidate, at_last)
         wanted = name_leaves(abstract)
         changed = differences.compare(listed.leaves, wanted)
@@ -162,10 +163,10 @@ class Restorer:
         adapted = differences.adapt(arrays, wanted, changed, lambda: name_leaves(fresh()))
         state = self._lift.put_state(with_leaves(abstract, adapted))
         as_saved = set(wanted) - {d.name for d in changed}
-        examined = check_replicas(self._lift, state)
-        if candidate.in_memory and examined.unusable:  # what is saved on disk was looked at before
-            raise Damaged(f"{examined.unusable[0]} holds a NaN or an infinity")
-        for name, checksum in examined.checksums.items():
+        report = check_replicas(self._lift, state)
+        if candidate.in_memory and report.unusable:  # a save to disk checks this
+            raise Damaged(f"{report.unusable[0]} holds a NaN or an infinity")
+        for name, checksum in report.checksums.items():
             if name in as_saved and checksum != listed.leaves[name].checksum:
                 raise Damaged(f"{name} is not what was saved: its checksum differs")
         if self._lift.writes:
@@ -177,12 +178,12 @@ class Restorer:
     def _read_for_all(
         self, candidate: _Candidate, at_last: bool
     ) -> tuple[dict[str, np.ndarray] | None, Manifest]:
-        """The arrays, in the process that can read them, and what they are, in all."""
+        """The arrays, in the process that can read them, and the manifest, in all."""
         leaves, kind, text = None, "", ""
         if self._lift.process == candidate.source:
             try:
                 leaves, listed = _patiently(lambda: self._read(candidate, at_last))
-                kind, text = "whole", listed.to_text()
+                kind, text = "intact", listed.to_text()
             except _BestIsLost as error:
                 kind, text = "best is lost", str(error)
             except Exception as error:  # Orbax raises many types
@@ -195,8 +196,8 @@ class Restorer:
             raise Damaged(text)
         if kind == "unreadable":
             raise StateUnreadable(
-                f"step {candidate.step} in {self._latest.path} cannot be read, though its files "
-                f"are as they were written: {text}"
+                f"step {candidate.step} in {self._latest.path} cannot be read, although its files "
+                f"are intact: {text}"
             )
         return leaves, Manifest.from_text(text)
 
@@ -204,47 +205,47 @@ class Restorer:
         if not candidate.in_memory:
             with self._latest.opened(candidate.step) as (place, listed):
                 return arrays_of.read(place, listed.leaves), listed
-        assert self._fast is not None
-        arrays, listed = self._fast.read(self._fast.steps(self._run)[candidate.step])
+        assert self._in_memory is not None
+        arrays, listed = self._in_memory.read(self._in_memory.steps(self._run)[candidate.step])
         best = listed.meta["best"]
         if best is not None and max(self._best.steps(), default=-1) < best["step"] and not at_last:
-            # It was being saved. From an earlier state the run comes to it again.
-            raise _BestIsLost(f"the best state it knows of, step {best['step']}, is not in best/")
+            # A crash interrupted that save. From an earlier state the run reaches it again.
+            raise _BestIsLost(f"its best state, step {best['step']}, is not in best/")
         return arrays, listed
 
-    def _refuse_to_start_afresh(self, damaged: Sequence[tuple[int, str]]) -> None:
+    def _refuse_to_start_from_scratch(self, damaged: Sequence[tuple[int, str]]) -> None:
         if not self._lift.gather(int(self._latest.has_history()))[0]:
             return
         folder = self._latest.path
         reasons = "".join(f"\n  {step}: {why}" for step, why in damaged[:5])
         what = (
-            f"none of the {len(damaged)} checkpoints in {folder} is whole:{reasons}"
+            f"none of the {len(damaged)} checkpoints in {folder} is intact:{reasons}"
             if damaged
-            else f"{folder} has held checkpoints, and they are gone"
+            else f"the checkpoints in {folder} are gone"
         )
         raise CheckpointsUnreadable(
             what,
-            f"bring files back, see what lies in {folder / QUARANTINE}, or see whether "
-            f"trainer.load({str(folder.parent)!r}, best=True) reads the best state. To start "
-            "afresh, name another --workdir; nothing was deleted",
+            f"restore the files, look into {folder / QUARANTINE}, or try "
+            f"trainer.load({str(folder.parent)!r}, best=True) for the best state. To start from "
+            "scratch, name another --workdir; nothing was deleted",
         )
 
-    def _tell_what_is_gone(self, restored_step: int) -> None:
+    def _warn_of_missing(self, restored_step: int) -> None:
         newest = self._latest.newest_known()
         if newest is not None and newest > restored_step and newest not in self._latest.steps():
-            warn(f"checkpoint {newest} was saved and is gone; going on from step {restored_step}")
+            warn(f"checkpoint {newest} was saved and is gone; resuming from step {restored_step}")
 
 
 def quarantine(folder: CheckpointFolder, step: int, why: str) -> None:
-    """Moves a step into quarantine, and says where it is."""
+    """Moves a step into quarantine and prints its new place."""
     try:
         say(f"moved {folder.path / str(step)} to {folder.quarantine(step, why)}: {why}")
     except Exception as error:  # a disk, or the client of an object store
-        warn(f"{folder.path / str(step)} could not be moved aside: {first_line(error)}")
+        warn(f"{folder.path / str(step)} could not be quarantined: {first_line(error)}")
 
 
 def _patiently(read: Callable[[], Any]) -> Any:
-    """What `read` returns; what may pass, such as a disk that does not answer, is tried again."""
+    """Calls `read`; retries errors that may pass, such as a disk that does not answer."""
     for pause in _PAUSES:
         try:
             return read()
@@ -253,7 +254,7 @@ def _patiently(read: Callable[[], Any]) -> Any:
         except Damaged as damage:
             if not isinstance(damage.__cause__, OSError):
                 raise
-        except Exception:  # noqa: S110 (told where it does not pass)
+        except Exception:  # noqa: S110 (the last call raises it)
             pass
         time.sleep(pause)
     return read()

@@ -1,7 +1,7 @@
-"""Saving beside the training: one thread, one save after another, each tried until it is done.
+"""Saves in a thread, one save after another, while training continues.
 
-A save that fails is no reason to stop: it is told at once and tried again, until a newer state
-takes its place. Only after several in a row is the run over.
+A failed save does not stop the run: it is reported at once and retried until a newer state replaces
+it. Several failures in a row end the run.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from trainer.console import warn
 from trainer.errors import SavesFailed
 from trainer.workdir.paths import is_local
 
-# Before a save is tried again, in seconds; the last one again and again.
+# Seconds before each retry; the last one repeats.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
-# Tries of one save while no newer state takes its place.
+# Tries of a save while no newer state replaces it.
 _TRIES = 3
-# Tries of the last one, where many failures are allowed: a minute and a half.
+# Tries of the last save of a run, at most: a minute and a half.
 _MOST_TRIES = 10
-# How long the loop waits for a disk that is still busy with the save before.
+# How long the loop waits for a disk that is busy with the previous save.
 _PATIENCE_SECS = 30.0
 
 
 @dataclass(frozen=True)
 class Save:
-    """A state to be saved.
+    """A state to save.
 
     Attributes:
-        folder: where to.
-        step: of the state.
+        folder: the folder of checkpoints.
+        step: the step of the state.
         arrays: its leaves, by name, in memory that nobody else changes.
-        checksums: of them.
-        meta: what else a resume needs.
-        is_latest: whether it is one to go on from.
+        checksums: the checksums of the leaves, by name.
+        meta: what a resume needs besides the state.
+        is_latest: whether a run resumes from it, rather than only keeping it as the best.
     """
 
     folder: CheckpointFolder
@@ -60,11 +60,11 @@ class Save:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size of the arrays in bytes."""
         return sum(array.nbytes for array in self.arrays.values())
 
     def run(self) -> None:
-        """Saves it; raises whatever goes wrong."""
+        """Saves the state; raises errors of many types."""
 
         def describe(files: dict[str, File]) -> Manifest:
             leaves = {
@@ -78,16 +78,16 @@ class Save:
 
 
 class Writer:
-    """The thread that saves.
+    """A thread that saves.
 
     Args:
-        max_failures: saves that may fail in a row.
-        run: does one save; raises what goes wrong.
-        pauses: seconds before a try after another.
-        patience: seconds that `submit` waits for an earlier save to the same folder.
+        max_failures: how many saves in a row to one folder end the run by failing.
+        run: performs one save, or raises.
+        pauses: seconds before each retry; the last one repeats.
+        patience: seconds for which `submit` waits for an earlier save to the same folder.
 
     Attributes:
-        last_saved: the step saved last, or restored; None if there is none yet.
+        last_saved: the step last saved or restored; None if there is none.
     """
 
     def __init__(
@@ -102,23 +102,23 @@ class Writer:
         self._pauses = pauses
         self._patience = patience
         self._changed = threading.Condition()
-        self._waiting: list[Save] = []  # at most one a folder
+        self._waiting: list[Save] = []  # at most one per folder
         self._current: Save | None = None
         self._failures_in_a_row: Counter[CheckpointFolder] = Counter()
         self._last_error = ""
-        # By folder: the newest save, where that was given up, and why.
+        # Folders whose newest save failed for good: that save and the reason.
         self._lost: dict[CheckpointFolder, tuple[Save, str]] = {}
         self.last_saved: int | None = None
         self._is_finishing = self._is_closing = False
         self._thread: threading.Thread | None = None
 
     def submit(self, save: Save) -> None:
-        """Hands over a save; returns at once unless the disk is behind.
+        """Queues a save; returns at once unless the disk lags behind.
 
-        Of saves to one folder that wait, only the newest is done.
+        Of the queued saves to one folder, only the newest is performed.
 
         Raises:
-            SavesFailed: too many in a row have failed.
+            SavesFailed: too many saves in a row have failed.
         """
         with self._changed:
             if self._of_folder(save) is not None:
@@ -130,7 +130,7 @@ class Writer:
                     older,
                     f"the disk is still busy with step {self._current.step}"
                     if self._current
-                    else "a newer state is to be saved",
+                    else "a newer state replaces it",
                 )
             self._waiting.append(save)
             if self._thread is None:
@@ -145,23 +145,25 @@ class Writer:
         return next((other for other in self._waiting if other.folder is save.folder), None)
 
     def check(self) -> None:
-        """Raises SavesFailed once too many saves in a row, to one folder, have failed."""
+        """Raises SavesFailed once too many saves in a row to one folder have failed."""
         if self._is_over:
             count = max(self._failures_in_a_row.values())
             raise SavesFailed(
                 f"{count} save{'s' * (count > 1)} in a row failed, the last with: "
-                f"{self._last_error}; the last good checkpoint is {self._last_good}"
+                f"{self._last_error}; {self._last_good}"
             )
 
     @property
     def _last_good(self) -> str:
-        return "none of this run" if self.last_saved is None else f"step {self.last_saved}"
+        if self.last_saved is None:
+            return "this run has no good checkpoint"
+        return f"the last good checkpoint is step {self.last_saved}"
 
     def finish(self) -> None:
-        """Waits until everything is saved; what was given up is tried once more.
+        """Waits until everything is saved; tries the newest saves that failed once more.
 
         Raises:
-            SavesFailed: something could not be, after several tries.
+            SavesFailed: a save failed, after several tries.
         """
         self.check()
         with self._changed:
@@ -174,10 +176,7 @@ class Writer:
             lost = list(self._lost.values())
         if lost:
             save, reason = lost[0]
-            raise SavesFailed(
-                f"step {save.step} could not be saved: {reason}; the last good checkpoint is "
-                f"{self._last_good}"
-            )
+            raise SavesFailed(f"step {save.step} could not be saved: {reason}; {self._last_good}")
 
     @property
     def _is_idle(self) -> bool:
@@ -188,7 +187,7 @@ class Writer:
         return max(self._failures_in_a_row.values(), default=0) >= self._max_failures
 
     def close(self) -> None:
-        """Lets saves that were begun or wait have one more try, and ends the thread."""
+        """Gives started and queued saves one more try, and ends the thread."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -204,13 +203,13 @@ class Writer:
                 save = self._current = self._waiting.pop(0)
                 self._changed.notify_all()
             self._save(save)
-            del save  # and with it a whole state
+            del save  # it holds a whole state
             with self._changed:
                 self._current = None
                 self._changed.notify_all()
 
     def _save(self, save: Save) -> None:
-        """Tries to save until it is done, given up, or a newer state is there."""
+        """Tries to save until that succeeds, is given up, or a newer state replaces it."""
         tries = 0
         while True:
             tries += 1
@@ -236,7 +235,7 @@ class Writer:
                     self._count_failure(save, reason)
                     return
             pause = self._pauses[min(tries, len(self._pauses)) - 1]
-            warn(f"step {save.step} could not be saved: {reason}; trying again in {pause:g} s")
+            warn(f"step {save.step} could not be saved: {reason}; retrying in {pause:g} s")
             with self._changed:
                 self._changed.wait_for(
                     lambda: self._of_folder(save) is not None or self._is_closing, pause
@@ -245,14 +244,14 @@ class Writer:
     def _gives_up(self, save: Save, tries: int) -> bool:
         if self._of_folder(save) is not None or self._is_closing:
             return True
-        # At the end of a run there is no next save to make up for this one.
+        # At the end of a run no later save replaces this one.
         tries_at_end = min(max(_TRIES, self._max_failures), _MOST_TRIES)
         return tries >= (tries_at_end if self._is_finishing else _TRIES)
 
     def _count_failure(self, save: Save, reason: str) -> None:
         self._failures_in_a_row[save.folder] += 1
         self._last_error = reason
-        good = "" if self.last_saved is None else f"; step {self.last_saved} is"
+        good = "" if self.last_saved is None else f"; {self._last_good}"
         warn(
             f"step {save.step} was not saved: {reason}{good} "
             f"({self._failures_in_a_row[save.folder]} of {self._max_failures} failures in a row)"
@@ -265,23 +264,23 @@ _CAUSES = re.compile(
 
 
 def _reason(save: Save, error: Exception) -> str:
-    """What went wrong, with the bytes needed and free where that may be it."""
-    # Orbax's own words begin with what it was about to do and long paths, and end with the cause.
+    """Describes an error in one line, with the bytes needed and free on a local disk."""
+    # Orbax's messages start with the operation and long paths, and end with the cause.
     cause = _CAUSES.search(str(error))
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    told = cause[0] if cause else lines[0].strip()[:300]
+    text = cause[0] if cause else lines[0].strip()[:300]
     if isinstance(error, OSError) and error.strerror:
-        told = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if not is_local(save.folder.path):
-        return told
+        return text
     place = Path(save.folder.path)
     try:
         while not place.exists() and place != place.parent:
             place = place.parent
         free = shutil.disk_usage(place).free
-    except OSError:  # of a disk that is gone
-        return told
-    return f"{told} (needs about {_megabytes(save.size)}, {_megabytes(free)} free)"
+    except OSError:  # the disk is gone
+        return text
+    return f"{text} (needs about {_megabytes(save.size)}, {_megabytes(free)} free)"
 
 
 def _megabytes(count: int) -> str:

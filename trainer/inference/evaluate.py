@@ -1,31 +1,83 @@
-"""Evaluation: every held-out example exactly once, at any device count."""
+"""Evaluation: every held-out example exactly once, on any number of devices."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from trainer.data.prefetch import prefetch
+from trainer.data.prefetch import depth_for, prefetch
 from trainer.data.stream import Source, eval_batches
+from trainer.inference.trained_model import TrainedModel, restore_onto_devices
 from trainer.lift.in_flight import InFlight
 from trainer.lift.lift import Lift
 from trainer.step.evaluate import make_eval_step
 from trainer.step.task import Task
 
 
+def evaluate(
+    workdir: str | os.PathLike[str],
+    *,
+    best: bool = False,
+    step: int | None = None,
+    config: ConfigDict | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, float]:
+    """Evaluates a saved state of a run, by default the newest, on its held-out examples.
+
+    The numbers are those that training reports, on any number of devices. The run may be training
+    meanwhile; nothing is written and no lock is taken. Where jax runs several processes
+    (`jax.distributed.initialize`), all of them call this with the same arguments.
+
+    Args:
+        workdir: the run's folder.
+        best: the state in `best/` instead of the newest in `checkpoints/`.
+        step: the state of this step, from `checkpoints/` or else from `best/`.
+        config: the run's own where None; another one needs a model with the same parameters.
+            `config.eval.batch_size` examples are evaluated at a time.
+        mesh: the devices, on the one axis "batch"; all devices where None.
+
+    Returns:
+        `{"eval/loss": ..., "eval/<metric>": ...}`: means over the examples, each of which counts
+        exactly once. Batches are added up in float64.
+
+    Raises:
+        CheckpointsUnreadable: the checkpoint does not exist or is damaged.
+        UserError: `workdir` is not the folder of a run, the data has no held-out examples, or the
+            config, its targets or the mesh are invalid.
+    """
+    trained, lift = restore_onto_devices(workdir, best=best, step=step, config=config, mesh=mesh)
+    return evaluate_trained(trained, lift)
+
+
+def evaluate_trained(trained: TrainedModel, lift: Lift) -> dict[str, float]:
+    """The same for a model whose state is on the devices of a lift.
+
+    Raises:
+        UserError: the data has no held-out examples.
+    """
+    source = trained.examples("eval")
+    depth = depth_for(trained.settings.prefetch, lift.platform)
+    metrics = Evaluator(trained.job.task, source, lift, trained.batch_size, depth)(trained.state)
+    assert metrics is not None  # nothing asks it to stop
+    return metrics
+
+
 class HeldOutSums:
-    """Adds up what a function of the state and a batch gives, over one set of held-out examples.
+    """Sums a function of the state and a batch over all held-out examples.
 
     Args:
         function: `(state, batch) -> sums`, written for one shard and summed over the axis.
         source: the examples.
-        lift: how a batch meets the devices.
-        batch_size: rows a batch; rounded up to a multiple of the shards.
+        lift: the lift over the devices.
+        batch_size: examples per batch; rounded up to a multiple of the shards.
         depth: how many batches to prefetch.
     """
 
@@ -44,8 +96,8 @@ class HeldOutSums:
         self._function = lift(function, donate=False)
 
     def __call__(self, state: Any, stop_requested: Callable[[], bool] = lambda: False) -> Any:
-        """The sums over all batches, added up in float64 on the host; None if asked to stop."""
-        state = dataclasses.replace(state, opt_state=())  # of no use, and perhaps cut
+        """The sums over all batches, in float64 on the host; None if asked to stop."""
+        state = dataclasses.replace(state, opt_state=())  # not needed here, and may be sharded
         totals: Any = None
         asked_to_stop = False
 
@@ -60,7 +112,7 @@ class HeldOutSums:
             nonlocal totals
             for _, sums in finished:
                 sums = jax.tree.map(lambda leaf: leaf.astype(np.float64), sums)
-                with np.errstate(invalid="ignore"):  # infinities may cancel: that is a NaN
+                with np.errstate(invalid="ignore"):  # inf - inf is NaN, as it should be
                     totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
 
         rows = self._lift.rows(self._batch_size)
@@ -78,10 +130,10 @@ class Evaluator:
     """Evaluates states on one set of held-out examples.
 
     Args:
-        task: what is evaluated.
+        task: the model, its loss and its metrics.
         source: the examples, at least one.
-        lift: how a batch meets the devices.
-        batch_size: rows a batch; rounded up to a multiple of the shards.
+        lift: the lift over the devices.
+        batch_size: examples per batch; rounded up to a multiple of the shards.
         depth: how many batches to prefetch.
     """
 

@@ -1,4 +1,4 @@
-"""A trained model as one program, which needs nothing but jax to be loaded and called."""
+"""Exports a trained model as one `jax.export` program, which needs only jax to run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.errors import UserError
 from trainer.inference.trained_model import TrainedModel
 from trainer.state.leaves import name_leaves
 
-# Of the format's offsets.
+# The serialised format (a flatbuffer) has 32-bit signed offsets.
 _MOST_BYTES = 2**31
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -23,17 +23,20 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export_model(
     trained: TrainedModel, platforms: Sequence[str] = PLATFORMS, batch: int | None = None
 ) -> jax.export.Exported:
-    """The model with its parameters and state as constants: a function of `x` with `train=False`.
+    """Exports the model as a function of `x`, with `train=False` and its parameters as constants.
 
     Args:
         trained: the model.
-        platforms: to be run on, as `jax.export` names them.
-        batch: the number of examples; None for any number, "b" in the shapes.
+        platforms: the platforms to compile for, as `jax.export` names them.
+        batch: the number of examples; None for any number, shown as "b" in shapes.
+
+    Returns:
+        A function of `x`, `(examples, ...)` in the shape and dtype of the training data.
 
     Raises:
-        UserError: it is larger than the format allows.
-        Exception: of many types, where the model cannot be traced without knowing how many examples
-            there are, needs the axis "batch", or has no code for one of the platforms.
+        UserError: the parameters and model state are larger than the format allows.
+        Exception: of many types, where the model cannot be traced with a symbolic number of
+            examples, needs the axis "batch", or has no lowering for one of the platforms.
     """
     task = trained.job.task
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(trained.state))
@@ -58,7 +61,7 @@ def export_model(
 
 
 def signature(exported: jax.export.Exported) -> str:
-    """`float32[b,8,8] -> float32[b,10]`, for a person; several outputs have their names with them.
+    """Formats the signature as `float32[b,8,8] -> float32[b,10]`; several outputs have names.
 
     Args:
         exported: a function of one array.

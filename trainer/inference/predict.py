@@ -1,19 +1,24 @@
-"""Outputs of a model: those of every example exactly once, in order, at any device count."""
+"""Outputs of a model for every example exactly once, in order, on any number of devices."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from trainer.console import warn
-from trainer.data.prefetch import prefetch
+from trainer.data.prefetch import depth_for, prefetch
 from trainer.data.stream import HostBatch, Source, eval_batches
 from trainer.errors import UserError
+from trainer.inference.trained_model import TrainedModel, restore_onto_devices
 from trainer.lift.in_flight import InFlight
 from trainer.lift.lift import Lift
 from trainer.state.leaves import name_leaves
@@ -21,24 +26,77 @@ from trainer.step.task import AXIS, Batch, Task
 
 
 def predict(
-    task: Task, state: Any, source: Source, lift: Lift, batch_size: int, depth: int = 0
+    workdir: str | os.PathLike[str],
+    *,
+    split: str = "eval",
+    best: bool = False,
+    step: int | None = None,
+    config: ConfigDict | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
-    """What the model makes of each example, with `train=False`, as `(examples, ...)` by name.
+    """The outputs of a saved state of a run, by default the newest, for every example of a split.
 
-    The names are "outputs", or "outputs/<name>" where the model returns a dict, and "y" if the data
-    has it. What has no row for each example is left out. dtypes that numpy lacks become float32.
+    The model runs with `train=False`, in one process. The run may be training meanwhile; nothing is
+    written and no lock is taken.
 
     Args:
-        task: whose model it is.
+        workdir: the run's folder.
+        split: "eval" for the held-out examples, or "train" for the others, without augmentation.
+        best: the state in `best/` instead of the newest in `checkpoints/`.
+        step: the state of this step, from `checkpoints/` or else from `best/`.
+        config: the run's own where None; another one needs a model with the same parameters.
+            `config.eval.batch_size` examples are predicted at a time.
+        mesh: the devices, on the one axis "batch"; all devices where None.
+
+    Returns:
+        Arrays of shape `(examples, ...)` in the order of the data: "outputs", or "outputs/<name>"
+        where the model returns a dict, and "y" if the data has it. dtypes are the model's, except
+        that those which numpy lacks, such as bfloat16, become float32 or int32. An output without
+        an example axis is left out, with a warning.
+
+    Raises:
+        CheckpointsUnreadable: the checkpoint does not exist or is damaged.
+        UserError: `workdir` is not the folder of a run, the data has no such split, no output has
+            an example axis, jax runs several processes, or the config, its targets or the mesh
+            are invalid.
+    """
+    trained, lift = restore_onto_devices(workdir, best=best, step=step, config=config, mesh=mesh)
+    return predict_trained(trained, lift, split)
+
+
+def predict_trained(trained: TrainedModel, lift: Lift, split: str) -> dict[str, np.ndarray]:
+    """The same for a model whose state is on the devices of a lift.
+
+    Raises:
+        UserError: the data has no such split, no output has an example axis, or the lift is over
+            several processes.
+    """
+    source = trained.examples(split)
+    depth = depth_for(trained.settings.prefetch, lift.platform)
+    return predict_source(trained.job.task, trained.state, source, lift, trained.batch_size, depth)
+
+
+def predict_source(
+    task: Task, state: Any, source: Source, lift: Lift, batch_size: int, depth: int = 0
+) -> dict[str, np.ndarray]:
+    """The outputs for every example of a source; see `predict` for names, shapes and dtypes.
+
+    Args:
+        task: holds the model.
         state: on the devices.
         source: the examples.
-        lift: how a batch meets the devices; of one process.
-        batch_size: rows a batch; rounded up to a multiple of the shards.
+        lift: the lift over the devices of one process.
+        batch_size: examples per batch; rounded up to a multiple of the shards.
         depth: how many batches to prefetch.
 
     Raises:
-        UserError: no output has a row for each example.
+        UserError: no output has an example axis, or the lift is over several processes.
     """
+    if lift.num_processes > 1:
+        raise UserError(
+            f"predict runs in one process, and jax runs {lift.num_processes}",
+            "start one process",
+        )
     batch_size = -(-batch_size // lift.num_shards) * lift.num_shards
     left_out: set[str] = set()
     step = lift(_make_predict_step(task, left_out), donate=False)
@@ -63,14 +121,16 @@ def predict(
             fill(in_flight.push((number * batch_size, y), step(state, batch)))
     fill(in_flight.drain())
     if left_out:
-        warn(f"left out, as it has no row for each example: {', '.join(sorted(left_out))}")
+        warn(f"left out, without an example axis: {', '.join(sorted(left_out))}")
     return arrays
 
 
-def _make_predict_step(task: Task, left_out: set[str]) -> Any:
-    """`(state, batch) -> {name: (rows of all shards, ...)}`; every device gets all of them.
+def _make_predict_step(
+    task: Task, left_out: set[str]
+) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """`(state, batch) -> {name: (rows of all shards, ...)}`, replicated on every device.
 
-    Names of what has no rows are added to `left_out` when it is traced.
+    Tracing it adds the names of outputs without an example axis to `left_out`.
     """
 
     def predict_step(state: Any, batch: Batch) -> dict[str, jax.Array]:
@@ -82,16 +142,16 @@ def _make_predict_step(task: Task, left_out: set[str]) -> Any:
         left_out.update(name for name in leaves if name not in rows)
         if not rows:
             raise UserError(
-                "the model returns nothing with a row for each example",
+                "no output of the model has an example axis",
                 "return arrays of shape (examples, ...)",
             )
-        return lax.all_gather(rows, AXIS, tiled=True)
+        return cast(dict[str, jax.Array], lax.all_gather(rows, AXIS, tiled=True))
 
     return predict_step
 
 
 def _as_numpy_has_it(values: np.ndarray) -> np.ndarray:
-    """Numbers of a dtype that a file of numpy's would keep as bytes only, such as bfloat16."""
+    """Casts dtypes that numpy's files keep only as raw bytes, such as bfloat16."""
     if values.dtype.kind != "V":
         return values
     is_float = jnp.issubdtype(values.dtype, jnp.floating)

@@ -1,4 +1,4 @@
-"""A saved state and the job it is of, for whatever is done with a trained model."""
+"""A saved state and the job it belongs to, for commands on a finished run."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from dataclasses import dataclass
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from trainer.checkpoints import differences
 from trainer.checkpoints.load import read_saved
-from trainer.config.settings import Settings
+from trainer.config.settings import Settings, check
+from trainer.data.stream import Source
+from trainer.errors import UserError
+from trainer.lift.lift import Lift, make_lift
 from trainer.state.leaves import name_leaves, with_leaves
 from trainer.state.train_state import TrainState
 from trainer.step.job import Job, build_job, make_init
+from trainer.workdir.paths import absolute
+from trainer.workdir.workdir import read_config
 
-# Of no use once nothing is trained, and twice as large as the parameters.
+# Only training needs it, and it may be twice as large as the parameters.
 _LEFT_OUT = "opt_state/"
 
 
@@ -25,11 +32,11 @@ class TrainedModel:
     """A trained model.
 
     Attributes:
-        settings: the config it is used with.
-        job: of that config.
-        state: in the memory of the host, without the optimizer's.
-        step: of the state.
-        place: where it was saved.
+        settings: the checked config.
+        job: what that config builds.
+        state: without the optimizer's; in host memory or on the devices.
+        step: the step of the state.
+        place: the checkpoint.
     """
 
     settings: Settings
@@ -37,6 +44,32 @@ class TrainedModel:
     state: TrainState
     step: int
     place: epath.Path
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per batch in evaluation, over all devices."""
+        return self.settings.eval_batch_size or self.settings.global_batch_size
+
+    def examples(self, split: str) -> Source:
+        """The examples of a split, without augmentation and in the order of the data.
+
+        Args:
+            split: "train", or "eval" for the held-out examples.
+
+        Raises:
+            UserError: the split has another name, or the data has no held-out examples.
+        """
+        if split not in ("eval", "train"):
+            raise UserError(f"split={split!r} is neither 'eval' nor 'train'")
+        if split == "train":
+            return self.job.stream.source
+        if self.job.held_out is None:
+            raise UserError(
+                "the data has no held-out examples",
+                'return {"train": source, "eval": source} from config.data.target, or use the '
+                "split train",
+            )
+        return self.job.held_out
 
 
 def restore(
@@ -46,16 +79,16 @@ def restore(
     best: bool = False,
     step: int | None = None,
 ) -> TrainedModel:
-    """Reads a state of a run and builds what a config makes of it; writes nothing.
+    """Reads a state of a run into host memory and builds the job of a config. Writes nothing.
 
     Args:
         workdir: the run's folder.
-        settings: the checked config, of the run or of another one with the same model.
+        settings: the checked config: the run's own, or another one with the same model.
         best: as for `trainer.load`.
         step: as for `trainer.load`.
 
     Raises:
-        CheckpointsUnreadable: there is no such checkpoint, or it is not what was saved.
+        CheckpointsUnreadable: the checkpoint does not exist or is damaged.
         UserError: a target of the config does not resolve, or its model has other leaves.
     """
     saved = read_saved(workdir, best=best, step=step)
@@ -69,3 +102,38 @@ def restore(
         "use the code and config it was saved with",
     )
     return TrainedModel(settings, job, with_leaves(abstract, saved.leaves), saved.step, saved.place)
+
+
+def restore_onto_devices(
+    workdir: str | os.PathLike[str],
+    *,
+    best: bool = False,
+    step: int | None = None,
+    config: ConfigDict | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[TrainedModel, Lift]:
+    """Reads a state of a run and puts it onto the devices, as the config's lift has it.
+
+    Args:
+        workdir: the run's folder.
+        best: as for `trainer.load`.
+        step: as for `trainer.load`.
+        config: the run's own where None.
+        mesh: the devices, on the one axis "batch"; all devices where None.
+
+    Raises:
+        CheckpointsUnreadable: the checkpoint does not exist or is damaged.
+        UserError: `workdir` is not the folder of a run, or the config, its targets or the mesh
+            are invalid.
+    """
+    settings = check(_config_of(absolute(workdir)) if config is None else config)
+    lift = make_lift(settings.lift, mesh, settings.state_sharding)
+    trained = restore(workdir, settings, best=best, step=step)
+    return dataclasses.replace(trained, state=lift.put_state(trained.state)), lift
+
+
+def _config_of(folder: epath.Path) -> ConfigDict:
+    if not (folder / "config.json").exists():
+        why = "has no config.json" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} is not the folder of a run: it {why}")
+    return read_config(folder)

@@ -1,4 +1,4 @@
-"""`env.json`: what a run needs to be repeated."""
+"""`env.json`: the software and devices of a run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import subprocess
 import sys
 from typing import Any
 
-# Raised when a podlift can no longer read the workdirs of another. 2: checkpoints have a manifest.
+# Increment when podlift can no longer read older workdirs. 2: checkpoints have manifests.
 LAYOUT_VERSION = 2
 
 _PACKAGES = ("podlift", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def describe_environment() -> dict[str, Any]:
-    """What is needed to run this again; no host names, no paths, no variables but XLA's."""
+    """Versions, devices and the git commit, without host names, paths or variables but XLA's."""
     import jax
 
     devices = jax.devices()

@@ -1,8 +1,8 @@
-"""Who trains in a folder: one job at a time.
+"""The lock of a run's folder: one job trains there at a time.
 
-The lock is the kernel's (`flock`), so it ends with the process that holds it, however that ends;
-what is written in the file only says who that was. A folder without locks, such as one in an object
-store, is locked by a file of this machine: two jobs on one machine are kept apart.
+It is a kernel lock (`flock`), so it ends with the process that holds it, however that ends; the
+content of the file only names the holder. For a folder that cannot be locked, such as one in an
+object store, the lock is a file on this machine, which keeps apart jobs on the same machine only.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from trainer.workdir.paths import absolute, digest_of, is_local, local_base, loc
 
 NAME = ".lock"
 
-# The folders this process trains in, each with its lock; which ends with the process if not before.
+# The folders this process trains in, each with its open lock file.
 _held: dict[str, IO[str] | None] = {}
 
 
 def acquire(folder: epath.Path, local_dir: str | None = None) -> None:
-    """Makes a folder this process's own until `release`; it may be its own already.
+    """Locks a folder for this process until `release`; does nothing if it is held already.
 
     Args:
-        folder: exists, if it is local.
+        folder: must exist if it is local.
         local_dir: where the lock of a remote folder is; see `trainer.workdir.paths.local_folder`.
 
     Raises:
-        UserError: another process has it, naming that.
-        OSError: there can be no lock file.
+        UserError: another process holds the lock; names it.
+        OSError: the lock file cannot be made.
     """
     name = os.fspath(absolute(folder))
     if name in _held:
@@ -45,15 +45,15 @@ def acquire(folder: epath.Path, local_dir: str | None = None) -> None:
     handle = _lock(_place(folder, local_dir), folder)
     if handle is None and is_local(folder):
         warn(
-            f"{folder} is on a file system without locks: two jobs on different machines are not "
-            "kept apart"
+            f"{folder} is on a file system without locks: nothing stops a second job on another "
+            "machine"
         )
         handle = _lock(_place_elsewhere(folder, local_dir), folder)
     _held[name] = handle
 
 
 def release(folder: epath.Path) -> None:
-    """Lets go of a folder, so that it can be taken again."""
+    """Unlocks a folder; does nothing if it is not held."""
     handle = _held.pop(os.fspath(absolute(folder)), None)
     if handle is not None:
         with contextlib.suppress(OSError):
@@ -62,15 +62,15 @@ def release(folder: epath.Path) -> None:
 
 
 def is_held(folder: epath.PathLike) -> bool:
-    """Whether this process trains in a folder now."""
+    """Whether this process holds the lock of a folder."""
     return os.fspath(absolute(folder)) in _held
 
 
 def check_free(folder: epath.Path, local_dir: str | None = None) -> None:
-    """Looks whether a folder can be taken, and changes nothing.
+    """Checks that no other process holds the lock of a folder, without taking it.
 
     Raises:
-        UserError: another process has it, naming that.
+        UserError: another process holds it; names it.
     """
     if is_held(folder):
         return
@@ -81,7 +81,7 @@ def check_free(folder: epath.Path, local_dir: str | None = None) -> None:
                     fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise _refusal(folder, handle.read()) from None
-        except OSError:  # nobody has ever taken it, or there are no locks there
+        except OSError:  # never locked, or no locks on this file system
             continue
 
 
@@ -90,7 +90,7 @@ def _place(folder: epath.Path, local_dir: str | None) -> Path:
 
 
 def _place_elsewhere(folder: epath.Path, local_dir: str | None) -> Path:
-    """Where the lock is of a folder on a file system without locks."""
+    """The place of the lock if the folder's file system has no locks."""
     return local_base(local_dir) / digest_of(folder) / NAME
 
 
@@ -108,7 +108,7 @@ def _lock(place: Path, folder: epath.Path) -> IO[str] | None:
     except OSError:
         handle.close()
         return None
-    with contextlib.suppress(OSError):  # a full disk: the lock holds, if namelessly
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without naming its holder
         handle.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         record = {"host": platform.node(), "pid": os.getpid(), "since": since}
@@ -118,7 +118,7 @@ def _lock(place: Path, folder: epath.Path) -> IO[str] | None:
 
 
 def _flock_soon(handle: IO[str]) -> None:
-    """Locks a file; `check_free` of another process may hold it for a moment."""
+    """Locks a file; retries, as `check_free` in another process may hold it for a moment."""
     for _ in range(5):
         try:
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,7 +128,7 @@ def _flock_soon(handle: IO[str]) -> None:
 
 
 def _leave_to_parent() -> None:
-    """In a forked child, which has got all open files: the lock is not to outlive its holder."""
+    """Closes inherited lock files in a forked child, so that the lock ends with its holder."""
     for handle in _held.values():
         if handle is not None:
             os.close(handle.fileno())

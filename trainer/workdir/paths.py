@@ -1,4 +1,4 @@
-"""Paths of a run, local or remote (`gs://...`), and what can be done with each."""
+"""Paths of a run, local or remote (`gs://...`)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from etils import epath
 
 
 def is_local(path: epath.PathLike) -> bool:
-    """Whether it is of a file system, where files can be renamed, appended to and locked."""
+    """Whether a path is on a file system, where files can be renamed, appended to and locked."""
     return "://" not in os.fspath(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """A path that no longer depends on the current folder; a remote one as it is."""
+    """The absolute form of a local path; a remote path unchanged."""
     text = os.fspath(path)
     if is_local(text):
         return epath.Path(os.path.abspath(os.path.expanduser(text)))
@@ -29,12 +29,12 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def keep_no_listings() -> None:
-    """Makes what other processes write to an object store visible to this one.
+    """Makes files that other processes write to an object store visible to this one.
 
-    By default fsspec keeps every listing for ever: files that others add afterwards are not there,
-    and of one they make longer only the old length is read. To be called before the first use.
+    By default fsspec caches listings forever: it misses files that others add later, and reads only
+    the old length of files that grow. Call this before the first access.
     """
-    import fsspec.config  # here, since it takes 0.1 s
+    import fsspec.config  # takes 0.1 s
 
     for protocol in ("gcs", "s3"):
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
@@ -42,20 +42,20 @@ def keep_no_listings() -> None:
 
 @contextlib.contextmanager
 def opened_whole(path: epath.Path) -> Iterator[IO[bytes]]:
-    """A file to write, which is there when all of it is: a reader sees the old one or the new."""
+    """Opens a file to replace atomically: a reader sees the old content or the new."""
     if is_local(path):
         part = path.parent / f".{path.name}.part"
         try:
             with open(part, "wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())  # a rename may outlive a power failure that bytes do not
+                os.fsync(file.fileno())  # a rename may survive a power failure that bytes do not
         except BaseException:
             with contextlib.suppress(OSError):
                 part.unlink()
             raise
         part.replace(path)
-    else:  # an object appears when all of it is there
+    else:  # an object appears once its upload is complete
         with tempfile.TemporaryFile() as file:
             yield file
             file.seek(0)
@@ -64,7 +64,7 @@ def opened_whole(path: epath.Path) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new, never a part."""
+    """Replaces a file atomically: a reader sees the old text or the new."""
     if is_local(path):
         with opened_whole(path) as file:
             file.write(text.encode())
@@ -73,16 +73,17 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 
 def digest_of(workdir: epath.PathLike) -> str:
-    """A short name of a run's folder, for what lies elsewhere."""
+    """A short name of a run's folder (16 hex digits), for files that are stored elsewhere."""
     return hashlib.sha256(os.fspath(absolute(workdir)).encode()).hexdigest()[:16]
 
 
 def local_folder(workdir: str, local_dir: str | None = None) -> Path:
-    """Where a run's local files go: its workdir, or a folder of this machine if that is remote.
+    """The folder for a run's local files: its workdir, or a local folder if that is remote.
 
     Args:
         workdir: the run's folder.
-        local_dir: where folders of remote runs go; the system's temporary folder where None.
+        local_dir: the parent of local folders of remote runs; by default the system's temporary
+            folder.
     """
     if is_local(workdir):
         return Path(absolute(workdir))
@@ -90,6 +91,6 @@ def local_folder(workdir: str, local_dir: str | None = None) -> Path:
 
 
 def local_base(local_dir: str | None = None) -> Path:
-    """The folder of this machine, and this user, where folders of remote runs go."""
+    """The folder of this user on this machine that holds local folders of remote runs."""
     base = Path(local_dir or tempfile.gettempdir())
     return base.expanduser().absolute() / f"podlift-{os.getuid()}"

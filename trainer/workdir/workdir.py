@@ -1,6 +1,6 @@
-"""The folder of a run: whose it is, and what the run was.
+"""The folder of a run: its paths, its config, and which changes to the config it accepts.
 
-Nothing in this module imports jax, and nothing is written before `claim`.
+This module does not import jax. Nothing is written before `claim`.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from trainer.workdir import lock
 from trainer.workdir.environment import LAYOUT_VERSION, describe_environment
 from trainer.workdir.paths import absolute, is_local, write_whole
 
-# What a scheduler or a launcher may have put into the folder before the run began.
-_NOT_OURS_TO_JUDGE = (".log", ".out", ".err")
+# Files that a scheduler or a launcher may put into the folder before the run begins.
+_IGNORED_SUFFIXES = (".log", ".out", ".err")
 
 
 def read_config(folder: epath.Path) -> ConfigDict:
-    """The config of the run in a folder, with all defaults in it.
+    """The config of the run in a folder, completed with defaults.
 
     Raises:
-        UserError: it is of another podlift, or cannot be read.
+        UserError: the folder was written by an incompatible podlift, or cannot be read.
     """
     try:
         layout = json.loads((folder / "env.json").read_text())["layout_version"]
@@ -45,15 +45,15 @@ def read_config(folder: epath.Path) -> ConfigDict:
         layout = LAYOUT_VERSION
     if layout > LAYOUT_VERSION:
         raise UserError(
-            f"{folder} was written by a newer podlift (layout {layout}, this one knows "
+            f"{folder} was written by a newer podlift (layout {layout}; this one reads "
             f"{LAYOUT_VERSION})",
             "upgrade podlift, or name another --workdir",
         )
     if layout < LAYOUT_VERSION:
         raise UserError(
-            f"{folder} was written by an older podlift (layout {layout}; this one knows "
+            f"{folder} was written by an older podlift (layout {layout}; this one reads "
             f"{LAYOUT_VERSION})",
-            "go on with the version in its env.json, or name another --workdir",
+            "resume with the version in its env.json, or name another --workdir",
         )
     try:
         return with_defaults(config_from_json((folder / "config.json").read_text()))
@@ -66,14 +66,14 @@ def read_config(folder: epath.Path) -> ConfigDict:
 
 @dataclass(frozen=True)
 class Workdir:
-    """A run's folder that has been found to be free or to belong to this config.
+    """A run's folder that is free, or holds a run to resume.
 
     Attributes:
         path: the folder, local or remote (`gs://...`).
         config: the resolved config of the run that is about to start.
-        exists: whether the folder already holds this run.
-        changes: how `config` differs from that of the run it holds, in more than how long or how
-            often, each as "key: before -> after".
+        exists: whether the folder already holds a run.
+        changes: how `config` differs from that run's, apart from keys of length and frequency, each
+            as "key: before -> after".
         refused: the keys of those changes that `config.checkpoint.allow` does not name.
     """
 
@@ -85,35 +85,35 @@ class Workdir:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is an ordinary folder, where files can be appended to and locked."""
+        """Whether the folder is on a file system, where files can be appended to and locked."""
         return is_local(self.path)
 
     @property
     def checkpoints(self) -> epath.Path:
-        """Where the latest checkpoints are."""
+        """The folder of the latest checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def best(self) -> epath.Path:
-        """Where the best checkpoint is."""
+        """The folder of the best checkpoint."""
         return self.path / "best"
 
     @property
     def metrics(self) -> epath.Path:
-        """One JSON object a line."""
+        """The metrics file, with one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @classmethod
     def check(cls, path: epath.PathLike, config: ConfigDict) -> Workdir:
-        """Looks at a folder without changing it.
+        """Checks a folder without changing it.
 
         Args:
             path: the folder; it need not exist.
-            config: the config of the run that wants it.
+            config: the config of the run that is about to start.
 
         Raises:
-            UserError: the folder cannot be written or holds something else. A run with another
-                config is refused by `refuse_changes`.
+            UserError: the folder cannot be written, or holds something other than a run.
+                `refuse_changes` rejects a run with a different config.
         """
         if not os.fspath(path).strip():
             raise UserError("--workdir is empty", "name a folder, or leave the flag out")
@@ -129,7 +129,7 @@ class Workdir:
                 for p in folder.iterdir()
                 if not p.name.startswith(".")
                 and p.name not in ("logs", "failure.json")
-                and p.suffix not in _NOT_OURS_TO_JUDGE
+                and p.suffix not in _IGNORED_SUFFIXES
             ]
             if others:
                 raise UserError(
@@ -161,30 +161,30 @@ class Workdir:
         )
 
     def refuse_changes(self, leaves: str = "", kinds: Sequence[str] = ()) -> None:
-        """Raises a UserError if the config is another one than that of the run, unless allowed.
+        """Raises a UserError if the config has changes that `checkpoint.allow` does not name.
 
         Args:
-            leaves: how the state would differ, as lines, where that is known.
-            kinds: of difference between leaves.
+            leaves: how the state would differ, as lines; empty if unknown.
+            kinds: the kinds of difference between leaves.
         """
         if not self.refused:
             return
         lines = [f"  {line}" for line in self.changes if line.partition(":")[0] in self.refused]
         now = flatten(self.config)
         names = sorted({_nearest_key(key, now) for key in self.refused})
-        told = [f"{self.path} holds a run with another config (there -> asked for):", *lines]
+        text = [f"{self.path} holds a run with another config (saved -> given):", *lines]
         if leaves:
-            told += ["its state would differ too (saved -> wanted):", leaves]
+            text += ["its state would differ too (saved -> expected):", leaves]
         allow = self.config.get("checkpoint", {}).get("allow", "")
         together = ",".join([*([allow] if allow else []), *names, *kinds])
         raise UserError(
-            "\n".join(told),
-            "name another --workdir, change these back to go on with that run, or "
-            f"--config.checkpoint.allow={together} goes on all the same",
+            "\n".join(text),
+            "name another --workdir, revert these changes to resume that run, or resume anyway "
+            f"with --config.checkpoint.allow={together}",
         )
 
     def claim(self, local_dir: str | None = None) -> None:
-        """Makes the folder and takes its lock.
+        """Makes the folder and acquires its lock.
 
         Args:
             local_dir: where the lock of a remote folder is.
@@ -197,22 +197,22 @@ class Workdir:
             lock.acquire(self.path, local_dir)
 
     def run_id(self) -> str:
-        """The id of the run in this folder; a new one where there is none."""
+        """The id of the run in this folder, or a new one."""
         try:
             return str(json.loads((self.path / "env.json").read_text())["run"])
         except (OSError, ValueError, KeyError, TypeError):
             return uuid.uuid4().hex
 
     def record(self, run: str) -> None:
-        """Writes `config.json` and `env.json`, once it is certain that the run goes on.
+        """Writes `config.json` and `env.json`, once it is certain that the run starts or resumes.
 
-        A run that is there already goes on also where they cannot be written again.
+        A resume only warns if it cannot write them again.
 
         Args:
-            run: its id.
+            run: the id of the run.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder of a new run cannot be written.
         """
         environment = json.dumps({"run": run, **describe_environment()}, indent=2) + "\n"
         try:
@@ -222,10 +222,10 @@ class Workdir:
         except UserError as error:
             if not self.exists:
                 raise
-            warn(f"config.json and env.json stay as they are: {error.message}")
+            warn(f"config.json and env.json are not updated: {error.message}")
 
     def is_recorded(self, patience: float = 0.0) -> bool:
-        """Whether this machine sees the run that was recorded here, perhaps by another machine.
+        """Whether this machine sees a recorded run, which another machine may have written.
 
         Args:
             patience: seconds to wait for it; network file systems may lag behind.
@@ -253,7 +253,7 @@ def _errors_of_writing(path: epath.Path) -> Iterator[None]:
 
 
 def _plain(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them, so that what was stored compares equal to what was not."""
+    """Values as JSON represents them, so that a stored config compares equal to a new one."""
     return {
         key: value.to_dict() if isinstance(value, ConfigDict) else json.loads(json.dumps(value))
         for key, value in flat.items()
@@ -261,7 +261,7 @@ def _plain(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nearest_key(key: str, config: Mapping[str, Any]) -> str:
-    """The key, or the innermost block of the config that it would be in."""
+    """The key, or the innermost block of the config that would contain it."""
     parts = key.split(".")
     while len(parts) > 1 and not any(
         f"{name}.".startswith(".".join(parts) + ".") for name in config
@@ -271,7 +271,7 @@ def _nearest_key(key: str, config: Mapping[str, Any]) -> str:
 
 
 def _show(flat: dict[str, Any], key: str) -> str:
-    return json.dumps(flat[key]) if key in flat else "(not there)"
+    return json.dumps(flat[key]) if key in flat else "(absent)"
 
 
 def _check_writable(folder: Path) -> None:
@@ -279,7 +279,7 @@ def _check_writable(folder: Path) -> None:
         if place.exists():
             if not place.is_dir():
                 raise UserError(f"--workdir={folder}: {place} is a file", "name a folder")
-            # Asking for permission is not enough: not every place takes files.
+            # Permissions are not enough: some file systems accept no files.
             with _errors_of_writing(epath.Path(folder)):
                 try:
                     with tempfile.TemporaryFile(dir=place):
@@ -287,4 +287,4 @@ def _check_writable(folder: Path) -> None:
                 except OSError as error:
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                         raise
-                    return  # full for now: what cannot be written will be told
+                    return  # a full disk is reported when a write fails
