@@ -54,7 +54,8 @@ def run(options: Options) -> int:
     """Plans a run and runs it, in place or in processes of its own; returns the exit code."""
     from launcher import exit_codes
     from launcher.launch import smoke
-    from launcher.launch import spec as plan
+    from launcher.launch.build import make_launch_spec
+    from launcher.launch.dry_run import describe_launch
     from trainer.console import open_terminal
     from trainer.errors import UserError
     from trainer.workdir import lock
@@ -65,21 +66,21 @@ def run(options: Options) -> int:
             from launcher.sweep.sweep import run_sweep
 
             return run_sweep(options, sys.argv[1:], os.environ)
-        planned = plan.make_launch_spec(options, os.environ)
+        planned = make_launch_spec(options, os.environ)
         if planned.folder.refused:
             _refuse_changes(planned)
         if options.smoke:
-            planned = smoke.smoke_plan(planned)
+            planned = smoke.smoke_spec(planned)
         if options.dry_run:
-            print(plan.describe(planned, os.environ), end="")
+            print(describe_launch(planned, os.environ), end="")
             return exit_codes.DONE
         lock.check_free(planned.folder.path, planned.local_base)
-        traces = smoke.Traces(planned)
+        smoke_folder = smoke.SmokeFolder(planned)
         code = _start(planned)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.USAGE
-    return traces.tell(code) if options.smoke else code
+    return smoke_folder.report(code) if options.smoke else code
 
 
 def _start(planned: LaunchSpec) -> int:

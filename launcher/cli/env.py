@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-from launcher import clusters, exit_codes
+from launcher import exit_codes
+from launcher.clusters.detect import detect
 from launcher.clusters.gce_metadata import read_gce_metadata
-from launcher.launch.spec import count_gpus, detected
+from launcher.launch.dry_run import describe_placement
+from launcher.launch.workers import count_gpus
 from trainer.errors import UserError
 
 _PACKAGES = (
@@ -92,10 +94,10 @@ def relevant(environ: Mapping[str, str]) -> dict[str, str]:
 def _cluster(environ: Mapping[str, str]) -> str:
     try:
         env = {**environ, **read_gce_metadata(environ)}
-        placement = clusters.detect(env)
+        placement = detect(env)
     except UserError as error:
         return str(error).replace("\n", "\n             ")
-    return "none: this machine" if placement is None else detected(placement)
+    return "none: this machine" if placement is None else describe_placement(placement)
 
 
 def _devices(timeout: float = 60) -> str:

@@ -14,17 +14,17 @@ _COUNT = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
 def fake_device_count(environ: Mapping[str, str]) -> int:
-    """How many CPU devices XLA_FLAGS asks to fake; 0 for none."""
+    """The number of CPU devices that XLA_FLAGS asks to fake; 0 for none."""
     match = _COUNT.search(environ.get("XLA_FLAGS", ""))
     return int(match[1]) if match else 0
 
 
 def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None:
-    """Sets up fake devices and the compilation cache; what the user has set stays.
+    """Sets up fake devices and the compilation cache; variables that are set already stay.
 
     Args:
         environ: changed in place.
-        fake_devices: how many CPU devices to fake, or None.
+        fake_devices: number of CPU devices to fake, or None.
 
     Raises:
         UserError: XLA_FLAGS asks for another number of devices.
@@ -43,8 +43,8 @@ def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None
         environ["JAX_PLATFORMS"] = "cpu"
     count = fake_devices or (int(match[1]) if match else 0)
     if count:
-        # Each virtual device waits for the others inside a collective, on a thread of a pool that
-        # is as large as the machine has cores; with fewer threads than devices they never all meet.
+        # In a collective each virtual device blocks a thread of a pool with one thread a core; with
+        # fewer threads than devices it deadlocks.
         environ.setdefault("PJRT_NPROC", str(max(2 * count, os.cpu_count() or 1)))
     if importlib.util.find_spec("libtpu") and not _has_tpu():
         quieten_libtpu(environ)
@@ -54,17 +54,17 @@ def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None
         try:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError:
-            return  # a read-only home: run without
+            return  # a read-only home: no cache
         environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-        # By default only what took a second to compile is kept.
+        # By default jax caches only what took a second to compile.
         environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 def quieten_libtpu(environ: MutableMapping[str, str]) -> None:
-    """Tells libtpu what it would otherwise ask of a TPU machine, and complain that this is none.
+    """Answers what libtpu would query from a TPU machine, so that it prints no errors elsewhere.
 
-    It may be here only to plan with.
+    Without a TPU, libtpu is installed only for `podlift plan`.
     """
     environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -72,7 +72,7 @@ def quieten_libtpu(environ: MutableMapping[str, str]) -> None:
 
 
 def _has_tpu(devices: str = "/sys/bus/pci/devices") -> bool:
-    """Whether there is a device of Google's on the bus, which is how jax tells."""
+    """Whether a device of Google's is on the PCI bus, as jax itself decides it."""
     return any(
         "0x1ae0" in path.read_text(errors="replace") for path in Path(devices).glob("*/vendor")
     )

@@ -1,4 +1,4 @@
-"""Where a smoke test is done, that nothing is left of it, and its verdict.
+"""The launch of a smoke test, in a folder of its own of which nothing is left.
 
 See `trainer.run.smoke`.
 """
@@ -18,41 +18,50 @@ from trainer.workdir.paths import local_folder
 _NAME = ".smoke"
 
 
-def smoke_plan(plan: LaunchSpec) -> LaunchSpec:
-    """The plan of a run as one that only tries it, once, in a folder inside that of the run."""
-    workdir = os.path.join(plan.workdir, _NAME)
+def smoke_spec(spec: LaunchSpec) -> LaunchSpec:
+    """The launch of a run's smoke test: no restarts, in a folder inside that of the run."""
+    workdir = os.path.join(spec.workdir, _NAME)
     return dataclasses.replace(
-        plan,
+        spec,
         workdir=workdir,
-        local_dir=local_folder(workdir, plan.local_base),
-        limits=dataclasses.replace(plan.limits, max_restarts=0),
+        local_dir=local_folder(workdir, spec.local_base),
+        limits=dataclasses.replace(spec.limits, max_restarts=0),
         smoke=True,
     )
 
 
-class Traces:
-    """What is there before a smoke test, so that nothing more is there after it.
+class SmokeFolder:
+    """The local folder of a smoke test. Make one before it starts, to know what was there.
 
     Args:
-        plan: of the smoke test.
+        spec: of the smoke test.
     """
 
-    def __init__(self, plan: LaunchSpec) -> None:
-        self._plan = plan
-        self._before = next(place for place in plan.local_dir.parents if place.exists())
+    def __init__(self, spec: LaunchSpec) -> None:
+        self._spec = spec
+        self._parent = next(place for place in spec.local_dir.parents if place.exists())
 
-    def tell(self, code: int) -> int:
-        """Gives the verdict, if this is the launcher of rank 0; returns the exit code."""
-        place = self._plan.local_dir
+    def report(self, code: int) -> int:
+        """Removes the folder and its new parents, unless the smoke test failed.
+
+        The launcher of rank 0 prints the result.
+
+        Args:
+            code: exit code of the smoke test.
+
+        Returns:
+            The same code.
+        """
+        folder = self._spec.local_dir
         if code in (exit_codes.DONE, exit_codes.USAGE):
-            shutil.rmtree(place, ignore_errors=True)
-            for made in place.parents:
-                if made == self._before:
+            shutil.rmtree(folder, ignore_errors=True)
+            for made in folder.parents:
+                if made == self._parent:
                     break
-                with contextlib.suppress(OSError):  # there is something in it by now
+                with contextlib.suppress(OSError):  # another process uses it by now
                     made.rmdir()
-        if any(worker.rank == 0 for worker in self._plan.workers):
-            left = f"; what is left of it: {place}" if place.exists() else ""
+        if self._spec.has_rank_0:
+            left = f"; what is left of it: {folder}" if folder.exists() else ""
             ok = code == exit_codes.DONE
             say("smoke: ok" if ok else f"smoke: FAILED, exit code {code}{left}")
         return code

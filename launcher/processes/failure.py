@@ -65,7 +65,7 @@ class Failure:
 CAUSE, ABORT, CONSEQUENCE = 0, 1, 2
 
 
-def of_outcome(outcome: Outcome, rank: int, log: str) -> Failure:
+def failure_from_outcome(outcome: Outcome, rank: int, log: str) -> Failure:
     """What a worker has told of itself."""
     return Failure(
         rank,
@@ -84,7 +84,7 @@ _FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGSYS", "SIGTRA
 _FATAL_WORDS = "distributed service detected fatal errors"
 
 
-def of_exit(
+def failure_from_exit(
     returncode: int, rank: int, step: int, log: str, log_tail: str, out_of_memory: bool
 ) -> Failure:
     """What is known of a worker that ended without a word.
@@ -136,7 +136,7 @@ _LOST_PEER = (
 )
 
 
-def is_of_a_lost_peer(message: str) -> bool:
+def is_lost_peer_error(message: str) -> bool:
     """By the words: jax raises several types for it, ValueError among them."""
     return any(sign in message.lower() for sign in _LOST_PEER)
 
@@ -159,6 +159,6 @@ def write_failure(
     write_whole(epath.Path(folder) / "failure.json", json.dumps(record, indent=2) + "\n")
 
 
-def forget_failure(folder: Path) -> None:
+def clear_failure(folder: Path) -> None:
     """Removes `failure.json` of an earlier attempt."""
     (folder / "failure.json").unlink(missing_ok=True)

@@ -32,12 +32,12 @@ def show(text: str, *, is_error: bool = True) -> None:
         _lines.put_nowait((is_error, text))
 
 
-def show_line(text: str) -> None:
+def print_out(text: str) -> None:
     """Writes a line to stdout."""
     show(text, is_error=False)
 
 
-def finish_showing(seconds: float = 2.0) -> None:
+def flush(seconds: float = 2.0) -> None:
     """Waits until all is written, but no longer than that."""
     with _lines.all_tasks_done:
         _lines.all_tasks_done.wait_for(lambda: not _lines.unfinished_tasks, seconds)
@@ -59,13 +59,13 @@ def _write_to(stream: TextIO | None, text: str) -> None:
             stream.flush()
 
 
-def how_to_resume(workdir: str, *, smoke: bool = False, copies: bool = False) -> str:
+def how_to_resume(workdir: str, *, smoke: bool = False, in_memory: bool = False) -> str:
     """One line: the newest checkpoint, and the command that goes on from it.
 
     Args:
         workdir: the run's folder.
         smoke: whether it only tried whether the run would work.
-        copies: whether the run may have left a copy of its state in memory.
+        in_memory: whether the run may have left an in-memory checkpoint.
     """
     if smoke:
         return "HINT: this was a smoke test; nothing of the run itself was touched"
@@ -73,7 +73,7 @@ def how_to_resume(workdir: str, *, smoke: bool = False, copies: bool = False) ->
     with contextlib.suppress(Exception):  # clients of object stores raise many types
         folder = epath.Path(workdir) / "checkpoints"
         steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-    if not steps and copies:
+    if not steps and in_memory:
         return (
             "HINT: there is no checkpoint yet: the same command goes on from a copy in memory if "
             "one was made, or starts at step 0"

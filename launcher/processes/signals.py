@@ -48,13 +48,13 @@ class StopRequest:
         again, self._requested = self._requested, True
         if number == signal.SIGINT and self._last_words is not None:
             if again:
-                write_at_once(f"{_show_cursor()}{STOPPED_AT_ONCE}")
+                write_from_handler(f"{_show_cursor()}{STOPPED_AT_ONCE}")
                 self._last_words(STOPPED_AT_ONCE)
                 os._exit(128 + signal.SIGINT)
-            write_at_once("SIGINT: saving, then stopping; Ctrl-C again to stop at once")
+            write_from_handler("SIGINT: saving, then stopping; Ctrl-C again to stop at once")
 
 
-def write_at_once(line: str) -> None:
+def write_from_handler(line: str) -> None:
     """Writes a line to stderr out of a signal handler, which may have interrupted a `print`.
 
     Ctrl-C also ends a `tee` that stderr goes to: nobody there to read is no reason not to save.
@@ -92,13 +92,13 @@ class SyncPoint:
         return self._reached
 
 
-def forget_signals() -> None:
+def reset_signals() -> None:
     """For a forked child of user code: what ends it must not ask a run to save."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
-def hand_to_jax(request: StopRequest) -> None:
+def forward_to_jax(request: StopRequest) -> None:
     """After jax has taken over SIGTERM: passes on what arrived before, and the other signals."""
     for number in STOP_SIGNALS:
         if number != signal.SIGTERM and signal.getsignal(number) != signal.SIG_IGN:
@@ -107,7 +107,7 @@ def hand_to_jax(request: StopRequest) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def asked_in_turn(
+def with_progress(
     stop_requested: Callable[[int, str], bool], tell: Callable[[int, str], None]
 ) -> Callable[[int, str], bool]:
     """`stop_requested`, telling each time how far the run is."""

@@ -6,10 +6,11 @@ import errno
 import functools
 import hashlib
 import platform
+import socket
 import subprocess
 
-from launcher.clusters import Placement
-from launcher.launch.spec import LaunchSpec, host_name
+from launcher.clusters.placement import Placement
+from launcher.launch.spec import LaunchSpec
 from launcher.processes.event_loop import EventLoop
 from launcher.processes.rank_log import claim_attempt
 from launcher.rendezvous.address import own_address
@@ -100,7 +101,7 @@ def _card_of(plan: LaunchSpec, placement: Placement) -> Hello:
     return Hello(
         rank=placement.process_id,
         size=placement.num_processes,
-        host=host_name(),
+        host=socket.gethostname(),
         job=placement.job,
         config=plan.config,
         versions=", ".join(versions),

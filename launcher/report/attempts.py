@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launcher.processes.failure import is_of_a_lost_peer
+from launcher.processes.failure import is_lost_peer_error
 
 # Of the logs of ranks beside 0, whose lines say the same: only how they end.
 _TAIL_BYTES = 65536
@@ -170,7 +170,7 @@ def _ending(ranks: Iterable[_Words]) -> str:
     """How an attempt ended that has left no `failure.json`."""
     ranks = list(ranks)
     failed = sorted((rank for rank in ranks if rank.error), key=lambda rank: rank.error_time)
-    causes = [rank for rank in failed if not is_of_a_lost_peer(rank.error)]
+    causes = [rank for rank in failed if not is_lost_peer_error(rank.error)]
     if causes:
         return causes[0].error
     done = next((rank.done for rank in ranks if rank.done), "")

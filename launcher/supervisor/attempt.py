@@ -11,16 +11,17 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import subprocess
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from launcher import exit_codes
-from launcher.launch.spec import LaunchSpec, host_name
+from launcher.launch.spec import LaunchSpec
 from launcher.processes.assignment import Assignment, Outcome
 from launcher.processes.event_loop import EventLoop
-from launcher.processes.failure import Failure, of_exit, of_outcome
+from launcher.processes.failure import Failure, failure_from_exit, failure_from_outcome
 from launcher.processes.messages import show
 from launcher.processes.rank_log import RankFile, remove_logs
 from launcher.processes.signals import STACKS_SIGNAL, STOPPED_AT_ONCE
@@ -198,7 +199,7 @@ class Attempt:
         if outcome.is_failure:
             log = self._files[child.rank]
             log.write(f"{outcome.trace}error: {outcome.message}")
-            self._report(of_outcome(outcome, child.rank, str(log.path)))
+            self._report(failure_from_outcome(outcome, child.rank, str(log.path)))
         else:
             self._later(_EXIT_SECS, child.kill)
 
@@ -221,7 +222,9 @@ class Attempt:
             log = self._files[child.rank]
             oom = out_of_memory_kills() > self._oom_kills
             step = child.page.read().step
-            self._report(of_exit(returncode, child.rank, step, str(log.path), log.tail, oom))
+            self._report(
+                failure_from_exit(returncode, child.rank, step, str(log.path), log.tail, oom)
+            )
         elif all(c.process.poll() is not None and c.outcome is not None for c in self._children):
             outcomes = [c.outcome for c in self._children if c.outcome is not None]
             if not any(outcome.is_failure for outcome in outcomes):
@@ -304,7 +307,7 @@ class Attempt:
 
     def stop(self, signal_name: str) -> None:
         """Asks all ranks to save and to stop."""
-        line = f"{signal_name} to the launcher of rank {self._rank} on {host_name()}"
+        line = f"{signal_name} to the launcher of rank {self._rank} on {socket.gethostname()}"
         if not self._children:
             self._asked_to_stop = True
             line += ", before all ranks were there"
@@ -350,9 +353,8 @@ class Attempt:
         for child in self._children:
             child.kill()
         if self._meeting is not None:
-            line = (
-                f"the launcher of rank {self._rank} on {host_name()} was stopped at once (Ctrl-C)"
-            )
+            who = f"the launcher of rank {self._rank} on {socket.gethostname()}"
+            line = f"{who} was stopped at once (Ctrl-C)"
             self._meeting.abandon(Failure(self._rank, exit_codes.RETRY, line))
         for file in self._files.values():
             file.write(STOPPED_AT_ONCE)

@@ -12,10 +12,11 @@ import signal
 from collections.abc import Mapping
 
 from launcher import exit_codes
-from launcher.launch.spec import LaunchSpec, detected
+from launcher.launch.dry_run import describe_placement
+from launcher.launch.spec import LaunchSpec
 from launcher.processes.event_loop import EventLoop
-from launcher.processes.failure import Failure, forget_failure, write_failure
-from launcher.processes.messages import finish_showing, how_to_resume, show, show_line
+from launcher.processes.failure import Failure, clear_failure, write_failure
+from launcher.processes.messages import flush, how_to_resume, print_out, show
 from launcher.processes.signals import STACKS_SIGNAL, STOP_SIGNALS
 from launcher.supervisor.attempt import Attempt, AttemptResult
 from launcher.supervisor.children import adopt_orphans, children
@@ -28,13 +29,13 @@ def supervise(plan: LaunchSpec, environ: Mapping[str, str] = os.environ) -> int:
         UserError: the place where the ranks are to meet is not to be had.
     """
     if plan.placement is not None and plan.placement.process_id == 0:
-        show_line(detected(plan.placement))
+        print_out(describe_placement(plan.placement))
     adopt_orphans()
     try:
         with EventLoop() as loop:
             return _Supervisor(plan, loop, environ).run()
     finally:
-        finish_showing()
+        flush()
 
 
 class _Supervisor:
@@ -62,13 +63,13 @@ class _Supervisor:
             self._tell(ending, goes_on=why_not is None)
             if why_not is not None:
                 if why_not:
-                    show_line(why_not)
+                    print_out(why_not)
                 return ending.exit_code
             previous = ending.failure
             delay = backoff_secs(restarts, ending.failure)
             restarts += 1
             soon = f" in {delay:.0f} s" if delay else ""
-            show_line(f"restart {restarts} of {self._plan.limits.max_restarts}{soon}")
+            print_out(f"restart {restarts} of {self._plan.limits.max_restarts}{soon}")
             if self._wait(delay):
                 return exit_codes.RETRY
 
@@ -98,18 +99,18 @@ class _Supervisor:
             if self._attempt is not None:
                 self._attempt.stop(signal.Signals(number).name)
             more = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-            show_line(f"{signal.Signals(number).name}: saving, then stopping{more}")
+            print_out(f"{signal.Signals(number).name}: saving, then stopping{more}")
 
     def _tell(self, ending: AttemptResult, *, goes_on: bool) -> None:
         """Says how an attempt ended, and leaves it in `failure.json`."""
         failure, plan = ending.failure, self._plan
         copies = plan.settings.fast_every_secs > 0
-        has_rank_0 = any(worker.rank == 0 for worker in plan.workers)
+        has_rank_0 = plan.has_rank_0
         if failure is not None:
             # One traceback for a job whose launchers all write to one place.
             text = failure.tell(brief=not has_rank_0)
             if failure.exit_code != exit_codes.USAGE and has_rank_0 and not goes_on:
-                text += "\n  " + how_to_resume(plan.workdir, smoke=plan.smoke, copies=copies)
+                text += "\n  " + how_to_resume(plan.workdir, smoke=plan.smoke, in_memory=copies)
             show(text)
             if failure.exit_code != exit_codes.USAGE and ending.number and has_rank_0:
                 try:
@@ -125,7 +126,7 @@ class _Supervisor:
             return
         if has_rank_0:
             with contextlib.suppress(OSError):
-                forget_failure(plan.local_dir)
+                clear_failure(plan.local_dir)
             if ending.message:
                 show(f"{ending.message}\n  {how_to_resume(plan.workdir, smoke=plan.smoke)}")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-from launcher.processes.signals import STACKS_SIGNAL, STOP_SIGNALS, write_at_once
+from launcher.processes.signals import STACKS_SIGNAL, STOP_SIGNALS, write_from_handler
 
 
 class Foreground:
@@ -64,7 +64,9 @@ class Foreground:
         if number != STACKS_SIGNAL:
             again, self.asked_to_stop = self.asked_to_stop, True
             if number == signal.SIGINT and not again:
-                write_at_once("the run saves, then the sweep stops; Ctrl-C again stops at once")
+                write_from_handler(
+                    "the run saves, then the sweep stops; Ctrl-C again stops at once"
+                )
                 number = signal.SIGTERM  # also well received by one that only just begins
         self._send(number)
 

@@ -16,8 +16,9 @@ from launcher.command_line import flags
 from launcher.command_line.flags import Options
 from launcher.command_line.parse import take_flag
 from launcher.command_line.variants import Variant, read_variants
-from launcher.launch.spec import LaunchSpec, make_launch_spec
-from launcher.processes.failure import of_exit
+from launcher.launch.build import make_launch_spec
+from launcher.launch.spec import LaunchSpec
+from launcher.processes.failure import failure_from_exit
 from launcher.sweep.foreground import Foreground
 from launcher.sweep.table import FILE, Row, format_table, read_row, write_rows
 from trainer.checkpoints.folder import CheckpointFolder
@@ -123,7 +124,11 @@ def _run_all(
         say(f"{title}:")
         returned = foreground.run([sys.executable, "-m", "launcher", *sweep.command(variant)])
         if returned is not None:
-            code = returned if returned >= 0 else of_exit(returned, 0, 0, "", "", False).exit_code
+            code = (
+                returned
+                if returned >= 0
+                else failure_from_exit(returned, 0, 0, "", "", False).exit_code
+            )
             codes[variant.index] = code
             write_rows(absolute(sweep.folder), sweep.spec, _rows(sweep, plans, codes))
             if returned < 0 and not foreground.asked_to_stop:

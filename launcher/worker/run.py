@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from launcher import exit_codes
 from launcher.launch.spec import LaunchSpec
 from launcher.processes.assignment import Assignment, Outcome
-from launcher.processes.failure import forget_failure, is_of_a_lost_peer, write_failure
+from launcher.processes.failure import clear_failure, is_lost_peer_error, write_failure
 from launcher.processes.messages import how_to_resume
 from launcher.processes.progress_page import ProgressPage
 from launcher.processes.rank_log import RankLog
@@ -28,9 +28,9 @@ from launcher.processes.signals import (
     STOP_SIGNALS,
     StopRequest,
     SyncPoint,
-    asked_in_turn,
-    forget_signals,
-    hand_to_jax,
+    forward_to_jax,
+    reset_signals,
+    with_progress,
 )
 from trainer.config.config_json import config_from_json
 from trainer.console import open_terminal
@@ -53,7 +53,7 @@ def run_here(plan: LaunchSpec) -> int:
     rank_log = RankLog(workdir, local_dir)
     stop_requested = StopRequest(rank_log.last_words)
     stop_requested.install()
-    os.register_at_fork(after_in_child=forget_signals)
+    os.register_at_fork(after_in_child=reset_signals)
     _show_stacks()
     open_terminal()
     for name in ("podlift", "py.warnings"):
@@ -76,10 +76,9 @@ def run_here(plan: LaunchSpec) -> int:
             path = str(rank_log.open())
         except (OSError, UserError) as error:
             path = f"cannot be written ({error})"
-        _report(
-            f"{outcome.trace}error: {outcome.message}\n  full log: {path}\n  "
-            f"{how_to_resume(workdir, smoke=plan.smoke, copies=plan.settings.fast_every_secs > 0)}"
-        )
+        in_memory = plan.settings.fast_every_secs > 0
+        hint = how_to_resume(workdir, smoke=plan.smoke, in_memory=in_memory)
+        _report(f"{outcome.trace}error: {outcome.message}\n  full log: {path}\n  {hint}")
         with contextlib.suppress(OSError):
             write_failure(local_dir, outcome, rank=0, log=path, attempt=rank_log.attempt)
         return outcome.exit_code
@@ -89,7 +88,7 @@ def run_here(plan: LaunchSpec) -> int:
     if outcome.message:
         _report(f"{outcome.message}\n  {how_to_resume(workdir, smoke=plan.smoke)}")
     with contextlib.suppress(OSError):
-        forget_failure(local_dir)
+        clear_failure(local_dir)
     return outcome.exit_code
 
 
@@ -102,7 +101,7 @@ def main() -> None:
     me = os.getpid()
     stop_requested = StopRequest()
     stop_requested.install()
-    os.register_at_fork(after_in_child=forget_signals)
+    os.register_at_fork(after_in_child=reset_signals)
     _show_stacks()
     # The launcher holds these back until here, so that none of them finds its default.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, STACKS_SIGNAL})
@@ -121,10 +120,10 @@ def main() -> None:
         join(assignment)
         several = assignment.coordinator is not None
         if several:
-            hand_to_jax(stop_requested)
+            forward_to_jax(stop_requested)
         config = config_from_json(assignment.config)
         asked = SyncPoint() if several else stop_requested
-        stop = asked_in_turn(asked, page.write)
+        stop = with_progress(asked, page.write)
         _train(
             config,
             assignment.workdir,
@@ -220,7 +219,7 @@ def _outcome_of(
             text = trace.splitlines()[-1]
         message = f"{type(error).__name__} on rank {rank}: {text}"
         # A network error of the operating system is one of the user's code: jax has its own types.
-        lost_peer = has_peers and not isinstance(error, OSError) and is_of_a_lost_peer(text)
+        lost_peer = has_peers and not isinstance(error, OSError) and is_lost_peer_error(text)
         return Outcome(exit_codes.FAILED, message, trace, step(), lost_peer)
     return Outcome(exit_codes.DONE)
 

@@ -362,7 +362,7 @@ def test_the_installed_command_finds_packages_in_the_current_folder(tmp_path):
 
 def test_the_hint_after_a_failure_knows_of_copies_in_memory(tmp_path):
     assert "starts at step 0; config.checkpoint.every_steps" in how_to_resume(str(tmp_path))
-    assert "from a copy in memory if one was made" in how_to_resume(str(tmp_path), copies=True)
+    assert "from a copy in memory if one was made" in how_to_resume(str(tmp_path), in_memory=True)
     (tmp_path / "checkpoints" / "20").mkdir(parents=True)
     hint = f"HINT: the same command with --workdir={tmp_path} goes on from step 20"
-    assert how_to_resume(str(tmp_path)) == how_to_resume(str(tmp_path), copies=True) == hint
+    assert how_to_resume(str(tmp_path)) == how_to_resume(str(tmp_path), in_memory=True) == hint

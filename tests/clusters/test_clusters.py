@@ -12,7 +12,7 @@ import threading
 import pytest
 from conftest import ROOT, skip_here
 
-from launcher.clusters import CLUSTERS, by_hand, detect
+from launcher.clusters.detect import CLUSTERS, by_hand, detect
 from launcher.clusters.gce_metadata import fetch_attribute, has_tpu, read_gce_metadata
 from launcher.clusters.hostlist import expand, expand_counts
 from launcher.clusters.open_mpi import hnp_hosts
@@ -559,7 +559,8 @@ def test_a_tpu_is_known_by_its_vendor(tmp_path):
 
 def test_importing_the_package_imports_nothing_heavy():
     code = (
-        "import sys; from launcher.clusters import detect, gce_metadata;"
+        "import sys; from launcher.clusters import gce_metadata;"
+        "from launcher.clusters.detect import detect;"
         "detect(gce_metadata.read_gce_metadata({}, has_tpu=lambda: False));"
         "heavy = {'jax', 'numpy', 'absl', 'asyncio', 'urllib.request', 'socket', 'subprocess'};"
         "print(*heavy & set(sys.modules))"

@@ -13,10 +13,11 @@ from slurm_environ import SLURM
 from launcher.cli.env import relevant
 from launcher.command_line import flags
 from launcher.exit_codes import RETRY
-from launcher.launch import spec as plan
+from launcher.launch.build import make_launch_spec
+from launcher.launch.dry_run import describe_launch
 from launcher.processes.assignment import Outcome
 from launcher.processes.event_loop import EventLoop
-from launcher.processes.failure import CONSEQUENCE, Failure, of_exit, of_outcome
+from launcher.processes.failure import CONSEQUENCE, Failure, failure_from_exit, failure_from_outcome
 from launcher.processes.progress_page import Progress
 from launcher.rendezvous.connection import Connection
 from launcher.rendezvous.root_cause import RootCause
@@ -33,7 +34,7 @@ MLP = f"--config={ROOT}/configs/mlp.py"
 
 def planned(tmp_path, *arguments, **environ):
     options = flags.parse(["launcher", MLP, f"--workdir={tmp_path}/run", *arguments])
-    return plan.make_launch_spec(options, {"HOME": str(tmp_path), **environ})
+    return make_launch_spec(options, {"HOME": str(tmp_path), **environ})
 
 
 def test_one_process_runs_in_place_and_more_are_supervised(tmp_path):
@@ -83,12 +84,12 @@ def test_a_place_in_a_cluster(tmp_path):
     made = planned(tmp_path, "--fake_devices=2", **SLURM)
     assert made.num_processes == 2
     assert [worker.rank for worker in made.workers] == [1]
-    assert "rank 0 at n1:" in plan.describe(made, SLURM)
+    assert "rank 0 at n1:" in describe_launch(made, SLURM)
     alone = planned(tmp_path, "--cluster=none", **SLURM)
     assert alone.num_processes == 1
     options = flags.parse(["launcher", MLP])
     with pytest.raises(UserError, match="--workdir is missing: slurm has 2 processes"):
-        plan.make_launch_spec(options, SLURM)
+        make_launch_spec(options, SLURM)
 
 
 def test_the_config_reaches_the_workers_whole(tmp_path):
@@ -116,7 +117,7 @@ def test_dry_run_starts_and_writes_nothing(launch, tmp_path):
 
 def test_the_launcher_imports_no_jax():
     code = (
-        "import sys, launcher.supervisor.supervise, launcher.launch.spec, launcher.cli.env; "
+        "import sys, launcher.supervisor.supervise, launcher.launch.build, launcher.cli.env; "
         "sys.exit('jax' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -145,9 +146,9 @@ def test_env_for_a_bug_report(launch):
 def test_the_cause_comes_before_its_consequences():
     gloo = Outcome(1, "JaxRuntimeError on rank 0: Gloo", lost_peer=True)
     seen = [
-        of_outcome(gloo, 0, "log"),
-        of_exit(-6, 2, 7, "log", "jax: distributed service detected fatal errors", False),
-        of_exit(-9, 1, 7, "log", "", False),
+        failure_from_outcome(gloo, 0, "log"),
+        failure_from_exit(-6, 2, 7, "log", "jax: distributed service detected fatal errors", False),
+        failure_from_exit(-9, 1, 7, "log", "", False),
     ]
     assert seen[1].weight == CONSEQUENCE
     assert story_of(*seen).rank == 1
@@ -222,7 +223,7 @@ def story_of(*failures):
     ],
 )
 def test_what_an_end_without_a_word_means(returncode, code, text):
-    failure = of_exit(returncode, 1, 7, "log", "", out_of_memory=True)
+    failure = failure_from_exit(returncode, 1, 7, "log", "", out_of_memory=True)
     assert failure.exit_code == code
     assert text in failure.message
 

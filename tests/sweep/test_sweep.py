@@ -16,7 +16,7 @@ from runs import wait_for
 import trainer
 from launcher.command_line import flags
 from launcher.command_line.variants import read_variants
-from launcher.launch.spec import make_launch_spec
+from launcher.launch.build import make_launch_spec
 from launcher.sweep.sweep import is_finished, run_sweep
 from trainer.errors import UserError
 
