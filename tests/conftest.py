@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from jax.sharding import Mesh
+from script_runs import ScriptRuns
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,3 +98,9 @@ def launch(start):
         return process.returncode, out, err
 
     return run
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Runs `scripts/NAME ARGUMENTS` to its end, with stand-ins for the programs it calls."""
+    return ScriptRuns(tmp_path)

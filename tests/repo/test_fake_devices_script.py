@@ -1,0 +1,36 @@
+"""scripts/fake_devices.sh."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+
+from script_runs import FAKE_DEVICES, MLP, SCRIPTS
+
+
+def test_fake_devices_keep_other_flags(run_script, tmp_path):
+    """The script next to a train.sh that tells what it was given."""
+    folder = tmp_path / "it's here" / "scripts"
+    folder.mkdir(parents=True)
+    shutil.copy(SCRIPTS / FAKE_DEVICES, folder)
+    (folder / "train.sh").write_text('#!/bin/sh\nprintf "%s\\n" "$XLA_FLAGS" "$JAX_PLATFORMS" "$@"')
+    (folder / "train.sh").chmod(0o755)
+    flags = "--xla_a=1  --xla_force_host_platform_device_count=2 --xla_b=*"
+    done = run_script(folder / FAKE_DEVICES, 8, MLP, "--config.x=a b", XLA_FLAGS=flags)
+    assert done.returncode == 0, done
+    count = "--xla_force_host_platform_device_count=8"
+    assert done.stdout.splitlines() == [
+        f"--xla_a=1 --xla_b=* {count}",
+        "cpu",
+        MLP,
+        "--config.x=a b",
+    ]
+    assert run_script(folder / FAKE_DEVICES, 8, MLP).stdout.splitlines()[0] == count
+
+
+def test_fake_devices_dry_run(run_script):
+    done = run_script(FAKE_DEVICES, 4, MLP, "--dry-run", XLA_FLAGS="--xla_a=1")
+    flags, platform, script, config = shlex.split(done.stdout)
+    assert flags == "XLA_FLAGS=--xla_a=1 --xla_force_host_platform_device_count=4"
+    assert (platform, script) == ("JAX_PLATFORMS=cpu", str(SCRIPTS / "train.sh"))
+    assert config == MLP
