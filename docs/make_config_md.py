@@ -13,26 +13,25 @@ from trainer.config.keys import KEYS, RESUMABLE
 HEAD = """\
 # Config keys
 
-A config file has a function `get_config(arg=None)` that returns an `ml_collections.ConfigDict`. It
-is data: code is named by import path, `target="package.module:attribute"`, and the rest of the
-block becomes its keyword arguments. What a file leaves out takes the defaults below, so every key
-can be changed on the command line: `--config.optimizer.learning_rate=0.1`. An argument of a
-target can be changed there only if the file names it. `--config.KEY=None`
-sets None, where a key may be None: those whose default it is, `checkpoint.every_steps`, and what is
-in a block that names code (`--config.data.augment=None`).
+A config file has a function `get_config(arg=None)` that returns an `ml_collections.ConfigDict`. A config
+holds only data: it names code by import path, `target="package.module:attribute"`, and the rest of the
+block becomes keyword arguments. Missing keys take the defaults below. You can override every key on the
+command line: `--config.optimizer.learning_rate=0.1`. An argument of a target can be overridden only if the
+file names it. `--config.KEY=None` sets None where a key allows it: keys whose default is None,
+`checkpoint.every_steps`, and entries of a block that names code (`--config.data.augment=None`).
 
-`python -m launcher --config=FILE --print_config` shows the result and runs nothing.
+`python -m launcher --config=FILE --print_config` prints the result without running it.
 
 ## Blocks that name code
 
 | block | the target is | called with |
 |---|---|---|
-| `model` | a Linen or [NNX](nnx.md) module | the rest of it; `model(batch["x"], train=...)` |
+| `model` | a Linen or [NNX](nnx.md) module | the rest of the block; then `model(batch["x"], train=...)` |
 | `loss` | `(outputs, batch) -> (examples,)` | the rest of the block as keyword arguments |
 | `metrics.NAME` | the same, reported as `train/NAME` and `eval/NAME` | the same |
-| `data` | returns `{"train": source, "eval": source}` | the rest, and `seed` if it takes one |
+| `data` | returns `{"train": source, "eval": source}` | the rest, and `seed` if it accepts it |
 | `data.augment` | `(batch, random) -> batch` on host arrays | the rest of its block |
-| `optimizer` | an optax transformation | the rest, and `num_steps` if it takes it |
+| `optimizer` | an optax transformation | the rest, and `num_steps` if it accepts it |
 | `optimizer.learning_rate` | a number, or a block that builds a schedule | as for `optimizer` |
 
 A source is a dict of arrays with a leading example axis, one of them `x`, or any object with

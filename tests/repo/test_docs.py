@@ -27,7 +27,11 @@ from trainer.config.targets import resolve
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+    for path in [
+        *(ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING", "RELEASING")),
+        *sorted(ROOT.glob("docs/*.md")),
+        *sorted(ROOT.glob("docs/decisions/*.md")),
+    ]
 }
 HOME = "/home/me/podlift"  # where the pages say that they are
 
