@@ -8,8 +8,9 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,11 +18,32 @@ from trainer.config.keys import flatten
 from trainer.console import warn
 from trainer.workdir.workdir import Workdir
 
-if TYPE_CHECKING:
-    from trainer.summaries.histograms import Histogram
-
 # Events that may wait for the disk; with more of them, tensorboardX would block the training.
 _LONGEST_QUEUE = 10_000
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """The distribution of the values of an array.
+
+    Attributes:
+        low: the smallest value.
+        high: the largest value.
+        total: their sum.
+        squares: the sum of their squares.
+        counts: of bins of equal width from `low` to `high`, shape (bins,).
+    """
+
+    low: float
+    high: float
+    total: float
+    squares: float
+    counts: np.ndarray
+
+    @property
+    def edges(self) -> np.ndarray:
+        """The edges of the bins, shape (bins + 1,)."""
+        return np.linspace(self.low, self.high, len(self.counts) + 1)
 
 
 class TensorBoardWriter:

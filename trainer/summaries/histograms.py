@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,36 +15,13 @@ from trainer.lift.lift import Lift
 from trainer.lift.update import recipe_on
 from trainer.metrics_writer.run_log import RunLog
 from trainer.metrics_writer.step_metrics import StepMetrics
+from trainer.metrics_writer.tensorboard import Histogram
 from trainer.state.leaves import name_leaves
 from trainer.step.call import Call
 from trainer.step.gradients import make_gradient_step
 from trainer.step.job import Job
 
 BINS = 64
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """The distribution of the values of an array.
-
-    Attributes:
-        low: the smallest value.
-        high: the largest value.
-        total: their sum.
-        squares: the sum of their squares.
-        counts: of bins of equal width from `low` to `high`, shape (BINS,).
-    """
-
-    low: float
-    high: float
-    total: float
-    squares: float
-    counts: np.ndarray
-
-    @property
-    def edges(self) -> np.ndarray:
-        """The edges of the bins, shape (BINS + 1,)."""
-        return np.linspace(self.low, self.high, BINS + 1)
 
 
 class Histograms:
