@@ -65,7 +65,7 @@ def initialise_from(settings: Settings, lift: Lift, state: TrainState) -> TrainS
     match = match_leaves(listed, wanted, settings.init_map)
     _check_fit(match, listed, wanted, settings.init_map)
     used = {source: listed[source] for source in match.sources.values()}
-    arrays = lift.spread(saved, used, 0)
+    arrays = lift.broadcast_arrays(saved, used, 0)
     loaded = {
         name: arrays[source].astype(wanted[name].dtype) for name, source in match.sources.items()
     }
@@ -262,7 +262,7 @@ def _read_for_all(
             told = {"place": str(saved.place), "leaves": leaves}
         except CheckpointsUnreadable as error:
             told = {"message": error.message, "hint": error.hint or _PLACES}
-    told = json.loads(lift.tell(json.dumps(told)))
+    told = json.loads(lift.broadcast_text(json.dumps(told)))
     if "message" in told:
         raise CheckpointsUnreadable(f"config.init_from={place!r}: {told['message']}", told["hint"])
     listed = {

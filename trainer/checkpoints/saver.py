@@ -66,7 +66,7 @@ class Saver:
         root = Path(settings.fast_dir)
         if not settings.fast_every_secs or not root.is_dir():
             return None
-        if not self._lift.is_whole_here:  # every host copies when it likes, and none has it all
+        if not self._lift.holds_full_state:  # every host copies when it likes, and none has it all
             return None
         return InMemoryCheckpoints(
             self._workdir.path, root, settings.fast_every_secs, settings.fast_max_gb * 1e9
@@ -124,7 +124,9 @@ class Saver:
         value, step = None, None
         if self._lift.writes:
             value, step = self._best_of_before(restored, has_changed)
-        self.best_value, self.best_step = json.loads(self._lift.tell(json.dumps([value, step])))
+        self.best_value, self.best_step = json.loads(
+            self._lift.broadcast_text(json.dumps([value, step]))
+        )
 
     def _best_of_before(
         self, restored: Restored | None, has_changed: bool
@@ -200,7 +202,7 @@ class Saver:
         if examined.unusable:
             raise NonFiniteState(step, examined.unusable)
         arrays: dict[str, Any] = {}
-        if self._lift.writes or not self._lift.is_whole_here:
+        if self._lift.writes or not self._lift.holds_full_state:
             arrays = self._lift.host_copy(state)
         if self._lift.writes:
             is_latest = folder is self._latest

@@ -77,11 +77,11 @@ class Ownership:
                     f"another job has begun a run in {self._folder.path} meanwhile",
                     "start again to go on with it, or name another --workdir",
                 )
-        return self._lift.tell(self._folder.run_id() if self._lift.writes else "")
+        return self._lift.broadcast_text(self._folder.run_id() if self._lift.writes else "")
 
     def new_run_id(self) -> str:
         """An id for a run that is no longer what its copies in memory know."""
-        return self._lift.tell(uuid.uuid4().hex)
+        return self._lift.broadcast_text(uuid.uuid4().hex)
 
     def record(self, run: str) -> None:
         """Writes what the run is, and checks that all processes see it.

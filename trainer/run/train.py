@@ -297,7 +297,7 @@ class _Run:
         self.early_stop.from_json(meta.get("early_stop"))
         if meta["evaluation_pending"] and self.evaluator:
             found = json.dumps(evaluation_at(self.folder, restored.step))
-            done = json.loads(self.lift.tell(found))
+            done = json.loads(self.lift.broadcast_text(found))
             self.evaluation_pending = done is None
             if done is not None:  # by an attempt that did not get to save again
                 self.early_stop.add(restored.step, done)
