@@ -27,7 +27,7 @@ from trainer.models.transformer import Transformer
 from trainer.state.checksums import checksum_of, checksums
 from trainer.state.leaves import name_leaves
 from trainer.state.partition import shard_dimension
-from trainer.step.freezing import hold
+from trainer.step.freezing import freeze
 from trainer.step.init import init_state
 from trainer.step.task import PLAIN, Recipe, Task
 from trainer.step.update import make_update_step
@@ -134,7 +134,7 @@ def compare(task, sharding, recipe, dtype=np.float32):
 @pytest.mark.parametrize("sharding", CUT)
 def test_a_part_that_is_frozen_is_cut_and_stays(sharding, flat):
     frozen = ("Dense_0",)
-    optimizer = hold(NORMALISED.optimizer, frozen)
+    optimizer = freeze(NORMALISED.optimizer, frozen)
     task = dataclasses.replace(NORMALISED, optimizer=optimizer, frozen=frozen)
     compare(task, sharding, Recipe(flat=flat, ema_decay=0.9))
 

@@ -20,7 +20,7 @@ from trainer.lift.lift import make_lift
 from trainer.losses import squared_error
 from trainer.models.mlp import MLP
 from trainer.state.leaves import name_leaves
-from trainer.step.freezing import hold
+from trainer.step.freezing import freeze
 from trainer.step.init import init_state
 from trainer.step.task import Recipe, Task
 from trainer.step.update import make_update_step
@@ -32,7 +32,7 @@ WHOLE = Task(MLP(hidden_size=8, out_size=1), squared_error, SGD, 0.05)
 
 
 def frozen(task=WHOLE, parts=FROZEN):
-    return dataclasses.replace(task, optimizer=hold(task.optimizer, parts), frozen=parts)
+    return dataclasses.replace(task, optimizer=freeze(task.optimizer, parts), frozen=parts)
 
 
 def is_frozen(name):
@@ -118,7 +118,7 @@ def test_their_gradients_are_neither_computed_nor_sent(flat):
 
 def test_a_negative_zero_stays_one():
     params = {"a": jnp.array([-0.0, 0.0]), "b": jnp.ones(2)}
-    held = hold(optax.sgd(1.0), ("a",))
+    held = freeze(optax.sgd(1.0), ("a",))
     updates, _ = held.update({"b": jnp.ones(2)}, held.init(params), params)
     found = optax.apply_updates(params, updates)
     assert np.signbit(found["a"]).tolist() == [True, False]

@@ -159,8 +159,8 @@ def test_the_scale_of_the_loss_follows_the_gradients():
     assert metrics["loss"] < 0.9 * run(task, recipe, steps=1)[1]["loss"]
 
     patient = LossScale(jnp.float32(8.0), jnp.int32(1999))
-    assert patient.after(jnp.array(True)) == LossScale(jnp.float32(16.0), jnp.int32(0))
-    lowest = LossScale(jnp.float32(1.0), jnp.int32(3)).after(jnp.array(False))
+    assert patient.updated(jnp.array(True)) == LossScale(jnp.float32(16.0), jnp.int32(0))
+    lowest = LossScale(jnp.float32(1.0), jnp.int32(3)).updated(jnp.array(False))
     assert (lowest.scale, lowest.is_lowest) == (1.0, True)
 
 

@@ -50,7 +50,7 @@ def initialise_from(settings: Settings, lift: Lift, state: TrainState) -> TrainS
     match = match_leaves(listed, wanted, settings.init_map)
     _check_fit(match, listed, wanted, settings.init_map)
     used = {source: listed[source] for source in match.sources.values()}
-    arrays = lift.spread(saved, used, 0)
+    arrays = lift.broadcast_arrays(saved, used, 0)
     loaded = {
         name: arrays[source].astype(wanted[name].dtype) for name, source in match.sources.items()
     }
@@ -161,7 +161,7 @@ def _read_for_all(
             found = {"place": str(saved.place), "leaves": leaves}
         except CheckpointsUnreadable as error:
             found = {"message": error.message, "hint": error.hint or _PLACES}
-    found = json.loads(lift.tell(json.dumps(found)))
+    found = json.loads(lift.broadcast_text(json.dumps(found)))
     if "message" in found:
         raise CheckpointsUnreadable(
             f"config.init_from={place!r}: {found['message']}", found["hint"]

@@ -136,7 +136,7 @@ class Restorer:
 
     def _candidates(self) -> list[_Candidate]:
         """All states that may be restored: the newest first, and of one step the disk first."""
-        steps = json.loads(self._lift.tell(json.dumps(self._latest.steps())))
+        steps = json.loads(self._lift.broadcast_text(json.dumps(self._latest.steps())))
         found = [_Candidate(step, 0, False) for step in steps]
         here = [-1] * len(SLOTS)
         if self._in_memory is not None:
@@ -159,7 +159,7 @@ class Restorer:
         changed = differences.compare(listed.leaves, wanted)
         where = "memory" if candidate.in_memory else f"{self._latest.path / str(candidate.step)}"
         differences.check_allowed(changed, self._allow, where)
-        arrays = self._lift.spread(leaves, listed.leaves, candidate.source)
+        arrays = self._lift.broadcast_arrays(leaves, listed.leaves, candidate.source)
         adapted = differences.adapt(arrays, wanted, changed, lambda: name_leaves(fresh()))
         state = self._lift.put_state(with_leaves(abstract, adapted))
         as_saved = set(wanted) - {d.name for d in changed}
@@ -189,7 +189,9 @@ class Restorer:
             except Exception as error:  # Orbax raises many types
                 is_damaged = candidate.in_memory or isinstance(error, Damaged)
                 kind, text = "damaged" if is_damaged else "unreadable", first_line(error)
-        kind, text = json.loads(self._lift.tell(json.dumps([kind, text]), candidate.source))
+        kind, text = json.loads(
+            self._lift.broadcast_text(json.dumps([kind, text]), candidate.source)
+        )
         if kind == "best is lost":
             raise _BestIsLost(text)
         if kind == "damaged":

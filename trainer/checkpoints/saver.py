@@ -62,7 +62,7 @@ class Saver:
         if not settings.fast_every_secs or not root.is_dir():
             return None
         # Hosts save at times of their own, and gathering a sharded state takes all of them.
-        if not self._lift.is_whole_here:
+        if not self._lift.holds_full_state:
             return None
         return InMemoryCheckpoints(
             self._workdir.path, root, settings.fast_every_secs, settings.fast_max_gb * 1e9
@@ -121,7 +121,9 @@ class Saver:
         value, step = None, None
         if self._lift.writes:
             value, step = self._find_best(restored, has_changed)
-        self.best_value, self.best_step = json.loads(self._lift.tell(json.dumps([value, step])))
+        self.best_value, self.best_step = json.loads(
+            self._lift.broadcast_text(json.dumps([value, step]))
+        )
 
     def _find_best(
         self, restored: Restored | None, has_changed: bool
@@ -198,7 +200,7 @@ class Saver:
         if report.unusable:
             raise NonFiniteState(step, report.unusable)
         arrays: dict[str, Any] = {}
-        if self._lift.writes or not self._lift.is_whole_here:
+        if self._lift.writes or not self._lift.holds_full_state:
             arrays = self._lift.host_copy(state)
         if self._lift.writes:
             is_latest = folder is self._latest

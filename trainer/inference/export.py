@@ -51,7 +51,9 @@ def export_model(
 
     def model(x: jax.Array) -> Any:
         rng = jax.random.wrap_key_data(state.rng)
-        outputs, _ = task.apply(state.evaluated, state.model_state, {"x": x}, train=False, rng=rng)
+        outputs, _ = task.apply(
+            state.eval_params, state.model_state, {"x": x}, train=False, rng=rng
+        )
         return outputs
 
     sizes = ["b" if batch is None else str(batch), *map(str, x.shape[1:])]

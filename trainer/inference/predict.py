@@ -135,7 +135,7 @@ def _make_predict_step(
 
     def predict_step(state: Any, batch: Batch) -> dict[str, jax.Array]:
         rng = jax.random.wrap_key_data(state.rng)
-        outputs, _ = task.apply(state.evaluated, state.model_state, batch, train=False, rng=rng)
+        outputs, _ = task.apply(state.eval_params, state.model_state, batch, train=False, rng=rng)
         leaves = name_leaves({"outputs": outputs})
         examples = batch["x"].shape[:1]
         rows = {n: jnp.asarray(leaf) for n, leaf in leaves.items() if leaf.shape[:1] == examples}

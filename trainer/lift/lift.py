@@ -24,7 +24,12 @@ from jax.sharding import PartitionSpec as P
 from trainer.errors import UserError
 from trainer.lift.processes import Processes
 from trainer.state.leaves import name_leaves
-from trainer.state.partition import FIELDS, map_shard_dimensions, shard_dimensions
+from trainer.state.partition import (
+    SHARDED_FIELDS,
+    partition_spec,
+    partition_specs,
+    state_specs,
+)
 from trainer.state.train_state import TrainState
 from trainer.step.task import AXIS
 
@@ -54,20 +59,19 @@ class Lift(Processes):
         """A whole copy on every device of every process."""
         return NamedSharding(self.mesh, P())
 
-    def specs(self, state: TrainState, cut: Sequence[str] | None = None) -> Any:
-        """How each leaf of a state lies over the axis.
+    def specs(self, state: TrainState, fields: Sequence[str] | None = None) -> Any:
+        """The partition spec of each leaf of a state.
 
         Args:
-            state: a state, or its shapes, of whole leaves.
-            sharded: the fields that are cut; those of this lift where None.
+            state: a state, or its global shapes.
+            fields: the fields to shard; None: those of this lift.
         """
-        fields = self.sharded if cut is None else cut
-        return map_shard_dimensions(state, fields, self.num_shards, _spec)
+        fields = self.sharded if fields is None else fields
+        return state_specs(state, fields, self.num_shards, AXIS)
 
     def specs_of(self, tree: Any) -> Any:
-        """How the leaves of a tree lie over the axis if all that can be is cut."""
-        specs = map(_spec, shard_dimensions(tree, self.num_shards))
-        return jax.tree.unflatten(jax.tree.structure(tree), list(specs))
+        """The partition spec of each leaf of a tree, with every leaf sharded that can be."""
+        return partition_specs(tree, self.num_shards, AXIS)
 
     def _shardings(self, state: Any) -> Any:
         """The same, on the devices; anything but a state that is cut is replicated."""
@@ -140,10 +144,10 @@ class Lift(Processes):
                 donate_argnums=donated,
                 devices=list(self.mesh.devices.flat),
             )
-        mapped = self.over_axis(function, (P(), self._batch_spec(batch_dim)), P())
+        mapped = self.shard_map(function, (P(), self._batch_spec(batch_dim)), P())
         return jax.jit(mapped, donate_argnums=donated)
 
-    def over_axis(
+    def shard_map(
         self, function: Callable[..., Any], in_specs: Any, out_specs: Any
     ) -> Callable[..., Any]:
         """A per-shard function as one of whole arrays, to be compiled."""
@@ -172,7 +176,7 @@ class Lift(Processes):
         """Compiles `function(state, batch) -> (state, metrics)` of whole arrays.
 
         Args:
-            function: may call what `over_axis` gives; the state's memory is used again.
+            function: may call what `shard_map` gives; the state's memory is used again.
             state: a state, or its shapes.
             scan: as for `Lift.__call__`.
             unroll: as for `Lift.__call__`.
@@ -267,34 +271,34 @@ class Lift(Processes):
         return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), tree)
 
     @property
-    def is_whole_here(self) -> bool:
+    def holds_full_state(self) -> bool:
         """Whether this process alone can read every leaf of a state."""
         return not self.sharded or self.num_processes == 1
 
     def host_copy(self, state: Any) -> dict[str, np.ndarray]:
         """The leaves of a state by name, in memory of their own; waits for the devices.
 
-        Where a state is cut over processes (`is_whole_here`), all of them call this at the same
+        Where a state is cut over processes (`holds_full_state`), all of them call this at the same
         point; one leaf at a time is put together on the devices, and only the process that `writes`
         is given the leaves.
         """
         copied = {}
         for name, leaf in name_leaves(state).items():
-            whole = leaf if self.is_whole_here else self._put_together(leaf)
-            if self.is_whole_here or self.writes:
+            whole = leaf if self.holds_full_state else self._all_gather(leaf)
+            if self.holds_full_state or self.writes:
                 copied[name] = _to_host(whole)
         return copied
 
     @functools.cached_property
-    def _put_together(self) -> Callable[[jax.Array], jax.Array]:
-        return self.to_whole(lambda leaf: leaf)
+    def _all_gather(self) -> Callable[[jax.Array], jax.Array]:
+        return self.compile_replicated(lambda leaf: leaf)
 
-    def to_whole(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def compile_replicated(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Compiles a function of arrays over all devices, however they lie, to replicated ones."""
         return jax.jit(function, out_shardings=self._replicated)
 
     def _batch_spec(self, batch_dim: int) -> P:
-        return P(*([None] * batch_dim), AXIS)
+        return partition_spec(batch_dim, AXIS)
 
     def _batch_sharding(self, batch_dim: int) -> NamedSharding:
         return NamedSharding(self.mesh, self._batch_spec(batch_dim))
@@ -337,7 +341,7 @@ def make_lift(name: str, mesh: Mesh | None = None, state_sharding: str = "replic
         )
     kind, _, shards = name.partition(":")
     if kind != "vmap":
-        return Lift(mesh, kind, mesh.size, FIELDS[state_sharding])
+        return Lift(mesh, kind, mesh.size, SHARDED_FIELDS[state_sharding])
     num_shards = int(shards) if shards else mesh.size
     if len({device.process_index for device in mesh.devices.flat}) > 1:
         if num_shards % mesh.size:
@@ -351,7 +355,9 @@ def make_lift(name: str, mesh: Mesh | None = None, state_sharding: str = "replic
     return Lift(one, kind, num_shards)
 
 
-def follow_axis(function: Callable[[Any, Any], Any], num_shards: int) -> Callable[[Any, Any], Any]:
+def abstract_shard_map(
+    function: Callable[[Any, Any], Any], num_shards: int
+) -> Callable[[Any, Any], Any]:
     """A per-shard function `(state, batch) -> replicated outputs`, to be traced on shapes only.
 
     In it jax follows which values vary over the axis (`check_vma=True`).
@@ -360,10 +366,6 @@ def follow_axis(function: Callable[[Any, Any], Any], num_shards: int) -> Callabl
     return jax.shard_map(
         function, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=True
     )
-
-
-def _spec(dimension: int | None) -> P:
-    return P() if dimension is None else P(*([None] * dimension), AXIS)
 
 
 def _is_spec(leaf: Any) -> bool:

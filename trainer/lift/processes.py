@@ -54,7 +54,7 @@ class Processes:
             return np.array(numbers)[None].tolist()
         return multihost_utils.process_allgather(np.array(numbers)).tolist()
 
-    def tell(self, text: str, source: int = 0) -> str:
+    def broadcast_text(self, text: str, source: int = 0) -> str:
         """The text of one process, in all of them; called by all at the same point."""
         if self.num_processes == 1:
             return text
@@ -65,7 +65,7 @@ class Processes:
             padded[:size] = data
         return _broadcast(padded, self.process == source)[:size].tobytes().decode()
 
-    def spread(
+    def broadcast_arrays(
         self, leaves: Mapping[str, np.ndarray] | None, like: Mapping[str, Any], source: int
     ) -> dict[str, np.ndarray]:
         """Named arrays of one process, bit for bit in all of them; called by all at the same point.

@@ -47,10 +47,10 @@ def check_replicas(lift: Lift, state: Any) -> ReplicaReport:
     """
     leaves = name_leaves(lift.to_global(state))
     cut = {name: leaf for name, leaf in leaves.items() if not leaf.is_fully_replicated}
-    found = _examine_whole(lift, {n: leaf for n, leaf in leaves.items() if n not in cut})
+    found = _check_replicated(lift, {n: leaf for n, leaf in leaves.items() if n not in cut})
     if not cut:
         return found
-    sums, finite = lift.read(_look_at_cut(lift)(list(cut.values())))
+    sums, finite = lift.read(_inspect_sharded(lift)(list(cut.values())))
     checksums_of = found.checksums | dict(zip(cut, sums.tolist(), strict=True))
     not_finite = [name for name, good in zip(cut, finite, strict=True) if not good]
     return ReplicaReport(
@@ -59,8 +59,8 @@ def check_replicas(lift: Lift, state: Any) -> ReplicaReport:
     )
 
 
-def _examine_whole(lift: Lift, leaves: dict[str, jax.Array]) -> ReplicaReport:
-    copies, finite = lift.read(_look_at_whole(lift)(list(leaves.values())))
+def _check_replicated(lift: Lift, leaves: dict[str, jax.Array]) -> ReplicaReport:
+    copies, finite = lift.read(_inspect_replicated(lift)(list(leaves.values())))
     names = list(leaves)
     differing = np.flatnonzero((copies != copies[0]).any(axis=0))
     if differing.size:
@@ -82,14 +82,14 @@ def _examine_whole(lift: Lift, leaves: dict[str, jax.Array]) -> ReplicaReport:
 
 
 @functools.cache
-def _look_at_whole(lift: Lift) -> Callable[[Any], Any]:
+def _inspect_replicated(lift: Lift) -> Callable[[Any], Any]:
     def look(tree: Any) -> Any:
         return jax.lax.all_gather(checksums(tree), AXIS), are_finite(tree)
 
-    return jax.jit(lift.over_axis(look, P(), P()))
+    return jax.jit(lift.shard_map(look, P(), P()))
 
 
 @functools.cache
-def _look_at_cut(lift: Lift) -> Callable[[Any], Any]:
+def _inspect_sharded(lift: Lift) -> Callable[[Any], Any]:
     """The same checksums of leaves that no device has whole: the compiler adds them up."""
-    return lift.to_whole(lambda tree: (checksums(tree), are_finite(tree)))
+    return lift.compile_replicated(lambda tree: (checksums(tree), are_finite(tree)))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainer.lift.lift import follow_axis
+from trainer.lift.lift import abstract_shard_map
 from trainer.state.leaves import name_leaves
 from trainer.state.train_state import TrainState
 from trainer.step.task import AXIS, Task
@@ -16,7 +16,7 @@ from trainer.step.task import AXIS, Task
 def unsynced_state(task: Task, state: TrainState, batch: Any, num_shards: int) -> list[str]:
     """Names of model state that each shard would compute from its own examples only.
 
-    Found by tracing the model with `trainer.lift.lift.follow_axis`; nothing is run or compiled.
+    Found by tracing the model under `trainer.lift.lift.abstract_shard_map`; nothing is compiled.
 
     Args:
         task: whose model is traced.
@@ -33,7 +33,7 @@ def unsynced_state(task: Task, state: TrainState, batch: Any, num_shards: int) -
         return jnp.zeros(())
 
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, dict(batch)))
-    jax.eval_shape(follow_axis(forward, num_shards), *shapes)
+    jax.eval_shape(abstract_shard_map(forward, num_shards), *shapes)
     return found
 
 

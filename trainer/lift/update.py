@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 from trainer.config.settings import Settings
 from trainer.errors import UserError
 from trainer.lift.lift import Lift
-from trainer.state.partition import FIELDS, ParamSharding, shard_dimensions
+from trainer.state.partition import SHARDED_FIELDS, ParamSharding, shard_dimensions
 from trainer.state.train_state import TrainState
-from trainer.step.collectives import gather
+from trainer.step.collectives import all_gather
 from trainer.step.gradients import GATHER_SCOPE, Gradients, make_gradient_step
 from trainer.step.job import Job
 from trainer.step.task import AXIS, Batch, Recipe, Task
@@ -47,7 +47,7 @@ def lift_update_step(
         unroll = has_convolution(make_job_step(settings, job, platform), state, shapes)
     if lift.sharded:
         _check_optimizer(settings, job.task, state)
-        recipe = recipe_on(settings, job, platform, unroll=unroll)
+        recipe = recipe_for(settings, job, platform, unroll=unroll)
         update_step = stack_metrics(make_sharded_step(job.task, recipe, lift, state))
         return lift.compile(update_step, state, scan=scan, unroll=unroll)
     update_step = make_job_step(settings, job, platform, unroll=unroll)
@@ -58,7 +58,7 @@ def make_job_step(
     settings: Settings, job: Job, platform: str, *, unroll: bool = False
 ) -> Callable[[Any, Batch], tuple[Any, Any]]:
     """The step of one shard, `(state, batch) -> (state, metrics as one array)`."""
-    recipe = recipe_on(settings, job, platform, unroll=unroll)
+    recipe = recipe_for(settings, job, platform, unroll=unroll)
     return stack_metrics(make_update_step(job.task, recipe))
 
 
@@ -76,41 +76,42 @@ def make_sharded_step(
         lift: which says what is cut.
         state: a state, or its shapes.
     """
-    params_are_cut = "params" in lift.sharded
-    parts, trained = lift.num_shards, task.trained(state.params)
-    cuts = ParamSharding(
-        parts,
-        tuple(shard_dimensions(state.params, parts)),
-        tuple(shard_dimensions(trained, parts)),
-        params_are_cut,
+    trainable = task.trainable(state.params)
+    sharding = ParamSharding(
+        lift.num_shards,
+        param_dimensions=shard_dimensions(state.params, lift.num_shards),
+        grad_dimensions=shard_dimensions(trainable, lift.num_shards),
+        shards_params="params" in lift.sharded,
     )
-    all_cut = lift.specs(state, FIELDS["fsdp"])
+    sharded_specs = lift.specs(state, SHARDED_FIELDS["fsdp"])
     specs = lift.specs(state)
-    gradients = lift.over_axis(
-        make_gradient_step(task, recipe, cuts=cuts),
+    gradients = lift.shard_map(
+        make_gradient_step(task, recipe, sharding=sharding),
         (dataclasses.replace(specs, opt_state=P(), ema=P()), P(AXIS)),
-        Gradients(lift.specs_of(trained), P(), cast(Any, P())),
+        Gradients(lift.specs_of(trainable), P(), cast(Any, P())),
     )
 
-    def put_together(params: Any) -> Any:
+    def gather(params: Any) -> Any:
         with jax.named_scope(GATHER_SCOPE):
-            return gather(params, AXIS, cuts, flat=recipe.flat)
+            return all_gather(params, AXIS, sharding, flat=recipe.flat)
 
-    join = lift.over_axis(put_together, (all_cut.params,), P())
+    gather_params = lift.shard_map(gather, (sharded_specs.params,), P())
 
     def update_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
         found = gradients(dataclasses.replace(state, opt_state=(), ema=None), batch)
         # Each device updates its own part, also of params that it has whole.
-        updated, metrics = apply_gradients(task, recipe, lift.constrain(state, all_cut), found)
-        updated = lift.constrain(updated, all_cut)
-        if not params_are_cut:
-            updated = dataclasses.replace(updated, params=join(updated.params))
+        updated, metrics = apply_gradients(
+            task, recipe, lift.constrain(state, sharded_specs), found
+        )
+        updated = lift.constrain(updated, sharded_specs)
+        if not sharding.shards_params:
+            updated = dataclasses.replace(updated, params=gather_params(updated.params))
         return lift.constrain(updated, specs), metrics
 
     return update_step
 
 
-def recipe_on(settings: Settings, job: Job, platform: str, *, unroll: bool) -> Recipe:
+def recipe_for(settings: Settings, job: Job, platform: str, *, unroll: bool) -> Recipe:
     """The job's recipe with what a platform likes."""
     flat = settings.reduce == "flat" or (settings.reduce == "auto" and platform == "cpu")
     return dataclasses.replace(job.recipe, flat=flat, unroll=unroll)
@@ -118,7 +119,7 @@ def recipe_on(settings: Settings, job: Job, platform: str, *, unroll: bool) -> R
 
 def _check_optimizer(settings: Settings, task: Task, state: Any) -> None:
     """Raises a UserError if the optimizer needs the axis, outside of which it is to run."""
-    args = task.trained(state.params), state.opt_state, state.params
+    args = task.trainable(state.params), state.opt_state, state.params
     try:
         jax.eval_shape(task.optimizer.update, *args)
     except NameError as error:

@@ -258,7 +258,7 @@ class Run:
         self.early_stop.from_json(meta.get("early_stop"))
         if meta["evaluation_pending"] and self.evaluate is not None:
             found = json.dumps(evaluation_at(self.workdir, restored.step))
-            done = json.loads(self.lift.tell(found))
+            done = json.loads(self.lift.broadcast_text(found))
             self.evaluate.pending = done is None
             if done is not None:  # by an attempt that ended before it saved again
                 self.early_stop.add(restored.step, done)

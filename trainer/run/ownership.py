@@ -80,11 +80,11 @@ class Ownership:
                     f"another job has begun a run in {self._folder.path} meanwhile",
                     "start again to resume it, or name another --workdir",
                 )
-        return self._lift.tell(self._folder.run_id() if self._lift.writes else "")
+        return self._lift.broadcast_text(self._folder.run_id() if self._lift.writes else "")
 
     def new_run_id(self) -> str:
         """A new id, which invalidates the in-memory checkpoints of all hosts."""
-        return self._lift.tell(uuid.uuid4().hex)
+        return self._lift.broadcast_text(uuid.uuid4().hex)
 
     def record(self, run: str) -> None:
         """Writes `config.json` and `env.json`, and checks that all processes see them.

@@ -72,7 +72,7 @@ def smoke(
     settings = check(config)
     lift = make_lift(settings.lift, mesh, settings.state_sharding)
     lift.check_divides(settings.global_batch_size, settings.grad_accum_steps)
-    place = absolute(folder) / lift.tell(f"smoke-{uuid.uuid4().hex[:8]}")
+    place = absolute(folder) / lift.broadcast_text(f"smoke-{uuid.uuid4().hex[:8]}")
     workdir = Workdir.check(place, settings.config)
     test = _Smoke(settings, workdir, lift, build_job(settings), stop_requested, local_dir)
     try:

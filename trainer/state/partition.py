@@ -1,89 +1,108 @@
-"""A state that is cut over the batch axis: which leaves, where, and how they are put together.
+"""Partitioning of a training state over the batch axis: which leaves are sharded, and where.
 
-The optimizer's state alone ("zero1", after stage 1 of Rajbhandari et al., "ZeRO",
-arXiv:1910.02054), or the params too ("fsdp", its stage 3). A leaf is cut along one dimension, so
-that it keeps its meaning for the optimizer; small ones stay whole, as what they cost is latency.
+Either the optimizer's state and the average of the params are sharded ("zero1", stage 1 of
+Rajbhandari et al., "ZeRO", arXiv:1910.02054), or the params too ("fsdp", its stage 3). A leaf is
+sharded along one of its dimensions, so an optimizer still sees matrices as matrices. Small leaves
+stay replicated: what they cost is latency, not memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from trainer.state.train_state import TrainState
 
-# What is cut, by the name in a config; an average of the params is of no use to the step itself.
-FIELDS: dict[str, tuple[str, ...]] = {
+# The sharded fields of a state for each value of `config.state_sharding`. The average of the params
+# always comes along: no step reads it.
+SHARDED_FIELDS: dict[str, tuple[str, ...]] = {
     "replicated": (),
     "zero1": ("opt_state", "ema"),
     "fsdp": ("opt_state", "ema", "params"),
 }
 
-# Numbers in the smallest leaf that is cut.
-_SMALLEST = 1 << 11
+# A leaf with fewer elements is replicated.
+_MIN_SIZE = 1 << 11
 
 
-def shard_dimension(shape: Sequence[int], parts: int) -> int | None:
-    """Along which dimension a leaf is cut; None if it stays whole.
+def shard_dimension(shape: Sequence[int], num_shards: int) -> int | None:
+    """The dimension along which a leaf is sharded; None if it is replicated.
 
-    The first that `parts` divides and whose parts fill the tiles of a TPU's memory best, where the
-    last dimension is padded to 128 numbers and the one before to 8.
+    Among the dimensions that `num_shards` divides, it is the first whose shards need the least
+    padding in a TPU's memory, where the last dimension is padded to 128 elements and the one before
+    it to 8.
     """
-    if parts == 1 or math.prod(shape) < _SMALLEST:
+    if num_shards == 1 or math.prod(shape) < _MIN_SIZE:
         return None
 
     def padding(index: int) -> float:
-        part = shape[index] // parts
+        size = shape[index] // num_shards
         tile = {1: 128, 2: 8}.get(len(shape) - index, 1)
-        return math.ceil(part / tile) * tile / part
+        return math.ceil(size / tile) * tile / size
 
-    dimensions = [index for index, length in enumerate(shape) if length % parts == 0]
+    dimensions = [index for index, length in enumerate(shape) if length % num_shards == 0]
     return min(dimensions, key=padding, default=None)
 
 
-def shard_dimensions(tree: Any, parts: int) -> list[int | None]:
+def shard_dimensions(tree: Any, num_shards: int) -> tuple[int | None, ...]:
     """`shard_dimension` of every leaf, in the order of `jax.tree.leaves`."""
-    return [shard_dimension(jnp.shape(leaf), parts) for leaf in jax.tree.leaves(tree)]
+    return tuple(shard_dimension(jnp.shape(leaf), num_shards) for leaf in jax.tree.leaves(tree))
 
 
-def map_shard_dimensions(
-    state: TrainState, fields: Sequence[str], parts: int, make: Callable[[int | None], Any]
-) -> Any:
-    """The structure of a state, with `make(dimension)` in place of each leaf; None: it is whole.
+def partition_spec(dimension: int | None, axis: str) -> PartitionSpec:
+    """The spec of an array that is sharded over `axis` along one dimension; None: replicated."""
+    return PartitionSpec() if dimension is None else PartitionSpec(*([None] * dimension), axis)
+
+
+def partition_specs(tree: Any, num_shards: int, axis: str) -> Any:
+    """A spec for each leaf of a tree, with every leaf sharded that can be.
 
     Args:
-        state: a state or its shapes.
-        fields: which of its fields are cut.
-        parts: shards.
-        make: what stands for a leaf.
+        tree: arrays, or their shapes.
+        num_shards: the size of the axis; 1 replicates every leaf.
+        axis: its name.
     """
+    specs = [partition_spec(dim, axis) for dim in shard_dimensions(tree, num_shards)]
+    return jax.tree.unflatten(jax.tree.structure(tree), specs)
 
-    def of_field(name: str, tree: Any) -> Any:
-        leaves, structure = jax.tree.flatten(tree)
-        cuts = shard_dimensions(tree, parts) if name in fields else [None] * len(leaves)
-        return jax.tree.unflatten(structure, [make(cut) for cut in cuts])
 
-    return type(state)(**{name: of_field(name, tree) for name, tree in vars(state).items()})
+def state_specs(state: TrainState, fields: Sequence[str], num_shards: int, axis: str) -> Any:
+    """A spec for each leaf of a state.
+
+    Args:
+        state: a state, or its shapes.
+        fields: the fields to shard; all others are replicated.
+        num_shards: the size of the axis.
+        axis: its name.
+    """
+    return type(state)(
+        **{
+            name: partition_specs(field, num_shards if name in fields else 1, axis)
+            for name, field in vars(state).items()
+        }
+    )
 
 
 @dataclass(frozen=True)
 class ParamSharding:
-    """How the params and the gradients of a step are cut.
+    """How a step's params and gradients are sharded.
 
     Attributes:
-        parts: shards of the axis.
-        like: the dimension that each leaf of the params is cut along, in the order of
-            `jax.tree.leaves`.
-        grads: the same of the gradients, which only some of the params may have.
-        params: whether the params come in cut; their gradients leave so in any case.
+        num_shards: the size of the axis.
+        param_dimensions: the dimension along which each leaf of the params is sharded (None:
+            replicated), in the order of `jax.tree.leaves`.
+        grad_dimensions: the same for the gradients, which frozen params have none of.
+        shards_params: whether the step receives sharded params; the gradients it returns are
+            sharded in any case.
     """
 
-    parts: int
-    like: tuple[int | None, ...]
-    grads: tuple[int | None, ...]
-    params: bool
+    num_shards: int
+    param_dimensions: tuple[int | None, ...]
+    grad_dimensions: tuple[int | None, ...]
+    shards_params: bool

@@ -31,6 +31,6 @@ class TrainState:
     loss_scale: Any = None
 
     @property
-    def evaluated(self) -> Any:
+    def eval_params(self) -> Any:
         """The params that are evaluated: their average, where there is one."""
         return self.params if self.ema is None else self.ema

@@ -1,13 +1,14 @@
-"""Collectives of the step over the batch axis, as few of them as the backend likes.
+"""Collectives of a step over the batch axis, per leaf or in one flat buffer.
 
-On CPU every leaf of a `pmean` is a collective of its own, with a rendezvous of all devices each, so
-one flat buffer is far cheaper. TPU and GPU compilers combine all-reduces by themselves, and there
-the copies into a flat buffer would only cost memory traffic.
+On CPU each leaf of a `pmean` is a collective of its own, in which all devices wait for one another,
+so one flat buffer is far cheaper. The compilers for TPU and GPU combine all-reduces by themselves;
+there, a flat buffer only adds copies.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,12 @@ from trainer.state.partition import ParamSharding
 
 
 def mean_over_axis(tree: Any, axis: str | None, *, flat: bool) -> Any:
-    """Replaces every inexact leaf by its mean over `axis`; other leaves are left alone.
+    """Replaces every inexact leaf with its mean over `axis`; other leaves are unchanged.
 
     Args:
         tree: any pytree of arrays.
-        axis: a bound axis name, or None for "there is no axis": the tree is returned as it is.
-        flat: ravel the leaves together: one buffer, and so one collective, a dtype.
+        axis: a bound axis name; None returns the tree unchanged.
+        flat: ravel the leaves into one buffer per dtype, hence one collective per dtype.
     """
     if axis is None:
         return tree
@@ -51,91 +52,92 @@ def global_norm(tree: Any, *, flat: bool) -> jax.Array:
 
     Args:
         tree: float leaves.
-        flat: as one buffer. After a flat mean the compiler sees through the slices and reduces the
-            mean's own buffer, one kernel instead of one a leaf.
+        flat: compute it on one buffer. After a flat mean the compiler sees through the slices and
+            reduces that buffer, with one kernel instead of one per leaf.
     """
     if flat:
         return jnp.linalg.norm(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)]))
-    return optax.tree.norm(tree)
+    return cast(jax.Array, optax.tree.norm(tree))
 
 
-def gather(params: Any, axis: str | None, cuts: ParamSharding, *, flat: bool) -> Any:
-    """Puts cut leaves together again, on every shard.
+def all_gather(params: Any, axis: str | None, sharding: ParamSharding, *, flat: bool) -> Any:
+    """All-gathers the sharded leaves, so that every shard has them in full.
 
     Args:
-        params: float leaves, of which this shard has a part.
+        params: float leaves, sharded as `sharding.param_dimensions` says.
         axis: a bound axis name.
-        cuts: where they were cut.
-        flat: in one collective a dtype, as `trainer.step.collectives.mean_over_axis` does, and why.
+        sharding: the sharding of the params.
+        flat: one collective per dtype, for the reason given in the docstring of this module.
     """
     leaves, structure = jax.tree.flatten(params)
     if not flat:
-        whole = [
-            leaf if cut is None else lax.all_gather(leaf, axis, axis=cut, tiled=True)
-            for leaf, cut in zip(leaves, cuts.like, strict=True)
+        gathered = [
+            leaf if dim is None else lax.all_gather(leaf, axis, axis=dim, tiled=True)
+            for leaf, dim in zip(leaves, sharding.param_dimensions, strict=True)
         ]
-        return jax.tree.unflatten(structure, whole)
+        return jax.tree.unflatten(structure, gathered)
     by_dtype: dict[Any, list[int]] = {}
-    for index, cut in enumerate(cuts.like):
-        if cut is not None:
+    for index, dim in enumerate(sharding.param_dimensions):
+        if dim is not None:
             by_dtype.setdefault(leaves[index].dtype, []).append(index)
     for indices in by_dtype.values():
-        own = jnp.concatenate([jnp.ravel(leaves[i]) for i in indices])
-        parts = lax.all_gather(own, axis)
+        local = jnp.concatenate([jnp.ravel(leaves[i]) for i in indices])
+        shards = lax.all_gather(local, axis)
         offset = 0
         for i in indices:
-            leaf, cut = leaves[i], cuts.like[i]
-            assert cut is not None
-            piece = lax.slice_in_dim(parts, offset, offset + leaf.size, axis=1)
-            side_by_side = jnp.moveaxis(piece.reshape(-1, *leaf.shape), 0, cut)
+            leaf, dim = leaves[i], sharding.param_dimensions[i]
+            assert dim is not None
+            stacked = lax.slice_in_dim(shards, offset, offset + leaf.size, axis=1)
+            adjacent = jnp.moveaxis(stacked.reshape(-1, *leaf.shape), 0, dim)
             shape = [*leaf.shape]
-            shape[cut] *= parts.shape[0]
-            leaves[i] = side_by_side.reshape(shape)
+            shape[dim] *= shards.shape[0]
+            leaves[i] = adjacent.reshape(shape)
             offset += leaf.size
     return jax.tree.unflatten(structure, leaves)
 
 
-def own_shard(tree: Any, axis: str | None, cuts: ParamSharding) -> Any:
-    """This shard's part of whole leaves."""
+def slice_shard(grads: Any, axis: str | None, sharding: ParamSharding) -> Any:
+    """This shard's slice of replicated gradients."""
 
-    def part(leaf: jax.Array, cut: int | None) -> jax.Array:
-        if cut is None:
+    def slice_leaf(leaf: jax.Array, dim: int | None) -> jax.Array:
+        if dim is None:
             return leaf
-        size = leaf.shape[cut] // cuts.parts
-        return lax.dynamic_slice_in_dim(leaf, lax.axis_index(axis) * size, size, cut)
+        size = leaf.shape[dim] // sharding.num_shards
+        return lax.dynamic_slice_in_dim(leaf, lax.axis_index(axis) * size, size, dim)
 
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(
-        structure, [part(*pair) for pair in zip(leaves, cuts.grads, strict=True)]
-    )
+    return _map_grads(slice_leaf, grads, sharding)
 
 
-def reduce_scatter_mean(tree: Any, axis: str | None, cuts: ParamSharding) -> Any:
-    """This shard's part of the mean of gradients over the axis; the mean, where one stays whole.
+def reduce_scatter_mean(grads: Any, axis: str | None, sharding: ParamSharding) -> Any:
+    """The mean of the gradients over the axis: this shard's slice, or all of a replicated leaf.
 
-    Those by cut params are cut and summed already: that is the transpose of `gather`.
+    Gradients with respect to sharded params arrive summed and scattered, because reduce-scatter is
+    the transpose of `all_gather`; only the division is left to do.
     """
 
-    def mean(leaf: jax.Array, cut: int | None) -> jax.Array:
-        if cut is None:
-            return lax.pmean(leaf, axis)
-        if cuts.params:
-            return leaf / cuts.parts
-        return lax.psum_scatter(leaf, axis, scatter_dimension=cut, tiled=True) / cuts.parts
+    def mean(leaf: jax.Array, dim: int | None) -> jax.Array:
+        if dim is None:
+            return cast(jax.Array, lax.pmean(leaf, axis))
+        if not sharding.shards_params:
+            leaf = lax.psum_scatter(leaf, axis, scatter_dimension=dim, tiled=True)
+        return leaf / sharding.num_shards
 
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(
-        structure, [mean(*pair) for pair in zip(leaves, cuts.grads, strict=True)]
-    )
+    return _map_grads(mean, grads, sharding)
 
 
-def norm_of_shards(tree: Any, axis: str | None, cuts: ParamSharding) -> jax.Array:
-    """The 2-norm of all leaves together, of which each shard has its part, shape ()."""
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
-    here = sum(
-        (s for s, cut in zip(squares, cuts.grads, strict=True) if cut is not None), jnp.zeros(())
-    )
-    whole = sum(
-        (s for s, cut in zip(squares, cuts.grads, strict=True) if cut is None), jnp.zeros(())
-    )
-    return jnp.sqrt(lax.psum(here, axis) + whole)
+def sharded_norm(grads: Any, axis: str | None, sharding: ParamSharding) -> jax.Array:
+    """The 2-norm of all leaves of sharded gradients together, shape ()."""
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)]
+    pairs = list(zip(squares, sharding.grad_dimensions, strict=True))
+    sharded = sum((square for square, dim in pairs if dim is not None), jnp.zeros(()))
+    replicated = sum((square for square, dim in pairs if dim is None), jnp.zeros(()))
+    return jnp.sqrt(lax.psum(sharded, axis) + replicated)
+
+
+def _map_grads(
+    function: Callable[[jax.Array, int | None], jax.Array], grads: Any, sharding: ParamSharding
+) -> Any:
+    """Applies a function of a leaf and the dimension along which it is sharded."""
+    leaves, structure = jax.tree.flatten(grads)
+    pairs = zip(leaves, sharding.grad_dimensions, strict=True)
+    return jax.tree.unflatten(structure, [function(*pair) for pair in pairs])

@@ -23,7 +23,7 @@ def make_eval_step(
 
     def eval_step(state: TrainState, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
         rng = jax.random.wrap_key_data(state.rng)
-        outputs, _ = task.apply(state.evaluated, state.model_state, batch, train=False, rng=rng)
+        outputs, _ = task.apply(state.eval_params, state.model_state, batch, train=False, rng=rng)
         losses = per_example(task.loss, outputs, batch, "config.loss")
         sums = {"loss": sums_of(losses, batch)} | metric_sums(task, outputs, batch)
         return sums if axis is None else lax.psum(sums, axis)

@@ -1,6 +1,6 @@
 """Parts of the params that stay as they are, by path.
 
-A step takes the gradient of the others only (`Task.trained`): what only the gradient of frozen
+A step takes the gradient of the others only (`Task.trainable`): what only the gradient of frozen
 leaves needs is not computed, and they are not in the mean over the axis, in `train/grad_norm` or in
 `clip_norm`. The optimizer does not see them, so it decays none and keeps no memory of any.
 """
@@ -37,7 +37,7 @@ def without_frozen(tree: Any, frozen: tuple[str, ...]) -> Any:
     return jax.tree_util.tree_map_with_path(keep, tree)
 
 
-def hold(
+def freeze(
     optimizer: optax.GradientTransformation, frozen: tuple[str, ...]
 ) -> optax.GradientTransformation:
     """An optimizer for the params that are not frozen; the updates of the others change nothing.

@@ -19,12 +19,12 @@ from trainer.state.leaves import fill_in, name_leaves
 from trainer.state.partition import ParamSharding
 from trainer.state.train_state import TrainState
 from trainer.step.collectives import (
-    gather,
+    all_gather,
     global_norm,
     mean_over_axis,
-    norm_of_shards,
-    own_shard,
     reduce_scatter_mean,
+    sharded_norm,
+    slice_shard,
 )
 from trainer.step.mixup import mix
 from trainer.step.task import AXIS, PLAIN, Batch, Metrics, PerExample, Recipe, Task
@@ -63,7 +63,7 @@ def make_gradient_step(
     recipe: Recipe = PLAIN,
     *,
     axis: str | None = AXIS,
-    cuts: ParamSharding | None = None,
+    sharding: ParamSharding | None = None,
 ) -> Callable[[TrainState, Batch], Gradients]:
     """Builds `gradient_step(state, batch) -> Gradients` for one shard of the batch.
 
@@ -71,7 +71,7 @@ def make_gradient_step(
         task: what to train.
         recipe: how.
         axis: the name of the axis over the shards; None where there is only one and no axis.
-        cuts: how the gradients are cut, and whether the params are; whole where None.
+        sharding: how the gradients are cut, and whether the params are; whole where None.
     """
     flat = recipe.flat
 
@@ -79,7 +79,7 @@ def make_gradient_step(
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         if axis is not None:
             rng = jax.random.fold_in(rng, lax.axis_index(axis))
-        params, apply = _whole(task, recipe, axis, cuts, state.params)
+        params, apply = _whole(task, recipe, axis, sharding, state.params)
         grads, model_state, sums = _gradients(
             task, recipe, axis, apply, dataclasses.replace(state, params=params), batch, rng
         )
@@ -87,29 +87,29 @@ def make_gradient_step(
         # The mean of float model state is free where the layers already synchronise it (XLA sees
         # equal values) and is what makes a plain running mean right where they do not.
         with jax.named_scope(MEAN_SCOPE):
-            if cuts is None or flat:
+            if sharding is None or flat:
                 grads, model_state, sums = mean_over_axis(
                     (grads, model_state, sums), axis, flat=flat
                 )
             else:
                 model_state, sums = mean_over_axis((model_state, sums), axis, flat=flat)
-                grads = reduce_scatter_mean(grads, axis, cuts)
+                grads = reduce_scatter_mean(grads, axis, sharding)
         if state.loss_scale is not None:
             grads = jax.tree.map(lambda leaf: leaf / state.loss_scale.scale, grads)
         metrics = {name: numerator / count for name, (numerator, count) in sums.items()}
-        if cuts is None or flat:
+        if sharding is None or flat:
             metrics["grad_norm"] = global_norm(grads, flat=flat)
         else:
-            metrics["grad_norm"] = norm_of_shards(grads, axis, cuts)
-        if cuts is not None and flat:
-            grads = own_shard(grads, axis, cuts)
+            metrics["grad_norm"] = sharded_norm(grads, axis, sharding)
+        if sharding is not None and flat:
+            grads = slice_shard(grads, axis, sharding)
         return Gradients(grads, model_state, metrics)
 
     return gradient_step
 
 
 def _whole(
-    task: Task, recipe: Recipe, axis: str | None, cuts: ParamSharding | None, params: Any
+    task: Task, recipe: Recipe, axis: str | None, sharding: ParamSharding | None, params: Any
 ) -> tuple[Any, Apply]:
     """Params to differentiate by, and how the model is applied to them.
 
@@ -119,15 +119,15 @@ def _whole(
     `jax.checkpoint` of its own: jax asks the outermost policy alone what is kept, and it would keep
     all that the model means to compute anew.
     """
-    if cuts is None or not cuts.params:
+    if sharding is None or not sharding.shards_params:
         return params, task.apply
     if recipe.flat:
         with jax.named_scope(GATHER_SCOPE):
-            return gather(params, axis, cuts, flat=True), task.apply
+            return all_gather(params, axis, sharding, flat=True), task.apply
 
     def gathered(params: Any, model_state: Any, batch: Batch, rng: Any) -> tuple[Any, Any]:
         with jax.named_scope(GATHER_SCOPE):
-            params = gather(params, axis, cuts, flat=False)
+            params = all_gather(params, axis, sharding, flat=False)
         return task.apply(params, model_state, batch, train=True, rng=rng)
 
     again = jax.checkpoint(gathered, policy=lambda prim, *_, **__: prim.name not in _NOT_KEPT)
@@ -170,7 +170,7 @@ def _gradients(
             return total, (outputs, updated, losses)
 
         grads, (outputs, updated, losses) = jax.grad(objective, has_aux=True)(
-            task.trained(state.params)
+            task.trainable(state.params)
         )
         sums = {"loss": sums_of(losses, batch)} | metric_sums(task, outputs, batch)
         return grads, updated, sums

@@ -37,5 +37,5 @@ def init_state(task: Task, seed: int, example: jax.Array, recipe: Recipe = PLAIN
         rng=jax.random.key_data(run_key),
         # Of its own, or donation would give one buffer away twice.
         ema=None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params),
-        loss_scale=LossScale.first() if recipe.scale_loss else None,
+        loss_scale=LossScale.initial() if recipe.scale_loss else None,
     )

@@ -17,7 +17,7 @@ from trainer.config.targets import bind, build, takes
 from trainer.data.stream import Source, TrainStream, as_source
 from trainer.errors import UserError
 from trainer.state.train_state import TrainState
-from trainer.step.freezing import hold
+from trainer.step.freezing import freeze
 from trainer.step.init import init_state
 from trainer.step.precision import DTYPES
 from trainer.step.task import Recipe, Task
@@ -91,7 +91,7 @@ def build_job(settings: Settings) -> Job:
         )
     num_steps = settings.num_steps or (settings.num_epochs or 0) * stream.steps_per_epoch
     optimizer, learning_rate = _build_optimizer(settings.optimizer, num_steps)
-    optimizer = hold(optimizer, settings.freeze)
+    optimizer = freeze(optimizer, settings.freeze)
     return Job(
         task=Task(
             model,

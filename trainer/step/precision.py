@@ -52,11 +52,11 @@ class LossScale:
     good_steps: jax.Array
 
     @classmethod
-    def first(cls) -> LossScale:
+    def initial(cls) -> LossScale:
         """The one to begin with."""
         return cls(jnp.asarray(_FIRST, jnp.float32), jnp.zeros((), jnp.int32))
 
-    def after(self, finite: jax.Array) -> LossScale:
+    def updated(self, finite: jax.Array) -> LossScale:
         """The next one: halved where a gradient overflowed, doubled after long without."""
         grows = finite & (self.good_steps + 1 >= _PATIENCE)
         factor = jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5)

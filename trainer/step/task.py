@@ -34,7 +34,7 @@ class Task:
         metrics: more functions of the form of `loss`, by name.
         dtype: what the model computes in, bfloat16 or float16; its own choice where None.
         frozen: parts of the params that are not trained, by path; the optimizer is one that
-            `trainer.step.freezing.hold` has made for them.
+            `trainer.step.freezing.freeze` has made for them.
     """
 
     model: nn.Module
@@ -45,7 +45,7 @@ class Task:
     dtype: Any = None
     frozen: tuple[str, ...] = ()
 
-    def trained(self, params: Any) -> Any:
+    def trainable(self, params: Any) -> Any:
         """Params, or what is shaped like them, without the frozen leaves."""
         return without_frozen(params, self.frozen)
 

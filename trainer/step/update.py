@@ -65,7 +65,7 @@ def apply_gradients(
     )
     if state.ema is not None:
         ema = optax.incremental_update(
-            task.trained(params), task.trained(state.ema), 1 - (recipe.ema_decay or 0.0)
+            task.trainable(params), task.trainable(state.ema), 1 - (recipe.ema_decay or 0.0)
         )
         updated = dataclasses.replace(updated, ema=fill_in(params, ema))
     good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
@@ -76,7 +76,7 @@ def apply_gradients(
         expected = ~good & jnp.isfinite(metrics["loss"]) & ~state.loss_scale.is_lowest
         metrics["grad_norm"] = jnp.where(expected, 0.0, norm)
         metrics["loss_scale"] = state.loss_scale.scale
-        updated = dataclasses.replace(updated, loss_scale=state.loss_scale.after(good))
+        updated = dataclasses.replace(updated, loss_scale=state.loss_scale.updated(good))
     return dataclasses.replace(updated, step=state.step + 1), metrics
 
 

@@ -31,7 +31,7 @@ def make_confusion_step(
 
     def confusion_step(state: Any, batch: Batch) -> jax.Array:
         rng = jax.random.wrap_key_data(state.rng)
-        outputs, _ = task.apply(state.evaluated, state.model_state, batch, train=False, rng=rng)
+        outputs, _ = task.apply(state.eval_params, state.model_state, batch, train=False, rng=rng)
         classes = _classes_of(outputs, batch)
         labels = batch["y"].astype(jnp.int32)  # 8 bits do not hold an index into the matrix
         counted = (labels >= 0) & (labels < classes)

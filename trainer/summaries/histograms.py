@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.config.settings import Settings
 from trainer.lift.lift import Lift
-from trainer.lift.update import recipe_on
+from trainer.lift.update import recipe_for
 from trainer.metrics_writer.run_log import RunLog
 from trainer.metrics_writer.step_metrics import StepMetrics
 from trainer.metrics_writer.tensorboard import Histogram
@@ -43,7 +43,7 @@ class Histograms:
         self._lift = lift
         self._rows = lift.rows(settings.global_batch_size)
         on_cpu = lift.platform == "cpu"  # where convolutions in loops are slow
-        recipe = recipe_on(settings, job, lift.platform, unroll=on_cpu)
+        recipe = recipe_for(settings, job, lift.platform, unroll=on_cpu)
         gradient_step = make_gradient_step(job.task, recipe)
 
         def measure(state: Any, batch: Any) -> Any:
@@ -64,7 +64,7 @@ class Histograms:
         state = replace(state, opt_state=(), ema=None)  # unused, and perhaps sharded
         batch = self._lift.put_batch(self._job.stream.batch_at(step, self._rows))
         ranges, counts = self._lift.read(self._function(state, batch))
-        trained = self._job.task.trained(state.params)
+        trained = self._job.task.trainable(state.params)
         names = _measured({"params": state.params, "gradients": trained})
         found = {}
         for name, numbers, spread in zip(names, ranges, counts, strict=True):
