@@ -1,5 +1,6 @@
-"""`python -m launcher eval`, `predict` and `export`: what is done with a run's saved states.
+"""The commands of `python -m launcher`: one module each, listed in the table `commands.COMMANDS`.
 
-Each is one process on all of its devices, takes no lock and writes nothing into the run's folder,
-so the run may be training meanwhile. `request` is what they share: from arguments to a model.
+`run_command` is the frame around a command (--help, errors, exit codes). `finished_run` holds what
+`eval`, `predict` and `export` share: each works on saved states in one process, takes no lock and
+writes nothing into the run's folder, so the run may be training.
 """

@@ -1,4 +1,4 @@
-"""`python -m launcher env`: what a bug report needs, and nothing that is secret."""
+"""`python -m launcher env`: what a bug report needs, without secrets."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from launcher import exit_codes
+from launcher.cli.run_command import run_command
 from launcher.clusters.detect import detect
 from launcher.clusters.gce_metadata import read_gce_metadata
 from launcher.launch.dry_run import describe_placement
 from launcher.launch.workers import count_gpus
 from trainer.errors import UserError
+
+HELP = """\
+Prints versions, devices, the detected cluster and the environment variables that matter, for a bug
+report. Variables that may hold a secret are left out.
+
+  python -m launcher env
+
+  --help                 prints this text
+"""
 
 _PACKAGES = (
     "podlift",
@@ -62,11 +71,16 @@ for process in range(jax.process_count()):
 """
 
 
-def print_environment(environ: Mapping[str, str] = os.environ) -> int:
-    """Prints versions, devices, the detected cluster and the variables that matter.
+def main(argv: Sequence[str]) -> int:
+    """Runs `python -m launcher env`; returns the exit code.
 
-    Devices are asked for in a process of their own, with a timeout: drivers hang.
+    Args:
+        argv: the arguments after `env`.
     """
+    return run_command(argv, HELP, lambda _: _print_environment(os.environ))
+
+
+def _print_environment(environ: Mapping[str, str]) -> None:
     print(f"python       {platform.python_version()} ({sys.executable})")
     print(f"system       {platform.platform()}, {os.cpu_count()} cores")
     for package in _PACKAGES:
@@ -79,11 +93,10 @@ def print_environment(environ: Mapping[str, str] = os.environ) -> int:
     print(f"cluster      {_cluster(environ)}")
     for name, value in sorted(relevant(environ).items()):
         print(f"  {name}={value}")
-    return exit_codes.DONE
 
 
 def relevant(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that decide where and how jax runs, without those that may be secret."""
+    """The variables that decide where and how jax runs, without those that may hold a secret."""
     return {
         name: value
         for name, value in environ.items()
@@ -101,6 +114,7 @@ def _cluster(environ: Mapping[str, str]) -> str:
 
 
 def _devices(timeout: float = 60) -> str:
+    """The devices, from another process: a driver that hangs cannot be interrupted."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _DEVICES],
@@ -112,5 +126,5 @@ def _devices(timeout: float = 60) -> str:
     except subprocess.TimeoutExpired:
         return f"jax did not answer within {timeout:.0f} s"
     if done.returncode:
-        return (done.stderr.strip().splitlines() or ["jax failed without a word"])[-1]
+        return (done.stderr.strip().splitlines() or ["jax failed without a message"])[-1]
     return ", ".join(done.stdout.split("\n")).strip(", ")

@@ -1,4 +1,4 @@
-"""`python -m launcher eval`: the numbers of a saved state, as training reports them."""
+"""`python -m launcher eval`: the metrics of a saved state, as training computes them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Evaluates a saved state of a run on its held-out data, in one process, on any nu
 
 {WHICH_STATE}\
   --fake_devices=M       M virtual CPU devices
-  --json=FILE            the numbers, for programs
-  --help                 this text
+  --json=FILE            writes the metrics for programs
+  --help                 prints this text
 
 {EXIT_CODES}"""
 

@@ -1,4 +1,4 @@
-"""`python -m launcher export`: a trained model as a file that needs jax only."""
+"""`python -m launcher export`: a trained model as a file that needs only jax."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from absl import flags as absl_flags
 from launcher.cli.finished_run import (
     EXIT_CODES,
     WHICH_STATE,
-    Failed,
     check_writable,
     read_model,
     read_request,
     run,
     writing,
 )
+from launcher.cli.run_command import CommandFailed
 from launcher.command_line.parse import Flags
 from launcher.launch import environment
-from launcher.processes import user_errors as user_errors
+from launcher.processes import user_errors
 from trainer.console import say
 from trainer.errors import UserError
 from trainer.workdir.paths import absolute, opened_whole
 
 HELP = f"""\
-Writes a trained model, its parameters and state in it, as one program of jax.export: a function of
-x, for any number of examples, that needs neither flax nor podlift nor the model's code.
+Exports a trained model, with its parameters and state, as one jax.export program: a function of x,
+for any number of examples, that needs neither flax nor podlift nor the model's code.
 
   python -m launcher export --workdir=runs/digits --step=best --out=digits.jax
 
 {WHICH_STATE}\
   --out=FILE             jax.export.deserialize(open(FILE, "rb").read()).call(x) runs it
   --platforms=cpu,cuda,tpu
-                         what it is to run on; also rocm
-  --batch=N              for N examples only, where a model has to know how many there are
-  --example=SHAPES       export without the data: "x=uint8[224,224,3]", of one example
-  --help                 this text
+                         the platforms it runs on; also rocm
+  --batch=N              for N examples only, if the model depends on the number of examples
+  --example=SHAPES       exports without the data: "x=uint8[224,224,3]", for one example
+  --help                 prints this text
 
 {EXIT_CODES}"""
 
@@ -68,14 +68,16 @@ def _export(argv: Sequence[str]) -> None:
         raise UserError("--out is missing", "for example --out=model.jax")
     check_writable("out", file)
     platforms = _platforms(request.flags["platforms"])
-    if importlib.util.find_spec("flatbuffers") is None:  # which jax.export needs and does not bring
+    if (
+        importlib.util.find_spec("flatbuffers") is None
+    ):  # jax.export needs it but does not install it
         raise UserError("flatbuffers is not installed", 'pip install "podlift[export]"')
     if example is not None:
         from launcher.planning.example import in_place_of_data
 
         settings = in_place_of_data(request.settings, example)
         request = dataclasses.replace(request, settings=settings)
-    # Nothing is run, and a run that trains meanwhile may hold the accelerators.
+    # Nothing is executed, and a training run may hold the accelerators.
     os.environ["JAX_PLATFORMS"] = "cpu"
     environment.prepare(os.environ, None)
     trained = read_model(request)
@@ -86,13 +88,13 @@ def _export(argv: Sequence[str]) -> None:
         data = exported.serialize()
     except UserError:
         raise
-    except Exception as error:  # whatever a user's model does when it is traced
+    except Exception as error:  # whatever a user's model raises when traced
         sizes = "any number of examples" if batch is None else f"{batch} examples"
         what = f"the model cannot be exported for {sizes} on {', '.join(platforms)}"
         hint = "--batch=N exports it for N examples only, --platforms=NAME for one platform"
         if isinstance(error, NameError) and "axis" in str(error):
             hint = "with train=False a model must not need the other examples of its batch"
-        raise Failed(user_errors.describe(what, error, os.environ, hint)) from error
+        raise CommandFailed(user_errors.describe(what, error, os.environ, hint)) from error
     with writing(file), opened_whole(absolute(file)) as out:
         out.write(data)
     say(f"wrote {file}: {signature(exported)} on {', '.join(platforms)}, {_size(len(data))}")

@@ -1,4 +1,4 @@
-"""From a command line that names a run to the state, the job and the devices."""
+"""What `eval`, `predict` and `export` share: from a command line to the model of a finished run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import difflib
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +15,11 @@ from absl import flags as absl_flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from launcher import exit_codes
-from launcher.command_line.parse import Flags, overridden_keys, read_command, take_flag
+from launcher.cli.run_command import CommandFailed, run_command
+from launcher.command_line.overrides import overridden_keys
+from launcher.command_line.parse import Flags, read_command, take_flag
 from launcher.launch import environment
-from launcher.processes import user_errors as user_errors
+from launcher.processes import user_errors
 from trainer.config.settings import Settings, check
 from trainer.console import open_terminal, say
 from trainer.errors import UserError
@@ -32,10 +31,9 @@ if TYPE_CHECKING:
     from trainer.lift.lift import Lift
 
 WHICH_STATE = """\
-  --workdir=RUN          the folder of the run; it may be training meanwhile, nothing is written
-                         there
-  --step=latest          the newest state on disk, best, or the number of a step
-  --config.KEY=VALUE     changes one key of the run's config: of data, eval, loss or metrics, lift
+  --workdir=RUN          the folder of the run, which is only read: the run may be training
+  --step=latest          the newest checkpoint, best, or the number of a step
+  --config.KEY=VALUE     overrides one key of the run's config: of data, eval, loss or metrics, lift
                          or global_batch_size
   --config=FILE[:ARG]    another config, whose model has the same parameters
 """
@@ -50,7 +48,7 @@ _FLAGS: Flags = {
 }
 FAKE_DEVICES: Flags = {"fake_devices": (absl_flags.DEFINE_integer, None, 1)}
 
-# What may be changed about a run's config: not its model, which is the one that was trained.
+# The keys of a run's config that may be overridden. The model is fixed: it is the trained one.
 _CHANGEABLE = (
     "data",
     "eval",
@@ -64,13 +62,13 @@ _CHANGEABLE = (
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be done with which state.
+    """The state that a command works on.
 
     Attributes:
         workdir: the run's folder.
         settings: the checked config.
-        best: whether it is the best state.
-        step: of the state; None for the newest.
+        best: whether to load the best state.
+        step: the step of the state; None for the newest.
         flags: the values of the command's own flags.
     """
 
@@ -81,52 +79,41 @@ class Request:
     flags: dict[str, Any]
 
 
-class Failed(Exception):
-    """What was asked for cannot be done; the text is told, and the exit code is 1."""
-
-
-def run(argv: Sequence[str], usage: str, answer: Callable[[Sequence[str]], None]) -> int:
-    """Runs a command; returns the exit code.
+def run(argv: Sequence[str], usage: str, work: Callable[[Sequence[str]], None]) -> int:
+    """Runs a command on a finished run; returns the exit code.
 
     Args:
-        argv: its arguments.
+        argv: the arguments after the command's name.
         usage: what --help prints.
-        answer: does it.
+        work: does what the arguments ask for.
     """
-    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in argv):
-        print(usage, end="")
-        return exit_codes.DONE
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax reports its every move as info
-    open_terminal()
-    try:
-        answer(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_codes.USAGE
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except Failed as error:
-        print(error, file=sys.stderr)
-        return exit_codes.FAILED
-    except Exception as error:  # whatever a user's model or data does
-        print(user_errors.describe("it failed", error, os.environ), file=sys.stderr)
-        return exit_codes.FAILED
-    return exit_codes.DONE
+
+    def work_or_describe(argv: Sequence[str]) -> None:
+        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs its every action as info
+        open_terminal()
+        try:
+            work(argv)
+        except (UserError, CommandFailed):
+            raise
+        except Exception as error:  # whatever a user's model or data raises
+            text = user_errors.describe("it failed", error, os.environ)
+            raise CommandFailed(text) from error
+
+    return run_command(argv, usage, work_or_describe)
 
 
 def read_request(name: str, argv: Sequence[str], own: Flags) -> Request:
-    """Reads a command line; nothing here imports jax.
+    """Reads a command line, without jax.
 
     Args:
-        name: of the command.
+        name: the command's name.
         argv: its arguments.
-        own: its own flags.
+        own: the flags that only this command has.
 
     Raises:
-        UserError: for anything a person got wrong.
+        UserError: a flag, its value or the config is wrong, or there is no such run.
     """
-    command = read_command([name, *argv], {**_FLAGS, **own}, _config_of_run)
+    command = read_command([name, *argv], {**_FLAGS, **own}, default_config=_config_of_run)
     given = command.flags
     workdir, step = given.pop("workdir"), given.pop("step")
     if not (workdir or "").strip():
@@ -135,8 +122,8 @@ def read_request(name: str, argv: Sequence[str], own: Flags) -> Request:
         for key in overridden_keys([name, *argv]):
             if key.partition(".")[0] not in _CHANGEABLE:
                 raise UserError(
-                    f"--config.{key}: the model is the one that was trained; of the run's config "
-                    f"only {', '.join(_CHANGEABLE)} may be changed here",
+                    f"--config.{key}: the model is already trained; only "
+                    f"{', '.join(_CHANGEABLE)} may be overridden here",
                     "--config=FILE takes another config, whose model has the same parameters",
                 )
     return Request(workdir, check(command.config), step == "best", _number_of(step), given)
@@ -149,13 +136,13 @@ def _number_of(step: str) -> int | None:
         return int(step)
     near = difflib.get_close_matches(step, ("latest", "best"), n=1)
     raise UserError(
-        f"--step={step} is no step",
+        f"--step={step} is not a step",
         f"did you mean --step={near[0]}?" if near else "latest, best, or a number",
     )
 
 
 def _config_of_run(argv: Sequence[str]) -> tuple[str, ConfigDict]:
-    """The path of the config of the run that --workdir names, and that config."""
+    """The path of the config of the run in --workdir, and that config."""
     found, rest = take_flag("workdir", argv)
     if not found or not found[-1].strip():
         raise _missing_workdir(rest[1:])
@@ -174,14 +161,14 @@ def _missing_workdir(argv: Sequence[str]) -> UserError:
 
 
 def _runs() -> str:
-    """The newest runs in the folder where runs go by default, as a hint."""
+    """A hint that lists the newest runs in the default folder."""
     files = sorted(Path("runs").glob("*/config.json"), key=os.path.getmtime, reverse=True)
     names = [os.fspath(file.parent) for file in files[:4]]
     return f"--workdir=RUN; here are {', '.join(names)}" if names else ""
 
 
 def check_writable(flag: str, path: str | None) -> None:
-    """Raises a UserError if a file cannot be written: now, not after all the work."""
+    """Raises a UserError if a file cannot be written. Called before the work, not after it."""
     if path is None or not is_local(path):
         return
     place = Path(absolute(path))
@@ -195,7 +182,7 @@ def check_writable(flag: str, path: str | None) -> None:
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Within it, a file that cannot be written is a UserError."""
+    """Turns an OSError into the UserError that a file cannot be written."""
     try:
         yield
     except OSError as error:
@@ -203,10 +190,13 @@ def writing(path: str) -> Iterator[None]:
 
 
 def open_model(request: Request, fake_devices: int | None) -> tuple[TrainedModel, Lift]:
-    """The trained model, its state on all devices of this process, and how it is laid over them.
+    """Restores the model onto all devices of this process.
+
+    Returns:
+        The trained model, and the lift that placed its state.
 
     Raises:
-        UserError: the state, the config or the devices are not as they should be.
+        UserError: the state cannot be read, or does not match the config or the devices.
     """
     environment.prepare(os.environ, fake_devices)
     from launcher.worker.mesh import build_mesh
@@ -221,7 +211,7 @@ def open_model(request: Request, fake_devices: int | None) -> tuple[TrainedModel
 
 
 def read_model(request: Request) -> TrainedModel:
-    """The trained model, its state in the memory of the host; says what it is."""
+    """Restores the model into host memory, and prints which step it is."""
     from trainer.inference.trained_model import restore
 
     trained = restore(request.workdir, request.settings, best=request.best, step=request.step)

@@ -1,4 +1,4 @@
-"""`python -m launcher predict`: what a saved state makes of every example, as a file of numpy's."""
+"""`python -m launcher predict`: a model's outputs for every example, as a NumPy file."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from trainer.errors import UserError
 from trainer.workdir.paths import absolute, opened_whole
 
 HELP = f"""\
-Writes the outputs of a trained model for every example of a data set, in order, from one process on
+Writes the outputs of a trained model for every example of a data set, in order, in one process on
 any number of devices.
 
   python -m launcher predict --workdir=runs/digits --step=best --out=outputs.npz
 
 {WHICH_STATE}\
-  --out=FILE.npz         arrays with a row for each example: outputs, or outputs/NAME where the
-                         model returns a dict, and y if the data has it
-  --split=eval           the held-out examples, or train: the others, unchanged and in their order
+  --out=FILE.npz         arrays with one row per example: outputs, or outputs/NAME if the model
+                         returns a dict, and y if the data has it
+  --split=eval           the held-out examples; train: the training examples, in their order and
+                         without augmentation
   --fake_devices=M       M virtual CPU devices
-  --help                 this text
+  --help                 prints this text
 
 {EXIT_CODES}"""
 

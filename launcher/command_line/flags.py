@@ -1,109 +1,52 @@
-"""The command line. Nothing here imports jax, so help and typos answer at once."""
+"""The flags of a training run. Nothing here imports jax, so typos are answered at once."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from absl import flags
-from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from launcher import exit_codes
 from launcher.command_line.parse import Flags, read_command
 from launcher.command_line.variants import chosen_run
 from trainer.config.keys import flatten
 from trainer.errors import UserError
 
-HELP = """\
-Trains a Flax model written for one chip on all devices of this machine or cluster.
-
-  python -m launcher --config=configs/mlp.py [--config.KEY=VALUE ...] [flags]
-
-  --config=FILE[:ARG]    a file with get_config(), called with ARG where one is given
-  --config.KEY=VALUE     changes one key of it, for example --config.optimizer.learning_rate=0.1
-  --workdir=DIR          the run's folder; the same folder again goes on from its last checkpoint
-                         (default: a new runs/<config>-<time>)
-  --profile=START:STEPS  traces the STEPS steps after the first START, into WORKDIR/plugins/profile
-  --print_config         shows every key with its value, and exits
-  --dry_run              shows the processes, their environment and the mesh, and exits
-  --smoke                takes two steps, evaluates, saves and restores, says whether all is well,
-                         and leaves nothing behind
-  --sweep                one run after the other for what get_sweep() of FILE yields, each in a
-                         folder of its own in the workdir, and a table of them
-  --sweep_index=I        only run I of them, from 0 (for an array of jobs)
-  --help                 this text
-
-Where it runs:
-  --processes=N          N processes on this machine, which share its GPUs
-  --fake_devices=M       M virtual CPU devices in each process
-  --cluster=auto         what has started this process: auto, none (this machine only), slurm,
-                         open_mpi, kubernetes, tpu_gke or tpu_gce; each task, pod or host runs the
-                         same command
-  --coordinator_address=HOST:PORT --num_processes=N --process_id=R
-                         the same by hand: one command a process, R from 0 to N-1
-
-What happens when something fails:
-  --max_restarts=0       how often to start again from the newest checkpoint (on one machine)
-  --hang_timeout_secs=600
-                         a process that trains without progress for so long ends the job, with the
-                         stacks of all in their logs; ten times that to compile, save or evaluate
-  --grace_secs=300       after being asked to stop, until processes are killed
-  --rendezvous_timeout_secs=300
-                         for all processes to come together
-  --heartbeat_timeout_secs=10
-                         without a sign of life from another host, until it counts as lost
-  --shutdown_timeout_secs=15
-                         for all processes to leave at the end
-  --log_ranks=0          whose output is shown: 0, all, or 1,3; all of it is in WORKDIR/logs
-  --local_dir=DIR        for logs and locks if the workdir is remote
-
-Also, each with a --help of its own:
-  python -m launcher eval      a saved state on the held-out data, on any devices
-  python -m launcher predict   the model's outputs for a data set, as a file
-  python -m launcher export    the trained model as a file that needs jax only
-  python -m launcher report    runs as one page of HTML: curves, config, faults
-  python -m launcher plan      does it fit a TPU or GPU topology, how fast: without one
-  python -m launcher env       versions, devices and variables, for a bug report (no --help)
-
-Exit codes: 0 done, 1 the program failed, 2 usage, 42 start it again (asked to stop and saved,
-killed from outside, a host lost, no progress).
-"""
-
 
 @dataclass(frozen=True)
 class Options:
-    """A parsed command line.
+    """The parsed command line of a training run.
 
     Attributes:
         config: the resolved config, locked.
         workdir: the run's folder.
-        has_workdir: whether it was given, or is the default.
-        fake_devices: how many CPU devices to fake in each process; None for real devices.
-        processes: how many on this machine; None if nothing was said.
-        cluster: "auto", "none", or the name of one.
-        coordinator_address: `HOST:PORT` of rank 0, given by hand with the next two.
-        num_processes: in the job.
-        process_id: of this one.
-        max_restarts: how often to start again.
-        hang_timeout_secs: without progress; None for the default.
-        grace_secs: from a request to stop to a kill.
-        rendezvous_timeout_secs: for all processes to come together.
-        heartbeat_timeout_secs: of silence, until a host is lost.
-        shutdown_timeout_secs: for all processes to leave together.
-        log_ranks: whose output is shown.
-        local_dir: for what needs a local folder; None for the system's temporary one.
-        profile: which steps to trace, as `START:STEPS`; None: none.
-        dry_run: only show the plan.
-        print_config: only show the config.
-        smoke: only try whether the run would work.
-        sweep: start every run of the config's sweep; the workdir is the sweep's.
-        sweep_index: which run of the sweep this is, if it is one; the workdir is the run's.
+        has_workdir: whether the command line names the workdir; else it is the default.
+        fake_devices: number of CPU devices to fake in each process; None for real devices.
+        processes: number of processes on this machine; None if not given.
+        cluster: "auto", "none", or the name of a cluster.
+        coordinator_address: `HOST:PORT` of rank 0; given together with the next two.
+        num_processes: number of processes in the job.
+        process_id: rank of this process.
+        max_restarts: how many times to restart.
+        hang_timeout_secs: longest time without progress; None for the default.
+        grace_secs: time from a request to stop to a kill.
+        rendezvous_timeout_secs: time for all processes to join.
+        heartbeat_timeout_secs: silence after which a host counts as lost.
+        shutdown_timeout_secs: time for all processes to leave.
+        log_ranks: the ranks whose output is shown.
+        local_dir: where local files go if the workdir is remote; None for the system's temporary
+            folder.
+        profile: steps to trace, as `START:STEPS`; None for none.
+        dry_run: only print the launch spec.
+        print_config: only print the config.
+        smoke: only check that the run would work.
+        sweep: run every variant of the sweep; the workdir is the sweep's.
+        sweep_index: the variant to run, if this is one of a sweep; the workdir is the run's.
     """
 
     config: ConfigDict
@@ -131,7 +74,7 @@ class Options:
     sweep_index: int | None
 
 
-# Those beside --config and --help.
+# Flags other than --config and --help.
 _FLAGS: Flags = {
     "workdir": (flags.DEFINE_string, None, None),
     "print_config": (flags.DEFINE_bool, False, None),
@@ -157,36 +100,20 @@ _FLAGS: Flags = {
 }
 
 
-def parse_or_exit(argv: Sequence[str]) -> Options:
-    """`parse`, for `absl.app.run(flags_parser=...)`: handles help and reports errors itself."""
-    flags.FLAGS(argv[:1])  # absl's own flags, which app.run reads
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax reports its every move as info
-    try:
-        if any(re.fullmatch(r"--?(help|helpshort|helpfull|h)", arg) for arg in argv[1:]):
-            print(HELP, end="")
-            sys.exit(exit_codes.DONE)
-        options = parse(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(exit_codes.USAGE)
-    if options.print_config:
-        print(format_config(options.config), end="")
-        sys.exit(exit_codes.DONE)
-    return options
-
-
-def parse(argv: Sequence[str], now: float | None = None) -> Options:
+def parse(argv: Sequence[str], now: float | None = None, commands: Sequence[str] = ()) -> Options:
     """Parses a command line.
 
     Args:
         argv: the program's name and its arguments.
         now: seconds since the epoch, for the default workdir.
+        commands: names that a mistyped argument may have meant.
 
     Raises:
-        UserError: for anything a person got wrong.
+        UserError: a flag, its value or the config file is wrong.
     """
     chosen = chosen_run(argv)
-    command = read_command(argv, _FLAGS, change=chosen.apply if chosen else None)
+    change = chosen.apply if chosen else None
+    command = read_command(argv, _FLAGS, change=change, commands=commands)
     given = command.flags
     has_workdir = given["workdir"] is not None
     if not has_workdir:
@@ -203,7 +130,7 @@ def parse(argv: Sequence[str], now: float | None = None) -> Options:
 
 
 def format_config(config: ConfigDict) -> str:
-    """Every key as `key = value`, sorted, one a line."""
+    """Every key as `key = value`, sorted, one per line."""
     flat = {key: value for key, value in flatten(config).items() if value != ConfigDict()}
     width = max(map(len, flat))
     return "".join(f"{key:{width}} = {flat[key]!r}\n" for key in sorted(flat))

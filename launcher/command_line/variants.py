@@ -1,4 +1,4 @@
-"""The runs of a sweep: what `get_sweep()` of a config file yields, and a folder's name for each."""
+"""The variants of a sweep: what `get_sweep()` of a config file yields, with a folder for each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from launcher.command_line.parse import errors_in_file, run_file, take_flag, unknown_key
+from launcher.command_line.config_file import errors_in_file, run_file
+from launcher.command_line.overrides import hint_for_key
+from launcher.command_line.parse import take_flag
 from trainer.config.keys import with_defaults
 from trainer.errors import UserError
 
-# Of a folder's name, which is also that of the run in TensorBoard.
+# Characters of a folder's name, which is also the run's name in TensorBoard.
 _LONGEST_NAME = 80
 
 
@@ -25,9 +27,9 @@ class Variant:
     """One run of a sweep.
 
     Attributes:
-        index: its number, from 0.
-        overrides: what it changes, by key of the config.
-        name: of its folder; the same as long as the index and the values are.
+        index: counted from 0.
+        overrides: new values, by key of the config.
+        name: the name of its folder, which depends on the index and the values only.
     """
 
     index: int
@@ -35,20 +37,20 @@ class Variant:
     name: str
 
     def folder(self, workdir: str) -> str:
-        """The folder of the run, given that of the sweep, or its own: that is what a run tells."""
+        """The run's folder. `workdir` is the folder of the sweep, or already that of the run."""
         if not workdir.strip() or os.path.basename(workdir.rstrip("/")) == self.name:
             return workdir
         return os.path.join(workdir, self.name)
 
     def apply(self, config: ConfigDict, given: Sequence[str]) -> None:
-        """Changes a config in place; fields that refer to a changed one follow.
+        """Changes a config in place; references to a changed field follow.
 
         Args:
-            config: complete, as of the file.
-            given: keys that the command line changes as well.
+            config: the config of the file, with defaults.
+            given: keys that the command line overrides as well.
 
         Raises:
-            UserError: a key is unknown, has another type, or is given twice.
+            UserError: a key is unknown, has another type, or is in `given` too.
         """
         for key, value in self.overrides.items():
             both = [other for other in given if _is_within(key, other) or _is_within(other, key)]
@@ -57,7 +59,7 @@ class Variant:
                     f"--config.{both[0]}: run {self.index} of the sweep sets {key} itself",
                     "leave it out, here or in get_sweep()",
                 )
-            hint = unknown_key(config, key)
+            hint = hint_for_key(config, key)
             if hint:
                 raise UserError(f"run {self.index} of the sweep: there is no key {key}", hint)
             try:
@@ -67,14 +69,14 @@ class Variant:
                 raise UserError(
                     f"run {self.index} of the sweep: {key}={value!r} should be of type {kind}"
                 ) from error
-        with_defaults(config)  # of a block that was replaced
+        with_defaults(config)  # for a block that was replaced
 
 
 def read_variants(spec: str) -> list[Variant]:
-    """The runs of the sweep of a config file, FILE or FILE:ARG.
+    """The variants that a config file, FILE or FILE:ARG, defines.
 
     Raises:
-        UserError: the file has no sweep, or not one of dicts.
+        UserError: the file defines no get_sweep(), or it yields something other than dicts.
     """
     path, arguments, module = run_file(spec)
     get_sweep = getattr(module, "get_sweep", None)
@@ -86,7 +88,7 @@ def read_variants(spec: str) -> list[Variant]:
     with errors_in_file(spec, path):
         try:
             inspect.signature(get_sweep).bind(*arguments)
-        except TypeError:  # it need not ask for what get_config() is given
+        except TypeError:  # it may ignore the argument that get_config() takes
             arguments = []
         found = get_sweep(*arguments)
         found = list(found) if hasattr(found, "__iter__") else [found]
@@ -104,7 +106,7 @@ def read_variants(spec: str) -> list[Variant]:
 
 
 def chosen_run(argv: Sequence[str]) -> Variant | None:
-    """The run that `--sweep_index` names; None where nothing does, or where it is no number."""
+    """The variant that `--sweep_index` names; None without that flag, or if it is not a number."""
     numbers, specs = take_flag("sweep_index", argv)[0], take_flag("config", argv)[0]
     if not numbers or not specs or not (numbers[-1].isascii() and numbers[-1].isdigit()):
         return None
@@ -118,7 +120,7 @@ def chosen_run(argv: Sequence[str]) -> Variant | None:
 
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each key, or as many more as tell it from the others."""
+    """The last part of each key, with as many parts before it as make it unique."""
     short = {}
     for key in keys:
         parts = key.split(".")
@@ -130,7 +132,7 @@ def short_keys(keys: Sequence[str]) -> dict[str, str]:
 
 
 def show_value(value: Any) -> str:
-    """A value in a few characters."""
+    """A value as short text."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -143,7 +145,7 @@ def _name(index: int, overrides: Mapping[str, Any], short: Mapping[str, str]) ->
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy as Python's, lists as tuples: what a config holds."""
+    """A value as configs hold it: numpy's numbers become Python's, lists become tuples."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -152,7 +154,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_within(block: str, key: str) -> bool:
-    """Whether a key lies in a block, or is it."""
+    """Whether a key is the block itself or inside it."""
     return key == block or key.startswith(f"{block}.")
 
 
@@ -167,7 +169,7 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
     inner = _get(config, block) if block else config
     if isinstance(value, Mapping):
         value = ConfigDict(value)
-    # A schedule in place of a number, another optimizer in place of one.
+    # A schedule may replace a number, and an optimizer another one.
     is_block = isinstance(value, ConfigDict) or isinstance(inner[name], ConfigDict)
     with inner.unlocked(), inner.ignore_type() if is_block else contextlib.nullcontext():
         inner[name] = value

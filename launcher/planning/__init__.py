@@ -1,6 +1,7 @@
-"""`python -m launcher plan`: what a run would need and how fast it would be, without the devices.
+"""`python -m launcher plan`: what a run needs on devices that are not here, and how fast it is.
 
-Data flows one way: `topology` (what was asked for) -> `devices` (abstract, of a compiler) ->
-`program` (the run's own step, compiled) -> `predict` (a model of its time) -> `tell` and `figure`.
-`command` is the way through.
+A `request.PlanRequest` (a config on a `topology`) goes through `forecast.make_forecast`: `devices`
+finds devices of its compiler, `program` compiles the run's own step for them and reads its text
+with `hlo`, `step_time` predicts its time from the constants in `chips`. `render` and `figure` show
+the resulting `Forecast`. `example.in_place_of_data` also serves `export`.
 """

@@ -1,4 +1,4 @@
-"""What compilers have said, kept by what they were asked."""
+"""Results of compilations, cached on disk."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# What is kept means something else when this changes.
-_VERSION = 1
+# Increases when the meaning of an entry changes.
+_VERSION = 2
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no size")
+    raise ValueError(f"{constant} is not a size")
 
 
 class PlanCache:
-    """JSON files in a folder of the user's; one that cannot be read is as good as none.
+    """JSON files in a folder; an entry that cannot be read counts as missing.
 
     Args:
-        folder: made when first written to.
+        folder: created by the first `put`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,13 +29,13 @@ class PlanCache:
 
     @classmethod
     def of_user(cls, environ: Mapping[str, str]) -> PlanCache:
-        """The one in the user's cache folder."""
+        """The cache in the user's cache folder."""
         base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         return cls(Path(base) / "podlift" / "plan")
 
     @staticmethod
     def key(parts: Sequence[Any]) -> str:
-        """A name for what a compiler is asked: the program, the topology, options, versions."""
+        """Hashes what determines a result: the program, the topology, options, versions."""
         digest = hashlib.sha256(str(_VERSION).encode())
         for part in parts:
             digest.update(repr(part).encode())
@@ -43,7 +43,7 @@ class PlanCache:
         return digest.hexdigest()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """What was put under a key."""
+        """The entry of a key; None if there is none."""
         try:
             text = (self._folder / f"{key}.json").read_text()
             found = json.loads(text, parse_constant=_refuse)
@@ -52,7 +52,7 @@ class PlanCache:
         return found if isinstance(found, dict) else None
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
-        """Keeps a value; on a disk that takes nothing, it is compiled again."""
+        """Writes an entry; if that fails, the next plan compiles again."""
         path = self._folder / f"{key}.json"
         beside = path.with_suffix(f".{os.getpid()}")
         try:

@@ -1,7 +1,7 @@
-"""What is known of accelerators: rates, sizes and distances. Nothing here imports jax.
+"""Accelerators: rates, sizes and latencies. Nothing here imports jax.
 
-Peaks and sizes are the vendors'. What a step reaches of them, and what a collective costs beside
-its bytes, is fitted to published measurements; each constant says to which.
+Peaks and sizes are the vendors'. The shares of them that a step reaches, and the latencies of
+collectives, are fitted to published measurements; each constant names its source.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from trainer.metrics_writer.chip_peaks import PEAKS
 
-# Shares of a TPU's peaks that whole training steps reach.
+# Shares of a TPU's peaks that entire training steps reach.
 #   Compute: 0.75 to 0.89 in dense language models on v5e, 0.76 on v4, 0.67 to 0.71 on v5p, of all
 #   FLOPs including rematerialised ones (MaxText, configs/v5e, v4 and v5p/README.md, one slice).
 #   Memory: 0.61 and 0.66 in ResNet-50 on v3, of "bytes accessed" as XLA counts them (Flax,
@@ -25,20 +25,20 @@ MEMORY_SHARE = 0.65
 _GPU_COMPUTE_SHARE = 0.50
 _GPU_MEMORY_SHARE = 0.40
 
-# What each doubling of slices (or of hosts with GPUs) adds to a step, as a share of it, beside the
-# bytes it sends: the slowest of more is slower. Fitted to MaxText's 16B to 128B models on 2 to 32
-# slices of v5e, where it takes the error of their MFU from 7.5 % to 2.8 % (root mean square); the
-# rows for v4, which it was not fitted to, then come out within 0.3 %.
+# What each doubling of slices (or of hosts with GPUs) adds to a step, as a share of it, on top of
+# communication: the slowest of more is slower. Fitted to MaxText's 16B to 128B models on 2 to 32
+# slices of v5e, where it reduces the error of their MFU from 7.5 % to 2.8 % (root mean square). The
+# rows for v4, which are not part of the fit, are then within 0.3 %.
 STRAGGLERS = 0.02
 
-# Of a TPU link's nominal bandwidth: an all-gather of 34 MB over 4 chips of v5e in a line takes
-# 680 us ("How to Scale Your Model", part 3), where 50 GB/s would take 503 us.
+# The share of a TPU link's nominal bandwidth: an all-gather of 34 MB over 4 chips of v5e in a line
+# takes 680 us ("How to Scale Your Model", part 3), where 50 GB/s would take 503 us.
 _LINK_SHARE = 0.75
 
-# jax takes no more of a GPU, unless XLA_CLIENT_MEM_FRACTION says so.
+# The share of a GPU's memory that jax uses, unless XLA_CLIENT_MEM_FRACTION is set.
 _GPU_MEMORY_TAKEN = 0.75
 
-# Seconds. TPU: of 8 us for a small all-gather over 4 chips in a line, 3 us are hops (the same
+# Seconds. TPU: of the 8 us for a small all-gather over 4 chips in a line, 3 us are hops (the same
 # part). GPU: NCCL's own model (src/graph/tuning.cc) has 6.6 to 6.8 us at its base; 2.5 us for each
 # of 2 log2(8) = 6 steps give 22 us, between its 15 us and the 34 us measured on a DGX A100
 # (nccl-tests issue 123), and 12 us each way between two hosts the 46 us of nccl issue 1244.
@@ -52,32 +52,31 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip of an accelerator. Rates are those of a chip, in SI units.
+    """One chip of an accelerator. Rates are per chip, in SI units.
 
     Attributes:
-        name: as in a topology's name.
+        name: as in the name of a topology.
         device_kind: as `jax.Device.device_kind`.
-        devices_per_chip: that jax sees, each with its share of everything.
-        flops_bf16: FLOP/s, dense, at most.
-        flops_f32: FLOP/s of float32 at jax's default precision: one pass in bfloat16 on a TPU,
+        devices_per_chip: devices that jax sees, which share the chip equally.
+        flops_bf16: peak FLOP/s, dense.
+        flops_f32: peak FLOP/s of float32 at jax's default precision: one pass in bfloat16 on a TPU,
             TF32 on a GPU.
-        memory_bytes: that a program can use; on a GPU with jax's default settings.
+        memory_bytes: memory that a program can use; on a GPU with jax's default settings.
         memory_bandwidth: bytes/s.
         link_bandwidth: bytes/s out of a chip, for an all-reduce in a ring over all chips that fast
             links join. TPU: of one link each way along each axis, for sides that do not close into
-            rings; `slice_bandwidth` knows those that do. GPU: NCCL's bus bandwidth.
-        link_latency: seconds for each link on the way, or step of a tree.
-        network_bandwidth: bytes/s out of a host of `chips_per_host`, to others that only a data
-            centre's network joins.
-        network_latency: seconds for each step of a tree of these.
-        collective_overhead: seconds that a collective takes without any bytes or distance.
-        chips_per_host: of one process of jax.
-        max_chips: that fast links join.
-        torus_axes: of the links; 0 where a switch joins all chips.
-        ring_side: an axis of a multiple of so many chips is a ring; 0 without a torus.
-        source: of the peaks, sizes and bandwidths.
-        compute_share: of its peak FLOP/s, as training steps reach it.
-        memory_share: of its memory's bandwidth, likewise.
+            rings; `slice_bandwidth` handles those that do. GPU: NCCL's bus bandwidth.
+        link_latency: seconds per hop, or per step of a tree.
+        network_bandwidth: bytes/s out of a host of `chips_per_host` over a data centre's network.
+        network_latency: seconds per step of a tree over that network.
+        collective_overhead: seconds of a collective without any bytes or hops.
+        chips_per_host: chips of one process.
+        max_chips: the most chips that fast links join.
+        torus_axes: axes of the torus; 0 if a switch joins all chips.
+        ring_side: an axis whose side is a multiple of this is a ring; 0 without a torus.
+        source: source of the peaks, sizes and bandwidths.
+        compute_share: share of the peak FLOP/s that training steps reach.
+        memory_share: share of the memory bandwidth that training steps reach.
     """
 
     name: str
@@ -101,9 +100,9 @@ class Chip:
     memory_share: float = MEMORY_SHARE
 
     def slice_bandwidth(self, sides: Sequence[int]) -> float:
-        """Bytes/s out of a chip for an all-reduce in a slice of these sides.
+        """Bytes/s out of a chip for an all-reduce in a slice with these sides.
 
-        An axis of one chip has no links, and a ring sends both ways at once.
+        An axis of one chip has no links; a ring sends both ways at once.
         """
         if not self.torus_axes:
             return self.link_bandwidth
@@ -125,7 +124,7 @@ def _tpu(
     max_chips: int,
     devices: int = 1,
 ) -> Chip:
-    """A TPU: `one_way` bytes/s of each link, `memory_gib` of each device, four chips to a host."""
+    """A TPU: `one_way` bytes/s per link, `memory_gib` per device, four chips per host."""
     return Chip(
         name=name,
         device_kind=device_kind,
@@ -157,7 +156,7 @@ def _gpu(
     bus_bandwidth: float,
     network_bandwidth: float,
 ) -> Chip:
-    """A GPU, eight of which share a host."""
+    """A GPU, eight per host."""
     return Chip(
         name=name,
         device_kind=device_kind,
@@ -181,17 +180,17 @@ def _gpu(
     )
 
 
-# `memory_gib` is the "available HBM" in an error of XLA:TPU (libtpu 0.0.42). `one_way` is the
+# `memory_gib` is the "available HBM" in errors of XLA:TPU (libtpu 0.0.42). `one_way` is the
 # all-reduce bandwidth of a pod over its chips and links (v3: 340 TB/s, 1024 chips, 4 links; v4:
 # 1.1 PB/s, 4096, 6; v5e: 51.2 TB/s, 256, 4) or the bidirectional bandwidth of a chip over twice its
-# links (v5p: 1200 GB/s; v6e: 800 GB/s; tpu7x: 1200 GB/s). `network_bandwidth` is four times a
-# chip's: 50 Gbit/s (v4, v5p), 25 (v5e: two NICs of 100 for eight chips), 100 (v6e, tpu7x).
+# links (v5p: 1200 GB/s; v6e: 800 GB/s; tpu7x: 1200 GB/s). `network_bandwidth` is four times that of
+# a chip: 50 Gbit/s (v4, v5p), 25 (v5e: two NICs of 100 for eight chips), 100 (v6e, tpu7x).
 _TPUS = (
     _tpu(
         "v2",
         "TPU v2",
-        # Not in Cloud's documentation any more: 496 Gbit/s a link. Its slices are not joined, so
-        # the network's 100 Gbit/s a host are assumed; v3 likewise.
+        # No longer in Cloud's documentation: 496 Gbit/s per link. No network joins its slices, so
+        # 100 Gbit/s per host are assumed; v3 likewise.
         'Jouppi et al., "A Domain-Specific Supercomputer for Training Deep Neural Networks" (2020)',
         memory_gib=7.48,
         memory_bandwidth=700e9,
@@ -279,8 +278,7 @@ _TPUS = (
     ),
 )
 
-# Dense peaks: a data sheet's figures with sparsity are twice these. `memory_bytes` are those of
-# gpu_targets/.
+# Dense peaks: data sheets with sparsity list twice as much. `memory_bytes` is that of gpu_targets/.
 _GPUS = (
     _gpu(
         "h100",
@@ -297,7 +295,7 @@ _GPUS = (
         "NVIDIA A100 data sheet, SXM4 80GB",
         memory_bytes=85_100_068_864,
         memory_bandwidth=2039e9,
-        bus_bandwidth=235e9,  # NCCL's src/graph/tuning.cc, the most it expects
+        bus_bandwidth=235e9,  # the maximum in NCCL's src/graph/tuning.cc
         network_bandwidth=50e9,  # 400 Gbit/s: p4d.24xlarge; DGX A100: 200e9, a2-highgpu-8g: 12.5e9
     ),
     _gpu(

@@ -1,6 +1,6 @@
-"""The devices of a topology that may not be here: those of its compiler, or fake CPU ones.
+"""Devices of a topology that may not be here: abstract ones of its compiler, or fake CPU devices.
 
-`prepare` sets what jax reads once, so it comes before jax is imported; `find_devices` after.
+Call `prepare` before jax is imported, since jax reads its settings once, and `find_devices` after.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from launcher.launch import environment
 from launcher.planning.topology import Topology, unknown_topology
 from trainer.errors import UserError
 
-# Enough to cut a batch up.
+# The most devices to compile for: the program of a device hardly depends on their number.
 _MOST_DEVICES = 512
 
-# Where scripts/setup.sh puts the GPU compiler: importable by a plan only, as jax would look for
-# CUDA's libraries at each start, and complain.
+# Where scripts/setup.sh installs the GPU compiler. Only a plan can import it: at every other start
+# jax would look for CUDA's libraries and warn.
 GPU_COMPILER = Path(sys.prefix) / "plan-gpu"
 
 _TARGETS = Path(__file__).parent / "gpu_targets"
@@ -28,14 +28,14 @@ _TARGETS = Path(__file__).parent / "gpu_targets"
 
 @dataclass(frozen=True)
 class Devices:
-    """What a step is compiled for.
+    """The devices that a step is compiled for.
 
     Attributes:
-        devices: jax devices; of a compiler they can run nothing. Perhaps fewer than the topology
-            has: the program of a device does not depend on how many others there are.
-        stands_for: the number of devices of the topology.
-        are_fake: whether CPU devices stand for others.
-        notes: what the plan leaves out on their account.
+        devices: jax devices. Those of a compiler cannot execute anything. There may be fewer than
+            in the topology, since the program of a device does not depend on their number.
+        stands_for: number of devices in the topology.
+        are_fake: whether CPU devices stand in for accelerators.
+        notes: what the plan leaves out because of these devices.
     """
 
     devices: Sequence[Any]
@@ -45,7 +45,7 @@ class Devices:
 
 
 def prepare(environ: MutableMapping[str, str], topologies: Sequence[Topology]) -> None:
-    """Sets up jax for planning: nothing here is run, and only CPU devices are opened."""
+    """Sets up jax for planning: nothing is executed, and jax only opens CPU devices."""
     if GPU_COMPILER.is_dir() and str(GPU_COMPILER) not in sys.path:
         sys.path.append(str(GPU_COMPILER))
     fakes = [min(t.num_devices, _MOST_DEVICES) for t in topologies if not has_compiler(t)]
@@ -53,16 +53,16 @@ def prepare(environ: MutableMapping[str, str], topologies: Sequence[Topology]) -
         environ.pop("XLA_FLAGS", None)
         environment.prepare(environ, max(fakes))
     environ["JAX_PLATFORMS"] = "cpu"
-    # jax would write what it compiles for a topology to its cache, and could not read it.
+    # jax would write programs compiled for a topology to its cache, but could not read them back.
     environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # or a second plan would fail on a lock file
+    environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # else a lock file makes a second plan fail
     environment.quieten_libtpu(environ)
     environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def has_compiler(topology: Topology) -> bool:
-    """Whether the compiler for a topology is installed. CPU devices are always fake ones."""
+    """Whether the compiler for a topology is installed. CPU devices are always fake."""
     if topology.platform == "tpu":
         return importlib.util.find_spec("libtpu") is not None
     if topology.platform == "gpu":
@@ -74,7 +74,7 @@ def find_devices(topology: Topology) -> Devices:
     """The devices of a topology, from its compiler or from the CPU backend.
 
     Raises:
-        UserError: the compiler knows no such topology.
+        UserError: the compiler does not know the topology.
     """
     import jax
 
@@ -89,21 +89,23 @@ def find_devices(topology: Topology) -> Devices:
         notes = ()
         if topology.num_slices > 1:
             notes = (
-                f"compiled for one of {topology.num_slices} slices; what the network between them "
-                "needs of the memory is left out",
+                f"compiled for one of {topology.num_slices} slices; memory for communication "
+                "between slices is left out",
             )
         return Devices(devices, topology.num_devices, notes=notes)
     return Devices(_gpu_devices(topology), topology.num_devices)
 
 
 def _tpu_devices(topology: Topology) -> Sequence[Any]:
-    """Those of one slice. For several, XLA writes out how they are joined, in parts that have lost
-    their names; the model of time does that itself.
+    """The devices of one slice.
+
+    For several slices XLA expands each collective into parts that have lost their names; the time
+    model accounts for the network between slices itself.
     """
     options: dict[str, Any] = {"topology_name": topology.slice_name}
     if topology.chips_per_slice < 4:  # a host of one or two chips
         options["chips_per_host_bounds"] = (*topology.shape, *([1] * (3 - len(topology.shape))))
-    found = _ask(topology.name, "tpu", options)
+    found = _describe(topology.name, "tpu", options)
     expected = topology.num_devices // topology.num_slices
     if len(found) != expected:
         raise UserError(
@@ -122,15 +124,15 @@ def _gpu_devices(topology: Topology) -> Sequence[Any]:
         "target_config": (_TARGETS / f"{topology.chip.name}.pbtxt").read_text(),
         "topology": f"1x{hosts}x{gpus}",
     }
-    return _ask(topology.name, "cuda", options)
+    return _describe(topology.name, "cuda", options)
 
 
-def _ask(name: str, platform: str, options: Mapping[str, Any]) -> Sequence[Any]:
+def _describe(name: str, platform: str, options: Mapping[str, Any]) -> Sequence[Any]:
     from jax.experimental import topologies
 
     try:
         return topologies.get_topology_desc(platform=platform, **options).devices
-    except Exception as error:  # jaxlib's own types of error
+    except Exception as error:  # jaxlib raises its own types
         raise unknown_topology(name, str(error).splitlines()[0]) from error
 
 
@@ -149,5 +151,5 @@ def _note(topology: Topology, count: int) -> str:
     return (
         f"the {what} compiler is not installed (scripts/setup.sh {extra}): compiled for {fewer}"
         f"{topology.num_devices} fake CPU devices. FLOPs and collectives are those of the "
-        f"{what}; memory and bytes are the CPU compiler's, which fuses less and pads nothing"
+        f"{what}; memory and bytes are from the CPU compiler, which fuses less and does not pad"
     )

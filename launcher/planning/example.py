@@ -1,4 +1,4 @@
-"""The shapes of an example, in place of data that is not to be loaded."""
+"""The shapes of one example, in place of the data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.errors import UserError
 
 _ITEM = re.compile(r"(\w+)=(\w+)\[((?:\d+(?:,\d+)*)?)\]")
 
-# Examples enough for any batch.
+# Enough examples for any batch.
 _LENGTH = 1 << 31
 
 
@@ -21,7 +21,7 @@ class ShapesOnly:
     """A source of zeros.
 
     Args:
-        shapes: of one example, by name, with a dtype.
+        shapes: the dtype and shape of one example, by name.
     """
 
     def __init__(self, shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> None:
@@ -38,13 +38,13 @@ class ShapesOnly:
 
 
 def source(example: str) -> dict[str, ShapesOnly]:
-    """A data target that knows shapes only.
+    """A data target that only knows shapes.
 
     Args:
-        example: as `x=uint8[224,224,3] y=int32[]`.
+        example: for example `x=uint8[224,224,3] y=int32[]`.
 
     Raises:
-        UserError: it is written otherwise, or has no `x`.
+        UserError: `example` has another form, or no `x`.
     """
     shapes = {}
     for item in example.replace(";", " ").split():
@@ -61,14 +61,14 @@ def source(example: str) -> dict[str, ShapesOnly]:
             shapes[match[1]] = (dtype, dims)
         except TypeError as error:
             raise UserError(
-                f"--example: {item!r} is no shape", 'for example "x=uint8[224,224,3] y=int32[]"'
+                f"--example: {item!r} is not a shape", 'for example "x=uint8[224,224,3] y=int32[]"'
             ) from error
     if "x" not in shapes:
-        raise UserError("--example names no x", 'for example "x=uint8[224,224,3] y=int32[]"')
+        raise UserError("--example has no x", 'for example "x=uint8[224,224,3] y=int32[]"')
     return {"train": ShapesOnly(shapes)}
 
 
 def in_place_of_data(settings: Settings, example: str) -> Settings:
-    """The same settings with `source` as their data."""
+    """The settings with `source` as their data."""
     data = {"target": f"{__name__}:source", "example": example}
     return dataclasses.replace(settings, data=data, augment=None, shuffle=False)

@@ -1,4 +1,4 @@
-"""Plans as a picture: memory, roofline, scaling; and as a page that opens offline."""
+"""Plans as a picture (memory, roofline, scaling) and as a page that opens offline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pre {{ overflow-x: auto; background: #f5f5f5; padding: 1em; font-size: 13px; }}
 
 
 def check_available() -> None:
-    """Raises a UserError where there is nothing to draw with."""
+    """Raises a UserError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("a picture needs matplotlib", 'pip install "podlift[plan]"')
 
@@ -43,11 +43,11 @@ def write_png(path: str, plans: Sequence[Forecast]) -> None:
 
 
 def write_html(path: str, plans: Sequence[Forecast], text: str) -> None:
-    """The picture and the words, in one file that needs no other."""
+    """Writes the picture and the text into one self-contained page."""
     title = f"Plan of {plans[0].config_name} on {', '.join(plan.topology.label for plan in plans)}"
     page = _PAGE.format(
         title=html.escape(title),
-        alt="memory of a device, roofline and predicted scaling",
+        alt="device memory, roofline and predicted scaling",
         image=base64.b64encode(_draw(plans)).decode(),
         text=html.escape(text),
     )
@@ -97,16 +97,16 @@ def _draw_memory(axes: Any, plans: Sequence[Forecast]) -> None:
             axes.barh(index, total, color="none", edgecolor=_GREY, height=0.5)
             verdict = f"{plan.needed / plan.memory_bytes:.0%}" + ("" if plan.fits else ": too much")
             axes.text(max(total, plan.needed / gib) * 1.02, index, verdict, va="center")
-    axes.set_yticks(range(len(plans)), [f"{p.label}\n{p.batch:,} a device" for p in plans])
+    axes.set_yticks(range(len(plans)), [f"{p.label}\n{p.batch:,} per device" for p in plans])
     axes.set_ylim(max(len(plans), 2) - 0.5, -0.5 - (len(plans) == 1))
     axes.margins(x=0.2)
     axes.set_xlabel("GiB (dark: state and batch; light: temporaries; frame: the device)")
-    axes.set_title("memory of a device")
+    axes.set_title("device memory")
 
 
 def _draw_roofline(axes: Any, plans: Sequence[Forecast]) -> None:
     shown = [(i, p, p.topology.chip) for i, p in enumerate(plans) if p.prediction]
-    axes.set_title("roofline of a device")
+    axes.set_title("roofline of one device")
     if not shown:
         axes.text(0.5, 0.5, "no prediction", ha="center", transform=axes.transAxes)
         axes.set_axis_off()
@@ -134,14 +134,14 @@ def _draw_roofline(axes: Any, plans: Sequence[Forecast]) -> None:
         axes.plot([intensity], [reached], "o", color=_colour(index), label=plan.label)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("FLOPs a byte of memory traffic")
+    axes.set_xlabel("FLOPs per byte of memory traffic")
     axes.set_ylabel("TFLOP/s")
     if len(shown) > 1:
         axes.legend(frameon=False)
 
 
 def _draw_scaling(axes: Any, plans: Sequence[Forecast]) -> None:
-    axes.set_title("scaling, the batch a device unchanged")
+    axes.set_title("scaling with the same batch per device")
     for index, plan in enumerate(plans):
         if not plan.scaling:
             continue
@@ -158,6 +158,6 @@ def _draw_scaling(axes: Any, plans: Sequence[Forecast]) -> None:
     axes.set_xscale("log")
     axes.set_ylim(0, 105)
     axes.set_xlabel("chips")
-    axes.set_ylabel("% of one chip's rate")
+    axes.set_ylabel("% of one chip's throughput per chip")
     if len(plans) > 1:
         axes.legend(frameon=False)

@@ -1,64 +1,62 @@
-"""One plan: a config on a topology, from its settings to what is told."""
+"""One plan: from the settings of a run and a topology to a forecast."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from launcher.planning.cache import PlanCache
 from launcher.planning.chips import Chip
 from launcher.planning.devices import find_devices
 from launcher.planning.example import in_place_of_data
 from launcher.planning.hlo import GATHERED, Array, Collective
-from launcher.planning.largest import largest_batch
 from launcher.planning.program import Program, State, Step
+from launcher.planning.request import PlanOptions, PlanRequest
 from launcher.planning.step_time import Cluster, Prediction, Work, predict, scaling
 from launcher.planning.topology import Topology
 from trainer.config.settings import Settings
 from trainer.errors import UserError
 from trainer.step.job import build_job
 
-if TYPE_CHECKING:
-    from launcher.cli.plan import Options, Question
-
-# Of a device's memory, in a search with quick compilations: one in full was found to need up to
-# 5.2 % more (docs/plan.md).
+# The share of a device's memory that a search with quick compilations fills: full compilations
+# needed up to 5.2 % more (docs/plan.md).
 _ROOM = 0.94
 
-# The length of a run whose length hangs on what is not known.
+# The length of a run if it depends on data that is not loaded.
 _SOME_STEPS = 1000
+
+# The search for the largest batch stops within 1/32 of the answer.
+_PARTS = 32
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of a run before it is one. Sizes in bytes, of one device.
+    """What a run on a topology needs and how fast it is. Sizes are bytes on one device.
 
     Attributes:
-        label: what tells it from others.
-        config_name: of the file.
-        lift: of the batch axis.
-        state_sharding: of the state over it.
-        topology: what it is for.
-        num_devices: as jax counts them, that take part; one under `vmap` in one process.
-        num_hosts: processes of a run there.
-        batch: examples of one device.
-        searched: what is special about that, if it was searched for.
-        state: what every device holds.
-        program: the compiled step; of a smaller batch where this one does not fit.
-        flops: of one step on one device.
-        memory_bytes: what a device has; None if that is unknown.
-        needed: at its peak.
-        prediction: of the time of a step; None where nothing is known of the chip, or it does not
-            fit.
-        sync_bn: whether the collectives of batch normalisation are in it.
-        sync_bn_seconds: what they take.
-        scaling: the same for other numbers of chips.
-        examples: in the training data; None if it was not loaded.
-        num_steps: of the run.
-        notes: what the plan leaves out, and what would keep a run from starting.
-        quick: whether the compiler was asked to save time.
+        label: distinguishes this plan from others.
+        config_name: the value of --config.
+        lift: how the batch axis is lifted.
+        state_sharding: how the state is sharded over the batch axis.
+        topology: the devices planned for.
+        num_devices: devices that take part, as jax counts them; one under `vmap` in one process.
+        num_hosts: number of processes of the run.
+        batch: examples per device.
+        batch_note: how the batch was found, if it was searched for.
+        state: the state on each device.
+        program: the compiled step; compiled for a smaller batch if this one does not fit.
+        flops: FLOPs of one step on one device.
+        memory_bytes: memory of a device; None if unknown.
+        needed: peak memory.
+        prediction: the time of a step; None if the chip is unknown or the step does not fit.
+        sync_bn: whether the prediction includes the collectives of batch normalisation.
+        sync_bn_seconds: the time they take.
+        scaling: predictions for other numbers of chips.
+        examples: size of the training data; None if it was not loaded.
+        num_steps: length of the run.
+        notes: what the plan leaves out, and what would keep the run from starting.
+        quick: whether the compiler saved time.
     """
 
     label: str
@@ -69,7 +67,7 @@ class Forecast:
     num_devices: int
     num_hosts: int
     batch: int
-    searched: str
+    batch_note: str
     state: State
     program: Program
     flops: float
@@ -86,7 +84,7 @@ class Forecast:
 
     @property
     def is_close(self) -> bool:
-        """Whether a compilation in full might say otherwise than that it fits."""
+        """Whether the step fits by so little that a full compilation may not."""
         return (
             self.quick
             and self.memory_bytes is not None
@@ -96,26 +94,26 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Whether a device has the memory."""
+        """Whether the step fits into the memory of a device."""
         return self.memory_bytes is None or self.needed <= self.memory_bytes
 
     @property
     def global_batch(self) -> int:
-        """Examples of all devices."""
+        """Examples on all devices."""
         return self.batch * self.num_devices
 
     @property
     def note(self) -> str:
-        """All notes in one."""
+        """All notes as one text."""
         return "; ".join(self.notes)
 
     @property
     def gathered_bytes(self) -> int:
-        """Of params that are put together in a step, where they are cut over the devices."""
+        """Bytes of sharded params that a step all-gathers."""
         return sum(item.bytes for item in self.program.collectives if item.module == GATHERED)
 
     def is_batch_norm(self, collective: Collective) -> bool:
-        """Whether a collective belongs to a layer that keeps statistics of a batch."""
+        """Whether a collective belongs to a layer that keeps batch statistics."""
         return collective.module in self.state.normalisations
 
     @property
@@ -126,24 +124,28 @@ class Forecast:
 
 
 def make_forecast(
-    question: Question, options: Options, cache: PlanCache, progress: Callable[[str], None]
+    request: PlanRequest,
+    options: PlanOptions,
+    cache: PlanCache,
+    print_progress: Callable[[str], None],
 ) -> Forecast:
-    """Compiles a config's step for a topology and works out what that means.
+    """Compiles the step of a config for a topology and predicts its time.
 
     Raises:
-        UserError: a person has to change something; else whatever the user's code raises.
+        UserError: the config, the topology or the batch is wrong. Exceptions of the user's code
+            pass through.
     """
-    topology = question.topology
-    settings, notes = _for_planning(question.settings, options)
+    topology = request.topology
+    settings, notes = _for_planning(request.settings, options)
     devices = find_devices(topology)
     if devices.are_fake and settings.lift.startswith("vmap") and topology.num_hosts > 1:
         raise UserError(
-            f"config.lift={settings.lift!r} on several hosts needs the compiler to be planned",
+            f"config.lift={settings.lift!r} on several hosts needs the compiler of the topology",
             "scripts/setup.sh tpu, or plan-gpu for GPUs; or another lift",
         )
     job = build_job(settings)
     step = Step(settings, job, topology, devices, cache, options.quick)
-    # As many as there are, and not as many as it is compiled for.
+    # The devices of the topology, of which the step may be compiled for fewer.
     used = devices.stands_for if step.lift.mesh.size > 1 else 1
     shards = step.lift.num_shards // step.lift.mesh.size
     chip = topology.chip
@@ -153,31 +155,33 @@ def make_forecast(
 
     def compile_for(batch: int) -> Program:
         if batch not in compiled:
-            progress(f"compiling for {topology.label}, {batch * shards} examples a device ...")
+            print_progress(
+                f"compiling for {topology.label}, {batch * shards} examples per device ..."
+            )
             compiled[batch] = step.compile(batch)
         return compiled[batch]
 
     def needed(batch: int) -> int:
         program = compile_for(batch)
-        # A compiler that has run out says how much it asked for, which may not be all of it.
+        # A compiler that runs out of memory reports what it asked for, which may not be all.
         return program.needed if program.fits else max(program.needed, (available or 0) + 1)
 
-    searched = ""
+    batch_note = ""
     if options.batch == "auto":
         room = int(available * _ROOM) if available and options.quick else available
-        start = question.settings.global_batch_size // (used * shards)
+        start = request.settings.global_batch_size // (used * shards)
         most = None if examples is None else examples // (used * shards)
-        batch = _largest(needed, room, start, most)
-        searched = "all the examples there are" if batch == most else "the most that fit"
+        batch = _search_batch(needed, room, start, most)
+        batch_note = "all training examples" if batch == most else "the most that fit"
     elif options.batch is not None:
         batch = int(options.batch)
     else:
-        whole = dataclasses.replace(step.lift, num_shards=used * shards)
-        whole.check_divides(settings.global_batch_size, settings.grad_accum_steps)
+        lift = dataclasses.replace(step.lift, num_shards=used * shards)
+        lift.check_divides(settings.global_batch_size, settings.grad_accum_steps)
         batch = settings.global_batch_size // (used * shards)
     program = compile_for(batch)
     total = needed(batch)
-    if not program.fits:  # what is in the way is told from a program that can be looked at
+    if not program.fits:  # a smaller program shows which arrays are the largest
         smaller = max(1, int(batch * (available or 0) / program.needed / 2))
         program = compile_for(smaller)
     flops = step.flops(batch)
@@ -192,23 +196,23 @@ def make_forecast(
         )
         work = work if options.sync_bn else without
         prediction = predict(work, cluster)
-        # The program of a single device has no collectives, and tells nothing of several.
+        # The program of a single device has no collectives, so it says nothing about several.
         others = scaling(work, cluster) if used > 1 else []
     size = batch * shards * used
     if examples is not None and size > examples:
-        notes.append(f"a run needs as many examples as its batch, and there are {examples:,}")
+        notes.append(f"a run needs at least as many examples as its batch; there are {examples:,}")
     steps_per_epoch = max(1, (examples or 0) // size)
-    steps = question.settings.num_steps or (question.settings.num_epochs or 0) * steps_per_epoch
+    steps = request.settings.num_steps or (request.settings.num_epochs or 0) * steps_per_epoch
     return Forecast(
-        label=question.label,
-        config_name=question.config_name,
+        label=request.label,
+        config_name=request.config_name,
         lift=settings.lift,
         state_sharding=settings.state_sharding,
         topology=topology,
         num_devices=used,
         num_hosts=topology.num_hosts if used > 1 else 1,
         batch=batch * shards,
-        searched=searched,
+        batch_note=batch_note,
         state=step.state,
         program=dataclasses.replace(program, batch=program.batch * shards),
         flops=float(flops.total()),
@@ -219,25 +223,25 @@ def make_forecast(
         sync_bn_seconds=sync_bn,
         scaling=others,
         examples=examples,
-        num_steps=min(steps, question.settings.stop_at_step or steps),
+        num_steps=min(steps, request.settings.stop_at_step or steps),
         notes=(*devices.notes, *notes),
         quick=options.quick,
     )
 
 
-def _for_planning(settings: Settings, options: Options) -> tuple[Settings, list[str]]:
-    """The settings of a run as a plan needs them, and what a person should know of the changes."""
+def _for_planning(settings: Settings, options: PlanOptions) -> tuple[Settings, list[str]]:
+    """The settings changed for planning, and notes on the changes."""
     notes = []
     if options.example is not None:
         settings = in_place_of_data(settings, options.example)
-    if options.batch is not None:  # instead of the config's, which may be more than there is data
+    if options.batch is not None:  # the config's batch may be larger than the data
         settings = dataclasses.replace(settings, global_batch_size=settings.grad_accum_steps)
     if options.example is not None or options.batch is not None:
-        # Schedules are constants in the program; which ones does not matter.
+        # A schedule only adds constants to the program; its length does not matter.
         settings = dataclasses.replace(settings, num_steps=settings.num_steps or _SOME_STEPS)
     if settings.devices_per_process is not None:
         settings = dataclasses.replace(settings, devices_per_process=None)
-        notes.append("config.devices_per_process is left out: the plan is for all devices")
+        notes.append("config.devices_per_process is ignored: the plan uses all devices")
     return settings, notes
 
 
@@ -245,13 +249,13 @@ def _without(collectives: Sequence[Collective], state: State) -> list[Collective
     return [item for item in collectives if item.module not in state.normalisations]
 
 
-def _largest(
+def _search_batch(
     needed: Callable[[int], int], available: int | None, start: int, most: int | None
 ) -> int:
-    """The most examples of one shard that fit into the bytes there are."""
+    """The largest batch of one shard that fits into the available bytes."""
     if available is None:
         raise UserError(
-            "--batch=auto: nothing is known of the memory of cpu devices",
+            "--batch=auto: the memory of cpu devices is unknown",
             "name a topology of TPUs or GPUs, or --batch=N",
         )
     if most == 0:
@@ -262,14 +266,63 @@ def _largest(
     batch = largest_batch(needed, available, max(1, start), most)
     if not batch:
         raise UserError(
-            f"not even one example a device fits into {available / 2**30:.1f} GiB",
+            f"not even one example per device fits into {available / 2**30:.1f} GiB",
             "a device with more memory, a smaller model, or nn.remat around its blocks",
         )
     return batch
 
 
+def largest_batch(
+    needed: Callable[[int], int], available: int, start: int, most: int | None = None
+) -> int:
+    """The largest batch of a device whose program fits; 0 if not even one example does.
+
+    Memory is nearly linear in the batch. So the next batch to try is where the line through the two
+    largest that fit meets the available memory, or the midpoint of the interval. The answer was
+    compiled, and so was a batch at most 1/32 larger that does not fit.
+
+    Args:
+        needed: bytes for a batch, from a compilation.
+        available: bytes of a device.
+        start: the first batch to try.
+        most: the largest batch of interest; None for no bound.
+    """
+    fits: list[tuple[int, int]] = []  # batches and their bytes, ascending
+    beyond = None if most is None else most + 1
+    high = beyond
+    batch, on_line = max(1, min(start, most or start)), 0
+    while True:
+        size = needed(batch)
+        if size <= available:
+            fits.append((batch, size))
+        else:
+            high = batch
+        low = fits[-1][0] if fits else 0
+        step = max(1, low // _PARTS)
+        margin = 1 if high == beyond else step  # `most` itself may be the answer
+        if high is not None and high - low <= margin:
+            return low
+        guess = _extrapolate(fits[-2:], available)
+        if guess is not None and on_line < 2:
+            on_line += 1
+        else:  # bisect: two steps along the line did not reach the answer
+            unknown = high is None or (high == beyond and low)
+            guess, on_line = (16 * low if unknown or high is None else (low + high) // 2), 0
+        batch = max(low + step, guess)
+        if high is not None:
+            batch = min(batch, high - margin)
+
+
+def _extrapolate(two: list[tuple[int, int]], available: int) -> int | None:
+    """The batch at which the line through two (batch, bytes) reaches the available bytes."""
+    if len(two) < 2 or two[1][1] <= two[0][1]:
+        return None
+    slope = (two[1][1] - two[0][1]) / (two[1][0] - two[0][0])
+    return two[1][0] + int((available - two[1][1]) / slope)
+
+
 def _cluster(topology: Topology, chip: Chip) -> Cluster:
-    if topology.platform == "gpu":  # NVLink is within a host
+    if topology.platform == "gpu":  # NVLink joins the GPUs of one host
         hosts, gpus = topology.shape
         return Cluster(chip, (gpus,), hosts * topology.num_slices)
     return Cluster(chip, topology.shape, topology.num_slices)

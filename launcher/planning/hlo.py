@@ -1,6 +1,6 @@
-"""What a compiled program says about itself in XLA's text form: collectives, loops, large arrays.
+"""Reads collectives, loops and large arrays from the text form (HLO) of a compiled program.
 
-The text is the only interface to a compiled program that all of XLA's compilers share. A line is
+The text is the only interface that all of XLA's compilers share. A line looks like
 
     %name = f32[2,16]{1,0:T(2,128)} all-reduce(%a, %b), ..., metadata={op_name="jit(f)/.../psum"}
 """
@@ -33,23 +33,23 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLS = ("while", "conditional", "call", "call-start", "async-start")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?([^,}\s]+)")
 
-# What the step itself reduces, under a name of its own.
+# Modules of collectives that belong to the step rather than to the model.
 UPDATE = "gradients, statistics, metrics"
-GATHERED = "params put together"
+GATHERED = "all-gathered params"
 ELSEWHERE = "(not attributed)"
 
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind that belong to one module, of one step.
+    """All collectives of one kind and one module in a step.
 
     Attributes:
         kind: "all-reduce", "all-gather", "reduce-scatter", ...
         module: the path of the module, such as "Block_0/BatchNorm_1".
-        count: how many are run.
-        bytes: of all results together, on one device; of a reduce-scatter what goes in, which is
-            what has to be moved.
-        asynchronous: whether the compiler lets it run beside other work.
+        count: how many run in a step.
+        bytes: bytes of all results on one device; for a reduce-scatter those of the operands, which
+            are what moves.
+        asynchronous: whether the compiler overlaps it with other work.
     """
 
     kind: str
@@ -70,14 +70,14 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from; "" if XLA has lost it."""
+        """Where it comes from in the Python program; "" if XLA has lost it."""
         match = _OP_NAME.search(self.rest)
         return match[1] if match else ""
 
 
 @dataclass(frozen=True)
 class Array:
-    """One large result: its shape, bytes, and where it comes from."""
+    """One large result: its shape, bytes and source."""
 
     shape: str
     bytes: int
@@ -85,10 +85,10 @@ class Array:
 
 
 def find_collectives(text: str) -> list[Collective]:
-    """All collectives of a program, grouped by kind and module, in the order of the program.
+    """All collectives of a program, grouped by kind and module, in program order.
 
-    XLA combines collectives; each element of a combined one is attributed by the name that its
-    reader has kept. The count of a combined one goes to the module with the most bytes in it.
+    XLA combines collectives. Each element of a combined one is attributed through the name on the
+    instruction that reads it. The module with the most bytes gets the count.
     """
     counts: Counter[tuple[str, str, bool]] = Counter()
     sizes: Counter[tuple[str, str, bool]] = Counter()
@@ -119,7 +119,7 @@ def find_collectives(text: str) -> list[Collective]:
 
 
 def loop_factor(text: str) -> float:
-    """Bytes moved, loops multiplied out, over those with each loop counted once, as XLA does."""
+    """The ratio of bytes moved to bytes moved if each loop ran once, which is what XLA counts."""
     computations = _computations(text)
     once = _calls(computations, multiply=False)
     moved = {
@@ -131,7 +131,7 @@ def loop_factor(text: str) -> float:
 
 
 def largest_arrays(text: str, count: int = 5) -> list[Array]:
-    """The largest results in a program, one for each size and module."""
+    """The largest results in a program, one per size and module."""
     found: dict[tuple[int, str], Array] = {}
     computations = _computations(text)
     for name in _calls(computations):
@@ -147,25 +147,25 @@ def largest_arrays(text: str, count: int = 5) -> list[Array]:
 
 
 def module_of(op_name: str) -> str:
-    """`jit(f)/shard_map/transpose(jvp(ResNet))/Block_0/BatchNorm_1/psum` to its module's path."""
-    if GATHER_SCOPE in op_name:  # the way back from there is a sum of gradients
+    """The path of the module: `jit(f)/jvp(ResNet)/Block_0/Conv_1/dot` gives `Block_0/Conv_1`."""
+    if GATHER_SCOPE in op_name:  # its transpose reduces gradients
         return UPDATE if op_name.endswith("scatter") else GATHERED
     if MEAN_SCOPE in op_name:
         return UPDATE
-    # Where XLA has joined several names, the first.
+    # XLA joins names with colons; the first one counts.
     parts = [part for part in _unwrapped(op_name.split(":")[0])[:-1] if part]
-    # The first part is the model itself, which a single name does not tell apart from others.
+    # The first part is the model; it is left out unless it is the only part.
     return "/".join(parts[1:] or parts) or ELSEWHERE
 
 
 def source_of(op_name: str, opcode: str) -> str:
-    """Where an instruction comes from, for a person: `Block_0/Conv_1 (backward)`."""
+    """A readable source of an instruction: `Block_0/Conv_1 (backward)`."""
     module = module_of(op_name)
     return f"{module} (backward)" if "transpose(" in op_name else f"{module} ({opcode})"
 
 
 def size_of(shape: str) -> int:
-    """Bytes of a shape or of all shapes in a tuple, without a compiler's padding."""
+    """Bytes of a shape, or of all shapes in a tuple, without padding."""
     total = 0
     for dtype, dims in _SHAPE.findall(shape):
         bits = _BITS.get(dtype)
@@ -177,14 +177,14 @@ def size_of(shape: str) -> int:
 
 
 def _operand_bytes(line: Instruction, lines: list[Instruction]) -> int:
-    """What goes into an instruction, from the shapes of those that it names."""
+    """Bytes of the operands of an instruction."""
     shapes = {other.name: other.shape for other in lines}
     names = re.findall(r"%?([\w.\-]+)", line.rest.partition(")")[0])
     return sum(size_of(shapes[name]) for name in names if name in shapes)
 
 
 def _elements(line: Instruction) -> list[str]:
-    """The results of a collective. What is started may also carry its operands, first."""
+    """The results of a collective. The tuple of a -start may list its operands before them."""
     text = re.sub(r"\{[^}]*\}", "", line.shape)  # layouts
     nested = line.opcode.endswith("-start") and text.startswith("((")
     if nested:
@@ -201,7 +201,7 @@ def _elements(line: Instruction) -> list[str]:
 
 
 def _readers(lines: list[Instruction]) -> dict[tuple[str, int], str]:
-    """By tuple and index: the name that whoever takes an element out of a tuple has kept."""
+    """The op_name of each get-tuple-element, by tuple and index."""
     found = {}
     for line in lines:
         if line.opcode == "get-tuple-element" and line.op_name:
@@ -212,13 +212,13 @@ def _readers(lines: list[Instruction]) -> dict[tuple[str, int], str]:
 
 
 def _reducer(line: Instruction, computations: dict[str, list[Instruction]]) -> str:
-    """The name that the addition of an all-reduce has kept, where XLA has lost its own."""
+    """The op_name in the reduction of an all-reduce, for one that has lost its own."""
     match = re.search(r"to_apply=%?([\w.\-]+)", line.rest)
     inside = computations.get(match[1], []) if match else []
     return next((inner.op_name for inner in inside if inner.op_name), "")
 
 
-# Parts of a name that are no modules: functions under `jit`, and what jax itself is made of.
+# Parts of a name that are not modules: functions under `jit`, and jax's own names.
 _FUNCTIONS = ("jit", "pjit", "pmap", "custom_jvp", "custom_vjp")
 _MACHINERY = (
     "shard_map",
@@ -233,7 +233,7 @@ _MACHINERY = (
 
 
 def _unwrapped(op_name: str) -> list[str]:
-    """The parts of a name without the transformations around them."""
+    """The parts of a name, without transformations such as `jvp(...)`."""
     parts = []
     for part in op_name.split("/"):
         outer = ""
@@ -247,7 +247,7 @@ def _unwrapped(op_name: str) -> list[str]:
 
 
 def _computations(text: str) -> dict[str, list[Instruction]]:
-    """The lines of each computation by its name; that of the program itself is called "ENTRY"."""
+    """The lines of each computation, by name; "ENTRY" is the program itself."""
     found: dict[str, list[Instruction]] = {}
     current: list[Instruction] = []
     for raw in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
@@ -262,9 +262,9 @@ def _computations(text: str) -> dict[str, list[Instruction]]:
 
 
 def _calls(computations: dict[str, list[Instruction]], *, multiply: bool = True) -> Counter[str]:
-    """How often each computation runs that can hold a collective: the program and its loops.
+    """How often each computation runs: the program, its loops and calls.
 
-    Fused computations are left out: what happens in them never reaches memory.
+    Fused computations are left out: their intermediate results never reach memory.
     """
     times: Counter[str] = Counter()
 
@@ -282,7 +282,7 @@ def _calls(computations: dict[str, list[Instruction]], *, multiply: bool = True)
 
 
 def _started(computations: dict[str, list[Instruction]]) -> set[str]:
-    """Computations that are started and waited for later, such as those of a TPU's SparseCore."""
+    """Computations that run asynchronously, such as those of a TPU's SparseCore."""
     return {
         called
         for lines in computations.values()

@@ -1,6 +1,6 @@
-"""The run's own step, compiled for a topology: memory, bytes, FLOPs and collectives of one step.
+"""The training step of a run, compiled for a topology: memory, bytes, FLOPs, collectives.
 
-Nothing is allocated: state and batch are shapes.
+State and batch are shapes, so nothing is allocated.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from trainer.step.flops import flops_of_step
 from trainer.step.job import Job, make_init
 from trainer.step.task import AXIS
 
-# XLA:TPU then takes no time to search for faster code; collectives and FLOPs are the same, and the
-# memory is nearly so (docs/plan.md). What the option is called: until jax 0.10, and since.
+# With this option XLA:TPU does not search for faster code. Collectives and FLOPs are the same, and
+# memory is nearly the same (docs/plan.md). The first form is for jax before 0.10.
 _QUICK: tuple[dict[str, Any] | None, ...] = (
     {"exec_time_optimization_effort": -1.0},
     {"optimization_level": "O0"},
@@ -44,15 +44,15 @@ _PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin"
 
 @dataclass(frozen=True)
 class State:
-    """What a run holds on a device.
+    """The training state on one device.
 
     Attributes:
-        parameters: how many numbers, over all devices.
-        normalisations: paths of the modules that keep statistics of a batch.
-        parameter_bytes: of these.
-        optimizer_bytes: of the optimizer's state.
-        model_bytes: of other state, such as statistics.
-        saved_bytes: what is not there, because the state is cut over the devices.
+        parameters: number of parameters, over all devices.
+        normalisations: paths of the modules that keep batch statistics.
+        parameter_bytes: bytes of the parameters.
+        optimizer_bytes: bytes of the optimizer state.
+        model_bytes: bytes of other state, such as batch statistics.
+        saved_bytes: bytes that sharding the state saves.
     """
 
     parameters: int
@@ -65,20 +65,20 @@ class State:
 
 @dataclass(frozen=True)
 class Program:
-    """One step on one device, as a compiler sees it. Sizes in bytes.
+    """One compiled step on one device. Sizes are bytes.
 
     Attributes:
-        batch: examples of one shard; a device has one, but under `vmap`.
-        fits: whether the compiler could place it; a GPU's always can.
-        needed: peak memory, or what it asked for where it does not fit.
+        batch: examples per shard; under `vmap` a device has several shards.
+        fits: whether the compiler found room; the GPU compiler always does.
+        needed: peak memory, or the memory that the compiler asked for if the step does not fit.
         arguments: state and batch.
-        aliased: of them, what the results take over (donation).
-        temporaries: beside them.
-        bytes_accessed: read and written in memory.
-        collectives: by kind and module.
+        aliased: the part of the arguments that is donated.
+        temporaries: temporary buffers.
+        bytes_accessed: bytes read from and written to memory.
+        collectives: collectives by kind and module.
         largest: the largest arrays.
-        compile_seconds: when it was compiled.
-        cached: whether that was an earlier time.
+        compile_seconds: duration of the compilation.
+        cached: whether an earlier plan compiled it.
     """
 
     batch: int
@@ -98,12 +98,12 @@ class Step:
     """A run's lifted step over the devices of a topology, for any batch.
 
     Args:
-        settings: of the run.
-        job: of the run.
-        topology: what it is planned for.
-        devices: of that topology, or standing for them.
-        cache: of earlier compilations.
-        quick: let the compiler save time.
+        settings: settings of the run.
+        job: job of the run.
+        topology: the topology to plan for.
+        devices: devices of that topology, or those that stand in for them.
+        cache: results of earlier compilations.
+        quick: whether the compiler saves time.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Step:
         ordered = order_devices(devices.devices, settings.lift)
         mesh = Mesh(np.array(ordered), (AXIS,))
         self.lift: Lift = make_lift(settings.lift, mesh, settings.state_sharding)
-        # What a call with several steps adds is their batches; one step is what is compiled.
+        # One step is compiled; a call with several steps only adds the memory of their batches.
         self._settings = dataclasses.replace(settings, steps_per_call=1)
         self._extra_batches = settings.steps_per_call - 1
         self._job = job
@@ -129,46 +129,56 @@ class Step:
 
     @functools.cached_property
     def state(self) -> State:
-        """What a device holds."""
-        whole = self._shapes
-        here = jax.tree.map(
-            lambda leaf, spec: jax.ShapeDtypeStruct(self._share(leaf.shape, spec), leaf.dtype),
-            whole,
-            self.lift.specs(whole),
+        """The state on one device."""
+        full = self._shapes
+        shard = jax.tree.map(
+            lambda leaf, spec: _shape(self._shard_shape(leaf.shape, spec), leaf.dtype),
+            full,
+            self.lift.specs(full),
         )
-        statistics = whole.model_state.get("batch_stats", {})
+        statistics = full.model_state.get("batch_stats", {})
         return State(
-            count_params(whole.params),
+            count_params(full.params),
             frozenset(name.rpartition("/")[0] for name in name_leaves(statistics)),
-            _size(here.params),
-            _size(here.opt_state),
-            _size((here.model_state, here.ema, here.loss_scale)),
-            _size(whole) - _size(here),
+            _size(shard.params),
+            _size(shard.opt_state),
+            _size((shard.model_state, shard.ema, shard.loss_scale)),
+            _size(full) - _size(shard),
         )
 
-    def _share(self, shape: Sequence[int], spec: Sequence[str | None]) -> tuple[int, ...]:
-        """The shape of a device's part of a leaf."""
-        cut = [self.lift.num_shards if axis else 1 for axis in spec]
-        return tuple(n // parts for n, parts in zip(shape, [*cut, *[1] * len(shape)], strict=False))
+    def _shard_shape(self, shape: Sequence[int], spec: Sequence[str | None]) -> tuple[int, ...]:
+        shards = [self.lift.num_shards if axis else 1 for axis in spec]
+        return tuple(n // of for n, of in zip(shape, [*shards, *[1] * len(shape)], strict=False))
 
     def flops(self, batch: int) -> Counter[str]:
-        """Of one step on one device, by dtype."""
+        """FLOPs of one step on one device, by dtype.
+
+        Args:
+            batch: examples per shard.
+        """
         step = make_job_step(self._settings, self._job, self._topology.platform)
         shards = self.lift.num_shards // self.lift.mesh.size
-        flops = flops_of_step(step, self._shapes, dict(self._rows(batch)))
+        flops = flops_of_step(step, self._shapes, self._batch_shapes(batch))
         return Counter({dtype: shards * count for dtype, count in flops.items()})
 
     def compile(self, batch: int) -> Program:
-        """Compiles the step for so many examples a device; it does not fit, or it is described."""
-        rows = dict(self._rows(batch * self.lift.num_shards))
+        """Compiles the step, or reads the result of an earlier compilation.
+
+        Args:
+            batch: examples per shard.
+
+        Raises:
+            CompilerRefuses: the compiler fails for another reason than the size.
+        """
+        shapes = self._batch_shapes(batch * self.lift.num_shards)
         update = lift_update_step(
             self._settings, self._job, self.lift, self._shapes, self._topology.platform
         )
         lowerable: Any = update
         lowered = lowerable.lower(
-            self.lift.state_shapes(self._shapes), self.lift.batch_shapes(rows)
+            self.lift.state_shapes(self._shapes), self.lift.batch_shapes(shapes)
         )
-        asked = [
+        parts = [
             lowered.as_text(),
             sorted(set(_NAMES.findall(lowered.as_text(debug_info=True)))),
             list(name_leaves(self._shapes)),
@@ -178,9 +188,9 @@ class Step:
             self._options,
             [_version(package) for package in _PACKAGES],
         ]
-        key = self._cache.key(asked)
-        kept = self._cache.get(key)
-        program = self._program(batch, kept, cached=True) if kept is not None else None
+        key = self._cache.key(parts)
+        entry = self._cache.get(key)
+        program = self._program(batch, entry, cached=True) if entry is not None else None
         if program is None:
             started = time.monotonic()
             found = _describe(lowered, self._options)
@@ -191,8 +201,8 @@ class Step:
         return program
 
     def _program(self, batch: int, found: dict[str, Any], *, cached: bool) -> Program | None:
-        """What a compiler has said, in this batch's terms; None if it is not what one says."""
-        more = self._extra_batches * _size(dict(self._rows(batch)))
+        """A program from the entry of a cache; None if the entry is malformed."""
+        more = self._extra_batches * _size(self._batch_shapes(batch))
         try:
             program = Program(
                 **{
@@ -209,33 +219,33 @@ class Step:
             return None
         return program
 
-    def _rows(self, rows: int) -> Any:
-        return self._job.stream.shapes(rows).items()
+    def _batch_shapes(self, examples: int) -> dict[str, Any]:
+        return dict(self._job.stream.shapes(examples))
 
 
-# Of functions and modules, in a lowered program's locations.
+# Names of functions and modules in the locations of a lowered program.
 _NAMES = re.compile(r'"(jit[^"]*)"')
 
 
 class CompilerRefuses(Exception):
-    """A compiler has refused a program, for another reason than its size."""
+    """A compiler refuses a program for another reason than its size."""
 
 
 def _compile(lowered: Any, options: Sequence[dict[str, Any] | None]) -> Any:
-    """Compiles with the first of some options that the compiler knows, or with none."""
+    """Compiles with the first of the options that the compiler knows, or with none."""
     for option in options:
         try:
             return lowered.compile(compiler_options=option)
         except jax.errors.JaxRuntimeError as error:
             if "No such compile option" not in str(error):
                 raise
-        except TypeError:  # an option of another type than this jax has
+        except TypeError:  # this jax expects another type for the option
             continue
     return lowered.compile()
 
 
 def _describe(lowered: Any, options: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """Compiles, and says what came of it in plain values."""
+    """Compiles; returns the fields of a Program as plain values."""
     try:
         compiled = _compile(lowered, options)
     except jax.errors.JaxRuntimeError as error:
@@ -259,8 +269,8 @@ def _describe(lowered: Any, options: Sequence[dict[str, Any] | None]) -> dict[st
         "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
     }
-    # All that has to be there: XLA's own figure for the peak leaves out what lies unused between
-    # temporaries, and on CPU the temporaries themselves.
+    # XLA's own figure for the peak leaves out fragmentation between temporaries, and on CPU the
+    # temporaries themselves.
     needed = (
         parts["arguments"] + parts["temporaries"] + memory.output_size_in_bytes - parts["aliased"]
     )
@@ -276,7 +286,7 @@ def _describe(lowered: Any, options: Sequence[dict[str, Any] | None]) -> dict[st
 
 def _bytes_accessed(compiled: Any) -> float:
     analysis = compiled.cost_analysis()
-    if not analysis:  # a GPU's compiler gives none; the same analysis runs on any program
+    if not analysis:  # the GPU compiler returns none; the same analysis runs on any program
         from jaxlib import _jax
 
         analyse = getattr(_jax, "hlo_module_cost_analysis", None)
@@ -291,7 +301,7 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def _needed(message: str) -> int | None:
-    """Bytes that a program asked for, from the words of the TPU compiler; None for other errors.
+    """Bytes that a program asked for, from an error of the TPU compiler; None for other errors.
 
     "Ran out of memory on HBM, the total memory required for HLO temporaries (43.49G) exceeds
     available HBM (15.75G)"
@@ -303,6 +313,10 @@ def _needed(message: str) -> int | None:
         for number, unit in re.findall(r"([\d.]+)\s?([KMGT])(?:i?B)?\b", message)
     ]
     return int(max(sizes, default=0.0))
+
+
+def _shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
 
 
 def _size(tree: Any) -> int:

@@ -1,13 +1,13 @@
-"""A model of a step's time: a roofline for the chip, alpha-beta for what goes between chips.
+"""A model of the time of a step: a roofline for the chip, alpha-beta for communication.
 
     step = max(compute, memory) * (1 + stragglers) + collectives
 
-No collective overlaps with other work, and the input is always there in time. A collective of b
-bytes costs `alpha + beta b` (Hockney, Parallel Computing 20, 1994), with alpha from the number of
-hops and beta from the bandwidth of what joins the chips: the torus of a TPU slice or NVLink within
-a host, and a data centre's network between them, each host having its share of the bytes
-(hierarchical all-reduce: reduce-scatter, all-reduce, all-gather). The constants, with their
-sources, are in `chips`; docs/plan.md holds the model against published measurements.
+The model assumes that no collective overlaps with other work and that the input pipeline keeps up.
+A collective of b bytes costs `alpha + beta b` (Hockney, Parallel Computing 20, 1994). Alpha depends
+on the number of hops, beta on the bandwidth between the chips: the torus of a TPU slice, or NVLink
+within a host, and a data centre's network between them, where each host sends its share of the
+bytes (hierarchical all-reduce: reduce-scatter, all-reduce, all-gather). `chips` holds the constants
+and their sources; docs/plan.md compares the model with published measurements.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from launcher.planning.chips import STRAGGLERS, Chip
 from launcher.planning.hlo import Collective
 
-# Passes over the data, in units of (n - 1) / n of it.
+# Passes over the data, in units of (n - 1) / n of its bytes.
 _PASSES = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Chips, some of which are joined by fast links.
+    """Domains of chips with fast links, joined by a network.
 
     Attributes:
-        chip: what they are.
-        domain: chips that fast links join, along each axis of a torus; one number for NVLink.
-        num_domains: how many of these a network joins.
+        chip: the kind of chip.
+        domain: chips of a domain along each axis of its torus; one number for NVLink.
+        num_domains: number of domains.
     """
 
     chip: Chip
@@ -39,28 +39,28 @@ class Cluster:
 
     @property
     def chips_per_domain(self) -> int:
-        """Chips that fast links join."""
+        """Chips of one domain."""
         return math.prod(self.domain)
 
     @property
     def num_chips(self) -> int:
-        """All of them."""
+        """Chips of all domains."""
         return self.chips_per_domain * self.num_domains
 
     @property
     def num_devices(self) -> int:
-        """As jax counts them."""
+        """Devices, as jax counts them."""
         return self.num_chips * self.chip.devices_per_chip
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one device does in one step.
+    """The work of one device in one step.
 
     Attributes:
-        flops: by dtype.
-        bytes_accessed: of its memory.
-        collectives: with all other devices.
+        flops: FLOPs by dtype.
+        bytes_accessed: bytes read from and written to memory.
+        collectives: collectives with all other devices.
     """
 
     flops: Mapping[str, float]
@@ -70,14 +70,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one step, and what follows. Predicted, never measured.
+    """The predicted time of one step, in seconds.
 
     Attributes:
-        compute_seconds: of the matmuls and convolutions.
-        memory_seconds: to read and write what the program does.
-        collective_seconds: between chips.
-        straggler_seconds: to wait for the slowest of many.
-        peak_seconds: of the same operations at the chip's peak, which utilisation refers to.
+        compute_seconds: matmuls and convolutions.
+        memory_seconds: reads and writes of memory.
+        collective_seconds: communication between chips.
+        straggler_seconds: waiting for the slowest of many.
+        peak_seconds: the same operations at the chip's peak, which MFU refers to.
     """
 
     compute_seconds: float
@@ -88,13 +88,13 @@ class Prediction:
 
     @property
     def step_seconds(self) -> float:
-        """All together."""
+        """The whole step."""
         work = max(self.compute_seconds, self.memory_seconds)
         return work + self.straggler_seconds + self.collective_seconds
 
     @property
     def bound(self) -> str:
-        """What takes longest: "compute", "memory" or "collectives"."""
+        """The longest part: "compute", "memory" or "collectives"."""
         parts = {
             "compute": self.compute_seconds,
             "memory": self.memory_seconds,
@@ -104,12 +104,12 @@ class Prediction:
 
     @property
     def mfu(self) -> float:
-        """The share of the chip's peak, from 0 to 1."""
+        """Model FLOPs utilisation, from 0 to 1."""
         return self.peak_seconds / self.step_seconds if self.step_seconds else 0.0
 
 
 def predict(work: Work, cluster: Cluster) -> Prediction:
-    """The time of a step that does `work` on each device of `cluster`."""
+    """Predicts the time of a step that does `work` on each device of `cluster`."""
     chip = cluster.chip
     peak = sum(
         count / (_peak(chip, dtype) / chip.devices_per_chip) for dtype, count in work.flops.items()
@@ -127,7 +127,7 @@ def predict(work: Work, cluster: Cluster) -> Prediction:
 
 
 def collective_seconds(collective: Collective, cluster: Cluster) -> float:
-    """Of all collectives that a `Collective` stands for: `count` times alpha, and beta once."""
+    """Seconds of all collectives in a `Collective`: `count` times alpha, beta times its bytes."""
     if cluster.num_devices == 1:
         return 0.0
     alpha, beta = alpha_beta(collective.kind, cluster)
@@ -135,7 +135,7 @@ def collective_seconds(collective: Collective, cluster: Cluster) -> float:
 
 
 def alpha_beta(kind: str, cluster: Cluster) -> tuple[float, float]:
-    """Seconds of one collective, and seconds of each byte of its result."""
+    """Seconds per collective, and seconds per byte of its result."""
     chip, passes = cluster.chip, _PASSES.get(kind, 1.0)
     near, domains = cluster.chips_per_domain, cluster.num_domains
     alpha = chip.collective_overhead
@@ -151,7 +151,7 @@ def alpha_beta(kind: str, cluster: Cluster) -> tuple[float, float]:
 
 
 def _hops(domain: Sequence[int], chip: Chip) -> float:
-    """Links that a byte passes to be everywhere: half of a ring, all of a line, a switch's tree."""
+    """Hops to reach all chips: half of a ring, all of a line, the depth of a switch's tree."""
     if chip.torus_axes == 0:
         return math.ceil(math.log2(math.prod(domain)))
     return sum(side / 2 if side % chip.ring_side == 0 else side - 1 for side in domain)
@@ -160,7 +160,7 @@ def _hops(domain: Sequence[int], chip: Chip) -> float:
 def scaling(
     work: Work, cluster: Cluster, beyond: Sequence[int] = (4096, 50_000)
 ) -> list[tuple[int, Prediction]]:
-    """`(chips, prediction)` from one chip to the cluster and beyond, the batch a chip unchanged."""
+    """`(chips, prediction)` from one chip to beyond the cluster, with the same batch per chip."""
     counts = {1, cluster.num_chips, *beyond}
     count = 2
     while count < max(beyond):
@@ -170,7 +170,7 @@ def scaling(
 
 
 def of_size(cluster: Cluster, num_chips: int) -> Cluster:
-    """A cluster of (about) so many of the same chips: larger slices, then more of them."""
+    """A cluster of about `num_chips` of the same chips: first larger slices, then more of them."""
     chip = cluster.chip
     if num_chips == cluster.num_chips:
         return cluster
@@ -182,7 +182,7 @@ def of_size(cluster: Cluster, num_chips: int) -> Cluster:
 
 
 def _box(chips: int, axes: int) -> tuple[int, ...]:
-    """The sides of a torus of about so many chips, as even as powers of two allow."""
+    """The sides of a torus of about `chips` chips, as even as powers of two allow."""
     sides = [1] * axes
     while 2 * math.prod(sides) <= chips:
         sides[sides.index(min(sides))] *= 2

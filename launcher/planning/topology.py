@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from launcher.planning.chips import CHIPS, Chip
 from trainer.errors import UserError
 
-# Shapes that are offered for sale or that tests use; a compiler may take others.
+# Shapes that clouds offer or tests use; a compiler may accept others.
 _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
     *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
@@ -26,11 +26,11 @@ _SHAPES: dict[str, tuple[str, ...]] = {
     "tpu7x": _CUBES,
 }
 _GPUS = ("h100", "a100", "l4")
-# What is sold under a count of chips or cores: `v5e-256`.
+# Names with a number of chips or cores: `v5e-256`.
 _COUNTED = re.compile(r"(v2|v3|v4|v5p|v5e|v6e|v5litepod)-([1-9][0-9]*)")
-# Of which the older ones count cores, two to a chip.
+# These count cores, two per chip.
 _CORES = ("v2", "v3", "v4", "v5p")
-# More than anybody has, and few enough to answer about.
+# More than exist, but few enough for a quick answer.
 _MOST_DEVICES = 1 << 20
 
 
@@ -39,12 +39,12 @@ class Topology:
     """Devices that may not be here.
 
     Attributes:
-        name: as it was asked for.
+        name: as the user wrote it.
         platform: "tpu", "gpu" or "cpu".
-        chip: what it is made of; None for CPU devices.
-        shape: chips along each axis of a TPU slice; hosts and GPUs of each for a GPU cluster; the
+        chip: the kind of chip; None for CPU devices.
+        shape: chips along each axis of a TPU slice; hosts and GPUs per host of a GPU cluster;
             number of CPU devices.
-        num_slices: slices (or GPU clusters) that only a data centre's network joins.
+        num_slices: number of slices (or GPU clusters), joined by a data centre's network.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Topology:
 
     @property
     def chips_per_slice(self) -> int:
-        """Chips that the fast links join."""
+        """Chips of one slice."""
         return math.prod(self.shape)
 
     @property
@@ -65,24 +65,24 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """Devices as jax counts them; some TPU chips are two."""
+        """Devices as jax counts them; some TPU chips count as two."""
         return self.num_chips * (self.chip.devices_per_chip if self.chip else 1)
 
     @property
     def slice_name(self) -> str:
-        """A TPU slice as its compiler names it."""
+        """The compiler's name of a TPU slice."""
         assert self.chip is not None
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def label(self) -> str:
-        """Its name, with the slices that were asked for beside it."""
+        """The name, with the number of slices of --num_slices."""
         slices = self.num_slices > 1 and self.platform == "tpu"
         return f"{self.num_slices} x {self.name}" if slices else self.name
 
     @property
     def num_hosts(self) -> int:
-        """Processes of a run there."""
+        """Processes of a run."""
         if self.chip is None:
             return 1
         if self.platform == "gpu":
@@ -91,13 +91,13 @@ class Topology:
 
 
 def known_topologies() -> list[str]:
-    """Names to show to a person."""
+    """Names for messages."""
     tpus = [f"{chip}:{shape}" for chip, shapes in _SHAPES.items() for shape in shapes]
     return [*tpus, *(f"gpu:{gpu}:{s}" for gpu in _GPUS for s in ("1x1x8", "1x4x8")), "cpu:8"]
 
 
 def is_topology(text: str) -> bool:
-    """Whether a text looks like the name of a topology, well-formed or not."""
+    """Whether a text looks like the name of a topology, valid or not."""
     return re.fullmatch(r"[a-z]+\w*:\w+(:\w+)?|" + _COUNTED.pattern, text) is not None
 
 
@@ -107,10 +107,10 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
     Args:
         text: `CHIP:AxB` or `CHIP:AxBxC` for a TPU slice, `gpu:CHIP:HxG` or `gpu:CHIP:SxHxG` for S
             clusters of H hosts with G GPUs each, `cpu:N`.
-        num_slices: of TPUs, or of GPU clusters where the text does not say.
+        num_slices: number of TPU slices, or of GPU clusters if the text does not say.
 
     Raises:
-        UserError: with the known names that are nearest.
+        UserError: the name is unknown; the hint lists similar names.
     """
     name, counted = text.lower(), _COUNTED.fullmatch(text.lower())
     if counted:
@@ -131,7 +131,7 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
         if gpu in _GPUS and len(sizes) in (2, 3):
             if len(sizes) == 3 and num_slices > 1:
                 raise UserError(
-                    f"--num_slices={num_slices} and --topology={text} both say how many clusters",
+                    f"--num_slices={num_slices} and --topology={text} both set the clusters",
                     "leave one of them out",
                 )
             slices = sizes[0] if len(sizes) == 3 else num_slices
@@ -142,8 +142,7 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
             topology = Topology(text, "tpu", CHIPS[kind], sizes, num_slices)
             if topology.chips_per_slice > CHIPS[kind].max_chips:
                 raise UserError(
-                    f"--topology={text}: a slice of {kind} has {CHIPS[kind].max_chips} chips at "
-                    "most",
+                    f"--topology={text}: {kind} slices have at most {CHIPS[kind].max_chips} chips",
                     f"--topology={kind}:{_SHAPES[kind][-1]} --num_slices=N joins several",
                 )
             return _checked(topology)
@@ -154,13 +153,13 @@ def _checked(topology: Topology) -> Topology:
     if topology.num_devices > _MOST_DEVICES:
         raise UserError(
             f"--topology={topology.name} has {topology.num_devices:,} devices",
-            f"{_MOST_DEVICES:,} are the most",
+            f"at most {_MOST_DEVICES:,} are possible",
         )
     return topology
 
 
 def unknown_topology(text: str, why: str = "") -> UserError:
-    """The error for a name that nobody knows, with those that are near."""
+    """The error for an unknown name, with similar ones."""
     known = known_topologies()
     near = difflib.get_close_matches(text.lower(), known, n=3, cutoff=0.5)
     kind = re.split("[:-]", text.lower())[0]
@@ -168,13 +167,13 @@ def unknown_topology(text: str, why: str = "") -> UserError:
     others = ", ".join(near) if near else "v5e:4x4, v6e:16x16, v5p:4x4x4, gpu:h100:1x4x8, cpu:8"
     return UserError(
         f"there is no topology {text!r}{f' ({why})' if why else ''}",
-        f"near it: {others}; the form is CHIP:AxB, gpu:CHIP:HOSTSxGPUS or cpu:N, with CHIP one of "
-        f"{', '.join([*_SHAPES, *_GPUS])}",
+        f"similar ones: {others}; the form is CHIP:AxB, gpu:CHIP:HOSTSxGPUS or cpu:N, where CHIP "
+        f"is one of {', '.join([*_SHAPES, *_GPUS])}",
     )
 
 
 def _dims(text: str) -> tuple[int, ...]:
-    """`4x8` as (4, 8); () if it is no such text."""
+    """`4x8` as (4, 8); () for another form."""
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
         return ()
     return tuple(map(int, text.split("x")))

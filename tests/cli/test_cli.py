@@ -27,7 +27,7 @@ WITHOUT_JAX = [
     ([], 2, "--config is missing"),
     (["--confg=x.py"], 2, "did you mean --config?"),
     (["reprot"], 2, "did you mean report?"),
-    (["report", "configs"], 2, "configs holds no run"),
+    (["report", "configs"], 2, "configs is not the folder of a run"),
     (["report", "x", "--otu=y.html"], 2, "did you mean --out?"),
     ([MLP, "--worjdir=x"], 2, "did you mean --workdir?"),
     ([MLP, "surplus"], 2, "unexpected argument 'surplus'"),
@@ -41,7 +41,7 @@ WITHOUT_JAX = [
     (
         [MLP, "--config.optimizer.nesterov=True"],
         2,
-        "another keyword of its target goes in the file",
+        "set other keywords of its target in the config file",
     ),
     ([MLP, "--config.num_epochs=many"], 2, "error: --config.num_epochs=many: not an integer"),
     ([MLP, "--config.optimizer.learning_rate=fast"], 2, "learning_rate=fast: not a number"),

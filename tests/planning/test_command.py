@@ -305,7 +305,7 @@ def test_more_devices_than_are_faked(plan):
         1,
         1024,
     )
-    assert "1,024 examples, 1 a device" in out
+    assert "1,024 examples, 1 per device" in out
 
 
 def test_shapes_alone_with_a_schedule_over_epochs(plan):
@@ -411,9 +411,9 @@ def test_a_model_that_does_not_trace_shows_its_line(plan, tmp_path):
         (["--topology=gpu:h100:999999x8"], "devices"),
         (["--topology=cpu:4", "--example=x=object[3] y=int32[]"], "--example"),
         (["--topology=cpu:4", "--plot=a.jpg"], "PNG"),
-        (["--topology=cpu:4", "--batch=auto"], "nothing is known of the memory"),
+        (["--topology=cpu:4", "--batch=auto"], "the memory of cpu devices is unknown"),
         (["--topology=cpu:4", "--example=x=[3]"], "--example"),
-        (["--topology=cpu:4", "--compare=v5e:2x2,nonsense"], "'nonsense' is no topology"),
+        (["--topology=cpu:4", "--compare=v5e:2x2,nonsense"], "'nonsense' is not a topology"),
         (["--topology=cpu:4", "--plot=/nowhere/x.png"], "there is no folder /nowhere"),
         (["--topology=cpu:4", "--efort=full"], "did you mean --effort?"),
         (["--topology=cpu:4", "--config.model.hiden=3"], "the config has no such key"),

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.planning.chips import CHIPS, STRAGGLERS
+from launcher.planning.forecast import largest_batch
 from launcher.planning.hlo import Collective
-from launcher.planning.largest import largest_batch
 from launcher.planning.step_time import Cluster, Work, alpha_beta, predict, scaling
 
 V5E, H100 = CHIPS["v5e"], CHIPS["h100"]

@@ -1,4 +1,4 @@
-"""A plan in words, and as JSON."""
+"""Plans as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from launcher.planning.hlo import Collective
 _MOST_LINES = 14
 
 
-def one(plan: Forecast) -> str:
-    """Everything about one plan."""
+def render(plans: Sequence[Forecast]) -> str:
+    """One plan in full, or several side by side."""
+    return _render_plan(plans[0]) if len(plans) == 1 else _render_comparison(plans)
+
+
+def _render_plan(plan: Forecast) -> str:
     hosts = f", {plan.num_hosts} hosts" if plan.num_hosts > 1 else ""
     kind = plan.topology.chip.device_kind if plan.topology.chip else "CPU, virtual"
     lines = [
@@ -24,10 +28,10 @@ def one(plan: Forecast) -> str:
         f"({kind}{hosts}), lift {plan.lift}"
     ]
     lines += [f"note: {note}" for note in plan.notes]
-    searched = f", {plan.searched}" if plan.searched else ""
+    batch_note = f", {plan.batch_note}" if plan.batch_note else ""
     state = plan.state
     lines += [
-        f"batch            {plan.global_batch:,} examples, {plan.batch:,} a device{searched}",
+        f"batch            {plan.global_batch:,} examples, {plan.batch:,} per device{batch_note}",
         f"parameters       {state.parameters:,}, {_bytes(state.parameter_bytes)}; optimizer "
         f"{_bytes(state.optimizer_bytes)}, other state {_bytes(state.model_bytes)}; {_where(plan)}",
         "",
@@ -41,26 +45,26 @@ def one(plan: Forecast) -> str:
         lines += ["", *_prediction(plan)]
         lines += ["", *_scaling(plan)] if plan.scaling else []
         if not plan.scaling:
-            lines.append("  one device: nothing is said of more")
+            lines.append("  one device: no prediction for more")
     elif plan.fits:
-        lines += ["", "no prediction: nothing is known of the speed of these devices"]
+        lines += ["", "no prediction: the speed of these devices is unknown"]
     lines += ["", _compiled(plan)]
     return "\n".join(lines) + "\n"
 
 
-def several(plans: Sequence[Forecast]) -> str:
-    """Plans side by side: a column each."""
+def _render_comparison(plans: Sequence[Forecast]) -> str:
+    """One column per plan."""
     rows: list[list[str]] = [
         ["", *(plan.label for plan in plans)],
         ["devices", *(f"{plan.num_devices:,}" for plan in plans)],
         ["lift", *(plan.lift for plan in plans)],
-        ["examples a device", *(f"{plan.batch:,}" for plan in plans)],
+        ["examples per device", *(f"{plan.batch:,}" for plan in plans)],
         ["global batch", *(f"{plan.global_batch:,}" for plan in plans)],
         ["parameters", *(f"{plan.state.parameters:,}" for plan in plans)],
-        ["memory a device", *(_bytes(plan.needed) for plan in plans)],
+        ["device memory", *(_bytes(plan.needed) for plan in plans)],
         ["  of", *(_bytes(p.memory_bytes) if p.memory_bytes else "?" for p in plans)],
         ["fits", *("yes" if plan.fits else "NO" for plan in plans)],
-        ["FLOPs a device", *(_flops(plan.flops) for plan in plans)],
+        ["FLOPs per device", *(_flops(plan.flops) for plan in plans)],
         ["memory traffic", *(_bytes(plan.program.bytes_accessed) for plan in plans)],
         ["collectives", *(_count_and_bytes(plan.program.collectives) for plan in plans)],
         ["state", *(plan.state_sharding for plan in plans)],
@@ -97,7 +101,7 @@ def several(plans: Sequence[Forecast]) -> str:
 
 
 def to_json(plan: Forecast) -> dict[str, Any]:
-    """One plan in plain values: bytes, seconds, FLOPs of one device."""
+    """One plan in plain values: bytes, seconds and FLOPs of one device."""
     prediction = plan.prediction
     return {
         "label": plan.label,
@@ -164,20 +168,20 @@ def write_json(path: str, plans: Sequence[Forecast]) -> None:
 
 def _where(plan: Forecast) -> str:
     if plan.state_sharding == "replicated":
-        return "all of it on every device"
+        return "replicated on every device"
     return (
-        f"a device\n{'':16} {_bytes(plan.state.saved_bytes)} less than a whole state, for "
-        f"{_bytes(plan.gathered_bytes)} more to be received in a step"
+        f"per device\n{'':16} {_bytes(plan.state.saved_bytes)} less than replicated, for "
+        f"{_bytes(plan.gathered_bytes)} of all-gathers per step"
     )
 
 
 def _memory(plan: Forecast) -> list[str]:
     program = plan.program
     if plan.memory_bytes is None:
-        first = f"memory a device  {_bytes(plan.needed)}"
+        first = f"device memory    {_bytes(plan.needed)}"
     else:
         first = (
-            f"memory a device  {_bytes(plan.needed)} of {_bytes(plan.memory_bytes)}  "
+            f"device memory    {_bytes(plan.needed)} of {_bytes(plan.memory_bytes)}  "
             f"{_bar(plan.needed / plan.memory_bytes)}"
         )
     if plan.fits and program.fits:
@@ -186,7 +190,7 @@ def _memory(plan: Forecast) -> list[str]:
             first,
             *([close] if plan.is_close else []),
             f"  state, batch   {_bytes(program.arguments)}, of which {_bytes(program.aliased)} "
-            "become the results (donated)",
+            "are donated",
             f"  temporaries    {_bytes(program.temporaries)}",
             f"  largest        {_largest(plan)}",
         ]
@@ -194,11 +198,11 @@ def _memory(plan: Forecast) -> list[str]:
         first,
         "  DOES NOT FIT. The largest arrays of the step:",
         *(f"    {_bytes(a.bytes):>10}  {a.source}" for a in plan.largest_arrays),
-        *(f"  HINT: {hint}" for hint in _what_would_help(plan)),
+        *(f"  HINT: {hint}" for hint in _hints(plan)),
     ]
 
 
-def _what_would_help(plan: Forecast) -> list[str]:
+def _hints(plan: Forecast) -> list[str]:
     assert plan.memory_bytes is not None
     hints = []
     fixed = plan.state.parameter_bytes + plan.state.optimizer_bytes
@@ -211,11 +215,11 @@ def _what_would_help(plan: Forecast) -> list[str]:
     if plan.batch > 1:
         guess = max(1, int(plan.batch * plan.memory_bytes / plan.needed * 0.9))
         hints.append(
-            f"fewer examples a device: about {guess:,} may fit, --batch=auto finds the most"
+            f"fewer examples per device: about {guess:,} may fit, --batch=auto finds the most"
         )
     if any("f32[" in array.shape for array in plan.largest_arrays):
-        hints.append("activations are float32: a model that computes in bfloat16 halves them")
-    hints.append("nn.remat around the blocks of the model: they are computed again, not kept")
+        hints.append("activations are float32: computing in bfloat16 halves them")
+    hints.append("nn.remat around the blocks of the model: activations are recomputed, not kept")
     return hints
 
 
@@ -226,12 +230,12 @@ def _largest(plan: Forecast) -> str:
 def _work(plan: Forecast) -> list[str]:
     traffic = plan.program.bytes_accessed
     if plan.program.batch != plan.batch:
-        return [f"work of a step    {_flops(plan.flops)} a device"]
-    intensity = f", {plan.flops / traffic:.0f} FLOPs a byte" if traffic else ""
+        return [f"work per step    {_flops(plan.flops)} per device"]
+    intensity = f", {plan.flops / traffic:.0f} FLOPs per byte" if traffic else ""
     chip = plan.topology.chip
     balance = f" (the chip: {chip.flops_bf16 / chip.memory_bandwidth:.0f})" if chip else ""
     return [
-        f"work of a step   {_flops(plan.flops)} and {_bytes(traffic)} of memory traffic a device"
+        f"work per step    {_flops(plan.flops)} and {_bytes(traffic)} of memory traffic per device"
         f"{intensity}{balance}"
     ]
 
@@ -243,10 +247,10 @@ def _collectives(plan: Forecast) -> list[str]:
         return ["collectives      none"]
     groups: dict[tuple[str, str], list[Collective]] = {}
     names = [item.module for item in collectives]
-    whole = len(set(names)) <= _MOST_LINES
+    few = len(set(names)) <= _MOST_LINES
     for item in collectives:
-        # Of many, those of one block together.
-        name = item.module if whole else item.module.split("/")[0]
+        # Many modules are grouped by block.
+        name = item.module if few else item.module.split("/")[0]
         groups.setdefault((item.kind, name), []).append(item)
     shown = sorted(groups.items(), key=lambda group: -sum(c.bytes for c in group[1]))
     for (kind, name), items in shown[:_MOST_LINES]:
@@ -254,7 +258,7 @@ def _collectives(plan: Forecast) -> list[str]:
     if len(shown) > _MOST_LINES:
         rest = [item for _, items in shown[_MOST_LINES:] for item in items]
         lines.append(_line_of(f"{len(shown) - _MOST_LINES} more", rest))
-    lines.append(_line_of("together", list(collectives)))
+    lines.append(_line_of("in total", list(collectives)))
     batch_norm = [item for item in collectives if plan.is_batch_norm(item)]
     if batch_norm:
         lines.append(_line_of("of which batch normalisation", batch_norm))
@@ -281,20 +285,20 @@ def _prediction(plan: Forecast) -> list[str]:
 
     sync = [item for item in plan.program.collectives if plan.is_batch_norm(item)]
     lines = [
-        "predicted, not measured (docs/plan.md says how well):",
+        "predicted, not measured (see docs/plan.md for the accuracy):",
         row("compute", prediction.compute_seconds),
         row("memory", prediction.memory_seconds),
         row("collectives", prediction.collective_seconds),
     ]
     if sync and plan.sync_bn_seconds:
-        small = f"{sum(item.count for item in sync)} small ones, one after another"
+        small = f"{sum(item.count for item in sync)} small ones in sequence"
         what = f"{small}: latency, not bytes" if plan.sync_bn else "left out: --nosync_bn"
         lines.append(f"    sync BN      {_seconds(plan.sync_bn_seconds):>9}  {what}")
     if prediction.straggler_seconds:
         lines.append(row("stragglers", prediction.straggler_seconds))
     lines.append(
         f"  step           {_seconds(step):>9}  bound by {prediction.bound}; {rate:,.0f} "
-        f"examples/s, {rate / plan.num_devices:,.0f} a device; MFU {prediction.mfu:.1%}"
+        f"examples/s, {rate / plan.num_devices:,.0f} per device; MFU {prediction.mfu:.1%}"
     )
     if plan.examples:
         epoch = max(1, plan.examples // plan.global_batch)
@@ -306,7 +310,7 @@ def _prediction(plan: Forecast) -> list[str]:
 
 
 def _scaling(plan: Forecast) -> list[str]:
-    lines = ["predicted for other sizes, the same batch a device:"]
+    lines = ["predicted for other sizes, with the same batch per device:"]
     devices_per_chip = plan.topology.chip.devices_per_chip if plan.topology.chip else 1
     for chips, there in plan.scaling:
         devices = chips * devices_per_chip
@@ -320,12 +324,12 @@ def _scaling(plan: Forecast) -> list[str]:
 
 
 def _efficiency(plan: Forecast, step_seconds: float) -> float:
-    """Against one chip with the same batch a device."""
+    """Relative to one chip with the same batch per device."""
     return plan.scaling[0][1].step_seconds / step_seconds
 
 
 def _compiled(plan: Forecast) -> str:
-    how = ", kept from an earlier plan" if plan.program.cached else ""
+    how = ", cached by an earlier plan" if plan.program.cached else ""
     return f"compiled in {_seconds(plan.program.compile_seconds)}{how}"
 
 

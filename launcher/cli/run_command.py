@@ -1,0 +1,48 @@
+"""What every command but `train` does around its work: --help, errors and exit codes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from launcher import exit_codes
+from trainer.errors import UserError
+
+
+class CommandFailed(Exception):
+    """The command cannot do what it was asked to do. The text is printed; the exit code is 1."""
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether any argument is --help, in one of absl's spellings."""
+    return any(re.fullmatch(r"--?(help|helpshort|helpfull|h)", argument) for argument in argv)
+
+
+def run_command(argv: Sequence[str], usage: str, work: Callable[[Sequence[str]], None]) -> int:
+    """Runs a command; returns the exit code.
+
+    Args:
+        argv: the arguments after the command's name.
+        usage: what --help prints.
+        work: does what the arguments ask for. It raises UserError or CommandFailed.
+    """
+    if asks_for_help(argv):
+        print(usage, end="")
+        return exit_codes.DONE
+    try:
+        work(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.USAGE
+    except CommandFailed as error:
+        print(error, file=sys.stderr)
+        return exit_codes.FAILED
+    except BrokenPipeError:  # as in `| head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return exit_codes.DONE
