@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-_PACKAGE_FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "trainer")]
+_LAUNCHER = Path(__file__).parents[1]
+_PACKAGE_FOLDERS = [str(_LAUNCHER), str(_LAUNCHER.parent / "trainer")]
 
 
 def describe(what: str, error: Exception, environ: Mapping[str, str], hint: str = "") -> str:
