@@ -1,31 +1,30 @@
-"""`python -m launcher report`: the command line. Nothing here imports jax."""
+"""`python -m launcher report`: runs as one page of HTML. Nothing here imports jax."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from absl import flags as absl_flags
 
-from launcher import exit_codes
+from launcher.cli.run_command import run_command
 from launcher.command_line.parse import Flags, read_arguments
 from trainer.errors import UserError, first_line
 from trainer.version import __version__
 from trainer.workdir.paths import absolute, write_whole
 
 HELP = """\
-Makes one page of HTML of one or several runs, to be opened offline: what became of each, curves,
-config, faults and restarts, environment.
+Makes one page of HTML from one or several runs, which opens offline: the state of each run, curves,
+config, failures and restarts, environment.
 
   python -m launcher report WORKDIR [WORKDIR ...] [--out=report.html]
 
-  WORKDIR                the folder of a run, local or remote; it may be going on
+  WORKDIR                the folder of a run, local or remote; the run may be training
   --out=FILE.html        the page (default: report.html)
   --log                  losses on a logarithmic axis
-  --local_dir=DIR        where logs are if a workdir is remote, as for the run itself
-  --help                 this text
+  --local_dir=DIR        where the logs are if a workdir is remote, as for the run itself
+  --help                 prints this text
 
 Exit codes: 0 done, 2 usage.
 """
@@ -38,13 +37,13 @@ _FLAGS: Flags = {
 
 
 @dataclass(frozen=True)
-class Options:
+class _Options:
     """A parsed command line.
 
     Attributes:
-        workdirs: of the runs, at least one.
-        out: file of the page.
-        log: whether losses are drawn on a logarithmic axis.
+        workdirs: the folders of the runs, at least one.
+        out: the file to write.
+        log: whether the axis of losses is logarithmic.
         local_dir: where the logs of remote runs are; None for the system's temporary folder.
     """
 
@@ -60,44 +59,31 @@ def main(argv: Sequence[str]) -> int:
     Args:
         argv: the arguments after `report`.
     """
-    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in argv):
-        print(HELP, end="")
-        return exit_codes.DONE
-    try:
-        return make(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_codes.USAGE
+    return run_command(argv, HELP, lambda argv: _write_page(_parse(argv)))
 
 
-def parse(argv: Sequence[str]) -> Options:
-    """Reads a command line.
-
-    Raises:
-        UserError: for anything a person got wrong.
-    """
+def _parse(argv: Sequence[str]) -> _Options:
     workdirs, given = read_arguments(["report", *argv], _FLAGS)
     if not workdirs or not all(place.strip() for place in workdirs):
         raise UserError(
-            "no workdir is named", "python -m launcher report WORKDIR [WORKDIR ...], see --help"
+            "a workdir is missing", "python -m launcher report WORKDIR [WORKDIR ...], see --help"
         )
     out = absolute(given["out"])
     if not given["out"].strip() or out.is_dir():
-        raise UserError(f"--out={given['out']} is no file", "for example --out=report.html")
+        raise UserError(f"--out={given['out']} is not a file", "for example --out=report.html")
     if not out.parent.is_dir() and "://" not in given["out"]:
         raise UserError(f"--out={given['out']}: there is no folder {out.parent}")
-    return Options(workdirs, **given)
+    return _Options(workdirs, **given)
 
 
-def make(options: Options) -> int:
-    """Reads the runs and writes the page; returns the exit code."""
+def _write_page(options: _Options) -> None:
     from launcher.report.page import render
     from launcher.report.read import read_runs
 
     runs = read_runs(options.workdirs, options.local_dir)
     made = f"Made {time.strftime('%Y-%m-%d %H:%M:%S')} by podlift {__version__}"
     page = render(runs, log=options.log, made=made)
-    # Names of files and strings of JSON may hold what UTF-8 cannot.
+    # Names of files and strings of JSON may hold surrogates, which UTF-8 cannot encode.
     page = page.encode("utf-8", "backslashreplace").decode("utf-8")
     try:
         write_whole(absolute(options.out), page)
@@ -107,7 +93,6 @@ def make(options: Options) -> int:
     for run in runs:
         best = run.best
         ranked = f", best {best.tag} {best.value:.4g} at step {best.step}" if best else ""
-        told = f"{run.told}, {run.steps} steps" if run.state == "finished" else run.told
-        print(f"{run.name}: {told}{ranked}")
+        status = f"{run.status}, {run.steps} steps" if run.state == "finished" else run.status
+        print(f"{run.name}: {status}{ranked}")
     print(f"wrote {options.out}")
-    return exit_codes.DONE

@@ -1,5 +1,5 @@
-"""`python -m launcher report`: runs as one page of HTML that needs no other file.
+"""`python -m launcher report`: reads the folders of runs and renders them as one page of HTML.
 
-Data flows one way: `read` (what a folder holds) with `attempts` (what its logs say) -> `page`, with
-`chart` for curves, `thin` for fewer points and `scale` for axes. `command` is the way through.
+`read.read_runs` returns a `Run` for each folder (`sweep` uses it, too), with `attempts` from its
+logs; `page.render` makes the page, with a `chart` for each metric. Nothing here imports jax.
 """

@@ -1,7 +1,7 @@
-"""What the page of a report carries with it: its style and the script that shows values.
+"""The style of the page, and the script that shows values under the pointer.
 
-Colours were chosen by their contrast with the background (3:1 or more, WCAG 2.2 on graphics) and
-to differ in lightness as well as in hue, since not everybody sees hues.
+Colours have a contrast of at least 3:1 with the background (WCAG 2.2 on graphics) and differ in
+lightness as well as in hue, for readers who do not see hues.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.6rem 0; font: 0.
   border: 1px solid var(--rule); border-radius: 6px; padding: 0.3rem 0.6rem; font-size: 0.8rem;
   box-shadow: 0 2px 8px #0002; font-variant-numeric: tabular-nums; max-width: 70%; }
 .tip div { display: flex; justify-content: space-between; gap: 1rem; }
-ul.told { margin: 0.3rem 0; padding-left: 1.1rem; }
+ul.notes { margin: 0.3rem 0; padding-left: 1.1rem; }
 @media print { body { background: none; } .card, .chart { break-inside: avoid; } }
 """
 )
 
-# Shows the values under the pointer. Names come from the legend, by `textContent`: nothing that a
-# run has written is ever read as HTML.
+# Shows the values under the pointer. Names come from the legend through `textContent`, so nothing
+# that a run wrote is parsed as HTML.
 SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("points").textContent);

@@ -1,7 +1,7 @@
-"""What the logs of a run say of its attempts: when, from where to where, and how each ended.
+"""The attempts of a run, read from its logs: when, from which step to which, and how each ended.
 
-Only the terminal was told why a supervisor started again, so an ending that it got over is read
-from the last words of the ranks.
+A supervisor prints the reason for a restart to the terminal only, so the reason is read from the
+last lines of the ranks' logs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from launcher.processes.failure import is_lost_peer_error
 
-# Of the logs of ranks beside 0, whose lines say the same: only how they end.
+# The end of the logs of ranks other than 0; the rest repeats rank 0.
 _TAIL_BYTES = 65536
 
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)", re.DOTALL)
@@ -39,21 +39,21 @@ class Attempt:
     """One attempt of a run.
 
     Attributes:
-        number: counted from 1 over the life of the folder.
-        began: when, as its log has it; empty where unknown.
-        seconds: from the first line of its log to the last, or what it says itself if that is
-            more; None where unknown.
-        processes: how many have left a log.
-        first_step: that it went on from.
-        last_step: that it told of; None if it took none.
-        stop: the step it was to end at, where it told.
-        ending: what ended it, in words; empty if nothing was said.
-        went_well: whether it ended as it should, or as it was asked to.
-        warnings: what else went wrong, each once, with how often.
+        number: counted from 1 over all starts in the folder.
+        started: time of the first line of the log; empty if unknown.
+        seconds: from the first line of the log to the last, or as the log states it, if that is
+            longer; None if unknown.
+        processes: number of logs.
+        first_step: the step it resumed from.
+        last_step: the last step in the logs; None if there is none.
+        stop: the step to stop at, if the log names it.
+        ending: why it ended; empty if the logs do not say.
+        went_well: whether it finished, or stopped on request.
+        warnings: warnings in the log of rank 0, with how often each appears.
     """
 
     number: int
-    began: str
+    started: str
     seconds: float | None
     processes: int
     first_step: int
@@ -65,8 +65,8 @@ class Attempt:
 
 
 @dataclass
-class _Words:
-    """What matters in the log of a rank, line by line."""
+class _RankLog:
+    """What matters in the log of a rank, collected line by line."""
 
     rank: int
     first: str = ""
@@ -103,27 +103,27 @@ class _Words:
 
 
 def read_attempts(folder: Path, failure: Mapping[str, Any]) -> list[Attempt]:
-    """All attempts that have left a log, the first one first.
+    """All attempts that left a log, in order.
 
     Args:
         folder: the run's local folder.
-        failure: what `failure.json` holds, if there is one.
+        failure: the content of `failure.json`; empty if there is none.
     """
     found = []
     for number, place in _numbered(folder / "logs", r"attempt-(\d+)"):
-        words = [
-            _words_of(path, rank)
+        ranks = [
+            _read_rank_log(path, rank)
             for rank, path in _numbered(place, r"rank-(\d+)\.log")
             if path.is_file()
         ]
-        if words:
-            told = str(failure.get("error") or "") if number == attempt_of(failure) else ""
-            found.append(_attempt(number, words, told))
+        if ranks:
+            error = str(failure.get("error") or "") if number == attempt_of(failure) else ""
+            found.append(_attempt(number, ranks, error))
     return found
 
 
 def attempt_of(failure: Mapping[str, Any]) -> int | None:
-    """The number of the attempt that failed; its log's name says it best."""
+    """The number of the attempt that failed, from the name of its log if possible."""
     match = re.search(r"attempt-(\d+)", str(failure.get("log", "")))
     number = match[1] if match else str(failure.get("attempt"))
     return int(number) if re.fullmatch(r"[0-9]+", number) else None
@@ -138,36 +138,36 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def _words_of(path: Path, rank: int) -> _Words:
-    words = _Words(rank)
+def _read_rank_log(path: Path, rank: int) -> _RankLog:
+    log = _RankLog(rank)
     with contextlib.suppress(OSError), path.open("rb") as file:
         if rank > 0:
             size = file.seek(0, 2)
             file.seek(max(0, size - _TAIL_BYTES))
         for line in file:
-            words.add(line.decode("utf-8", "replace").rstrip("\r\n"))
-    return words
+            log.add(line.decode("utf-8", "replace").rstrip("\r\n"))
+    return log
 
 
-def _attempt(number: int, ranks: list[_Words], told: str) -> Attempt:
+def _attempt(number: int, ranks: list[_RankLog], error: str) -> Attempt:
     first = ranks[0]
-    ending = told or _ending(ranks)
+    ending = error or _ending(ranks)
     return Attempt(
         number=number,
-        began=first.first,
+        started=first.first,
         seconds=_seconds(first.first, first.last, first.done),
         processes=len(ranks),
         first_step=first.restored,
         last_step=max((r.step for r in ranks if r.step is not None), default=None),
         stop=first.stop,
         ending=ending,
-        went_well=not told and bool(ending) and ending in (rank.done for rank in ranks),
+        went_well=not error and bool(ending) and ending in (rank.done for rank in ranks),
         warnings=first.warnings,
     )
 
 
-def _ending(ranks: Iterable[_Words]) -> str:
-    """How an attempt ended that has left no `failure.json`."""
+def _ending(ranks: Iterable[_RankLog]) -> str:
+    """How an attempt ended that `failure.json` does not describe."""
     ranks = list(ranks)
     failed = sorted((rank for rank in ranks if rank.error), key=lambda rank: rank.error_time)
     causes = [rank for rank in failed if not is_lost_peer_error(rank.error)]
@@ -178,21 +178,21 @@ def _ending(ranks: Iterable[_Words]) -> str:
     if silent and (failed or len(ranks) > len(silent)):
         who = ", ".join(str(rank.rank) for rank in silent[:5]) + (", ..." if silent[5:] else "")
         at = f" at step {silent[0].step}" if silent[0].step is not None else ""
-        text = f"rank{'s' * (len(silent) > 1)} {who} ended without a word{at}"
+        text = f"rank{'s' * (len(silent) > 1)} {who} ended without an error message{at}"
         return f"{text}; then {failed[0].error}" if failed else text
     if failed:
         return failed[0].error
     if not done and any(rank.has_stacks for rank in ranks):
-        return "ended without a word after the stacks of its threads: no progress?"
+        return "ended without an error message after the stacks of its threads: no progress?"
     return done
 
 
 def _seconds(first: str, last: str, done: str) -> float | None:
     try:
-        began, ended = (datetime.fromisoformat(text) for text in (first, last))
+        started, ended = (datetime.fromisoformat(text) for text in (first, last))
     except ValueError:
         return None
-    told = 0
+    stated = 0
     if match := re.match(r"finished: .* in (\d+):(\d\d):(\d\d)$", done):
-        told = 3600 * int(match[1]) + 60 * int(match[2]) + int(match[3])
-    return max(float(told), (ended - began).total_seconds())
+        stated = 3600 * int(match[1]) + 60 * int(match[2]) + int(match[3])
+    return max(float(stated), (ended - started).total_seconds())

@@ -1,4 +1,4 @@
-"""One metric of several runs over their steps, as SVG within a page."""
+"""One metric of several runs over their steps, as SVG."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from launcher.report.scale import LARGEST, Scale, number, steps_scale, values_scale
 from launcher.report.thin import Points, thin
 
-# Colours and dashes are taken in turn; their counts have no common factor, so that it takes 42 runs
-# until two lines look the same. The page gives each colour its value, for light and for dark.
+# Colours and dashes rotate. Their counts have no common factor, so 42 lines differ. The style of
+# the page defines the colours, for light and for dark.
 COLOURS = 6
 DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "14 4", "5 2 1.5 2 1.5 2", "1.5 4.5")
 
 WIDTH, HEIGHT = 560, 250
 LEFT, TOP, RIGHT, BOTTOM = 56, 10, 548, 218
 
-# So few points are marked, which also shows where measurements were taken.
+# Up to this many points are marked, to show where measurements are.
 _MARKED = 40
 
 
@@ -28,9 +28,9 @@ class Line:
     """A curve.
 
     Attributes:
-        name: of its run.
-        number: of its run, which decides how it is drawn.
-        points: (step, value), steps ascending, None where there is a gap.
+        name: name of the run.
+        number: number of the run, which determines colour and dash.
+        points: (step, value), with ascending steps; None is a gap.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Line:
 
 
 def swatch(number: int) -> str:
-    """A piece of the line of a run, for legends."""
+    """A sample of the line of a run, for legends."""
     return (
         '<svg class="swatch" viewBox="0 0 30 10" width="30" height="10" aria-hidden="true">'
         f'<path class="line c{number % COLOURS}" {_dash(number)}d="M0 5H30"/></svg>'
@@ -52,13 +52,16 @@ def _dash(number: int) -> str:
 
 
 def draw(tag: str, lines: Sequence[Line], last_step: int, *, log: bool) -> tuple[str, Any]:
-    """Draws a metric; returns an SVG element, and what hovering needs, as JSON.
+    """Draws a metric.
 
     Args:
-        tag: of the metric.
-        lines: of the runs that have it.
-        last_step: where the axis of steps ends.
-        log: whether the axis of values should be logarithmic.
+        tag: tag of the metric.
+        lines: lines of the runs that have it.
+        last_step: end of the axis of steps.
+        log: whether the axis of values is logarithmic, if possible.
+
+    Returns:
+        An SVG element, and the values under the pointer, for JSON.
     """
     x = steps_scale(last_step)
     y = values_scale(
@@ -86,7 +89,7 @@ def draw(tag: str, lines: Sequence[Line], last_step: int, *, log: bool) -> tuple
 
 
 def _drawable(points: Points, y: Scale) -> list[tuple[int, float | None]]:
-    """Makes gaps of what the axis has no place for."""
+    """Turns values outside of the axis into gaps."""
     low = y.low if y.is_log else -LARGEST
     return [
         (step, None if value is None or not low <= value <= LARGEST else value)
@@ -143,17 +146,17 @@ def _up(place: float) -> float:
 
 
 def _describe(tag: str, lines: Sequence[Line], y: Scale) -> str:
-    """The curve in words, for whoever does not see it."""
-    told = [f"{tag} by step{', logarithmic' if y.is_log else ''}."]
+    """The chart as text, for screen readers."""
+    sentences = [f"{tag} by step{', logarithmic' if y.is_log else ''}."]
     for line in lines:
         finite = [(step, value) for step, value in line.points if value is not None]
         if not finite:
-            told.append(f"{line.name}: no finite value.")
+            sentences.append(f"{line.name}: no finite value.")
             continue
         (first, start), (last, end) = finite[0], finite[-1]
         low, high = (pick(value for _, value in finite) for pick in (min, max))
-        told.append(
+        sentences.append(
             f"{line.name}: {number(start)} at step {first:,}, {number(end)} at step {last:,}, "
             f"between {number(low)} and {number(high)}."
         )
-    return " ".join(told)
+    return " ".join(sentences)

@@ -1,4 +1,4 @@
-"""A report as one page of HTML. It loads nothing, and what runs have written is text in it."""
+"""Renders a report as one page of HTML, which loads nothing and escapes all text of runs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _MOST_WARNINGS = 30
 
 
 def render(runs: Sequence[Run], *, log: bool, made: str) -> str:
-    """The page.
+    """Renders the page.
 
     Args:
-        runs: one or several.
-        log: whether losses are drawn on a logarithmic axis.
-        made: when and by what, as a line.
+        runs: one or several runs.
+        log: whether the axis of losses is logarithmic.
+        made: a line that says when and by what the page was made.
     """
     title = f"Report of {runs[0].name}" if len(runs) == 1 else f"Report of {len(runs)} runs"
     curves, points = _curves(runs, log)
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    # The browser is told as well that nothing is to be loaded, and that no other script is ours.
+    # The browser enforces it, too: nothing is loaded, and no other script runs.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
@@ -41,7 +41,7 @@ def render(runs: Sequence[Run], *, log: bool, made: str) -> str:
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{_text(title)}</title>\n<style>{STYLE}</style></head><body>\n"
         f'<header><h1>{_text(title)}</h1><p class="quiet">{_text(made)}</p></header>\n'
-        f"<main>{_overview(runs)}{_final_metrics(runs)}{curves}{_faults(runs)}"
+        f"<main>{_overview(runs)}{_final_metrics(runs)}{curves}{_failures(runs)}"
         f"{_comparison('Config', runs, lambda run: run.config)}"
         f"{_comparison('Environment', runs, lambda run: run.environment)}</main>\n"
         f'<script type="application/json" id="points">{points}</script>\n'
@@ -72,7 +72,7 @@ def _named(runs: Sequence[Run], index: int) -> str:
     return f'<span class="named">{swatch(index)}{_text(runs[index].name)}</span>'
 
 
-# What the runs are
+# State of the runs
 
 
 def _overview(runs: Sequence[Run]) -> str:
@@ -86,7 +86,7 @@ def _overview(runs: Sequence[Run]) -> str:
         best = "" if run.best is None else f"{_text(run.best.tag)} {number(run.best.value)}"
         cells = [
             f'<th scope="row">{_named(runs, index)}</th>',
-            _cell(f'<span class="state {run.state}">{_text(run.told)}</span>'),
+            _cell(f'<span class="state {run.state}">{_text(run.status)}</span>'),
             _cell(f"{run.steps:,}", "number"),
             _cell(best, "number"),
             _cell("" if run.best is None else f"{run.best.step:,}", "number"),
@@ -96,24 +96,24 @@ def _overview(runs: Sequence[Run]) -> str:
             _cell(_text(run.environment.get("packages.jax") or ""), "stamp"),
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    told = "".join(
-        f'<p class="quiet">{_text(run.name)}: {_lacking(run)}</p>' for run in runs if run.lacking
+    missing = "".join(
+        f'<p class="quiet">{_text(run.name)}: {_missing(run)}</p>' for run in runs if run.missing
     )
-    return f"<h2>Runs</h2>{_card(_table(head, rows) + told)}"
+    return f"<h2>Runs</h2>{_card(_table(head, rows) + missing)}"
 
 
 def _overview_of_one(run: Run) -> str:
     best = "" if run.best is None else f"{number(run.best.value)}"
     at = "" if run.best is None else f"{_text(run.best.tag)} at step {run.best.step:,}"
-    began = run.attempts[0].began if run.attempts else ""
+    started = run.attempts[0].started if run.attempts else ""
     packages = {name: run.environment.get(f"packages.{name}") for name in ("jax", "podlift")}
     versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     kept = ", ".join(f"{step:,}" for step in run.checkpoints)
     facts = [
-        ("state", f'<span class="state {run.state}">{_text(run.told)}</span>', ""),
+        ("state", f'<span class="state {run.state}">{_text(run.status)}</span>', ""),
         ("steps", f"{run.steps:,}", f"checkpoints {kept}" if kept else "no checkpoint"),
         ("best", best, at),
-        ("time", _time(run.seconds), f"since {_text(began)}" if began else ""),
+        ("time", _time(run.seconds), f"since {_text(started)}" if started else ""),
         ("attempts", str(len(run.attempts) or ""), ""),
         ("devices", _text(run.devices), _text(versions)),
     ]
@@ -121,27 +121,27 @@ def _overview_of_one(run: Run) -> str:
         f"<div><dt>{name}</dt><dd>{value or _NONE}<small>{more}</small></dd></div>"
         for name, value, more in facts
     )
-    lacking = f'<p class="quiet">{_lacking(run)}</p>' if run.lacking else ""
-    return "<h2>Run</h2>" + _card(f'<dl class="facts">{boxes}</dl>{lacking}')
+    missing = f'<p class="quiet">{_missing(run)}</p>' if run.missing else ""
+    return "<h2>Run</h2>" + _card(f'<dl class="facts">{boxes}</dl>{missing}')
 
 
 def _card(content: str) -> str:
     return f'<section class="card">{content}</section>'
 
 
-def _lacking(run: Run) -> str:
-    return f"not there, or not to be read: {', '.join(run.lacking)}"
+def _missing(run: Run) -> str:
+    return f"missing or unreadable: {', '.join(run.missing)}"
 
 
 def _time(seconds: float | None) -> str:
     return "" if seconds is None else duration(seconds)
 
 
-# What they measured
+# Metrics
 
 
 def _tags(runs: Sequence[Run]) -> list[str]:
-    """Those of all runs, each run's order kept as far as the first one has it."""
+    """The tags of all runs, in the order of the first run that has each."""
     found = dict.fromkeys(tag for run in runs for tag in run.series)
     return list(found)
 
@@ -149,7 +149,7 @@ def _tags(runs: Sequence[Run]) -> list[str]:
 def _final_metrics(runs: Sequence[Run]) -> str:
     tags = _tags(runs)
     if not tags:
-        return '<h2>Metrics</h2><p class="quiet">Nothing was measured yet.</p>'
+        return '<h2>Metrics</h2><p class="quiet">No metrics yet.</p>'
     several = len(runs) > 1
     if several:
         head = [_head("last value")]
@@ -186,7 +186,7 @@ def _extremes(run: Run, tag: str) -> list[str]:
 
 
 def _curves(runs: Sequence[Run], log: bool) -> tuple[str, str]:
-    """The charts, and the JSON that the script reads."""
+    """The charts, and the JSON for the script."""
     last_step = max((points[-1][0] for run in runs for points in run.series.values()), default=0)
     figures, hovers = [], []
     for tag in _tags(runs):
@@ -203,22 +203,22 @@ def _curves(runs: Sequence[Run], log: bool) -> tuple[str, str]:
         )
         hovers.append(hover)
     data = {"box": [chart.LEFT, chart.RIGHT, chart.WIDTH], "charts": hovers}
-    # Numbers only; all the same, nothing in a script may look like its end.
+    # The points are numbers, but nothing in a script may look like its end.
     points = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (
-        f'<h2>TensorBoardWriter</h2><div class="charts">{"".join(figures)}</div>' if figures else ""
+        f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>' if figures else ""
     ), points
 
 
-# What happened to them
+# Failures
 
 
-def _faults(runs: Sequence[Run]) -> str:
-    told = []
+def _failures(runs: Sequence[Run]) -> str:
+    cards = []
     for index, run in enumerate(runs):
         name = f"<h3>{_named(runs, index)}</h3>" if len(runs) > 1 else ""
-        told.append(_card(f"{name}{_failure(run)}{_attempts(run)}{_survived(run)}"))
-    return f"<h2>Faults and restarts</h2>{''.join(told)}"
+        cards.append(_card(f"{name}{_failure(run)}{_attempts(run)}{_warnings(run)}"))
+    return f"<h2>Failures and restarts</h2>{''.join(cards)}"
 
 
 def _failure(run: Run) -> str:
@@ -239,21 +239,21 @@ def _failure(run: Run) -> str:
 
 def _attempts(run: Run) -> str:
     if not run.attempts:
-        return '<p class="quiet">No logs are here.</p>'
-    head = [_head("attempt", "number"), _head("began")]
+        return '<p class="quiet">No logs.</p>'
+    head = [_head("attempt", "number"), _head("started")]
     head += [_head(name, "number") for name in ("time", "processes", "from step", "to step")]
     head += [_head("ended")]
     rows = []
     for attempt in run.attempts:
-        is_going_on = run.state == "running" and attempt is run.attempts[-1]
+        is_running = run.state == "running" and attempt is run.attempts[-1]
         cells = [
             _cell(str(attempt.number), "number"),
-            _cell(_text(attempt.began), "stamp"),
+            _cell(_text(attempt.started), "stamp"),
             _cell(_time(attempt.seconds), "number"),
             _cell(str(attempt.processes), "number"),
             _cell(f"{attempt.first_step:,}", "number"),
             _cell("" if attempt.last_step is None else f"{attempt.last_step:,}", "number"),
-            _cell("is going on" if is_going_on else _ended(attempt), "ended"),
+            _cell("running" if is_running else _ended(attempt), "ended"),
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return _table(head, rows)
@@ -261,34 +261,34 @@ def _attempts(run: Run) -> str:
 
 def _ended(attempt: Attempt) -> str:
     if not attempt.ending:
-        return '<span class="stopped">without a word: killed?</span>'
+        return '<span class="stopped">without an error message: killed?</span>'
     first = _text(attempt.ending.splitlines()[0])
     return first if attempt.went_well else f'<span class="failed">{first}</span>'
 
 
-def _survived(run: Run) -> str:
-    """What was got over: warnings, states in quarantine, updates that were skipped."""
-    told = []
+def _warnings(run: Run) -> str:
+    """Warnings, states in quarantine and skipped updates."""
+    notes = []
     for attempt in run.attempts:
         for text, count in attempt.warnings.items():
             times = f" ({count} times)" if count > 1 else ""
-            told.append(f"attempt {attempt.number}: {text}{times}")
-    if len(told) > _MOST_WARNINGS:
-        told[_MOST_WARNINGS:] = [f"and {len(told) - _MOST_WARNINGS} more, in its logs"]
-    told += [f"in quarantine: {place}: {why}" for place, why in run.aside.items()]
+            notes.append(f"attempt {attempt.number}: {text}{times}")
+    if len(notes) > _MOST_WARNINGS:
+        notes[_MOST_WARNINGS:] = [f"and {len(notes) - _MOST_WARNINGS} more in the logs"]
+    notes += [f"in quarantine: {place}: {why}" for place, why in run.quarantined.items()]
     skipped = [value for _, value in run.series.get("train/skipped", ()) if value]
     if skipped:
-        told.append(f"{number(skipped[-1])} updates were not finite, and were left out")
-    if not told:
+        notes.append(f"{number(skipped[-1])} updates were not finite and were skipped")
+    if not notes:
         return '<p class="quiet">No warnings, nothing in quarantine.</p>'
-    return f'<ul class="told">{"".join(f"<li>{_text(text)}</li>" for text in told)}</ul>'
+    return f'<ul class="notes">{"".join(f"<li>{_text(text)}</li>" for text in notes)}</ul>'
 
 
-# What they were
+# Config and environment
 
 
 def _comparison(title: str, runs: Sequence[Run], pick: Callable[[Run], Mapping[str, Any]]) -> str:
-    """A table of keys; of several runs first those that differ."""
+    """A table of keys; for several runs, first those that differ."""
     tables = [pick(run) for run in runs]
     keys = sorted(dict.fromkeys(key for table in tables for key in table))
     if not keys:

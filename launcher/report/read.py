@@ -1,4 +1,4 @@
-"""What the folder of a run holds. No file needs to be there or whole: a run may be going on."""
+"""Reads the folders of runs. Any file may be missing or incomplete: a run may be training."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from trainer.metrics_writer.metrics_file import read_metrics_file
 from trainer.workdir import lock
 from trainer.workdir.paths import absolute, local_folder
 
-# Any of them makes a folder that of a run.
+# A folder with any of these is the folder of a run.
 _SIGNS = ("config.json", "env.json", "metrics.jsonl", "failure.json")
 
-# (step, value), None where the value was not finite; steps ascend.
+# (step, value), with ascending steps; None is a value that is not finite.
 Series = Sequence[tuple[int, float | None]]
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best value of the metric that ranks states."""
+    """The best value of the metric that ranks checkpoints."""
 
     tag: str
     value: float
@@ -42,27 +42,27 @@ class Best:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it.
+    """A run, as its folder describes it.
 
     Attributes:
-        name: for a person; no two runs of a report have the same.
+        name: name for messages, unique in a report.
         state: "finished", "running", "stopped" or "failed".
-        told: the state in words.
-        steps: taken.
-        series: of each tag, in the order in which they are shown.
-        best: of the metric that ranks; None where it was never measured.
-        config: by key, such as "model.hidden_size".
-        environment: the same of `env.json`.
-        failure: `failure.json`, if there is one.
-        attempts: that have left logs.
-        aside: states in quarantine, each with why.
-        checkpoints: steps that are there to go on from.
-        lacking: files that are not there or cannot be read.
+        status: the state as text, with details.
+        steps: number of steps taken.
+        series: values of each tag, in display order.
+        best: best value of the metric that ranks; None if it was never measured.
+        config: the config by key, such as "model.hidden_size".
+        environment: `env.json` by key.
+        failure: `failure.json`; empty if there is none.
+        attempts: attempts that left logs.
+        quarantined: states in quarantine, with the reason for each.
+        checkpoints: steps to resume from.
+        missing: files that are missing or unreadable.
     """
 
     name: str
     state: str
-    told: str
+    status: str
     steps: int
     series: Mapping[str, Series]
     best: Best | None
@@ -70,19 +70,19 @@ class Run:
     environment: Mapping[str, Any]
     failure: Mapping[str, Any]
     attempts: Sequence[Attempt]
-    aside: Mapping[str, str]
+    quarantined: Mapping[str, str]
     checkpoints: Sequence[int]
-    lacking: Sequence[str]
+    missing: Sequence[str]
 
     @property
     def seconds(self) -> float | None:
-        """In all attempts together, as far as their logs say."""
+        """Total time of all attempts with a known time; None if there is none."""
         known = [attempt.seconds for attempt in self.attempts if attempt.seconds is not None]
         return sum(known) if known else None
 
     @property
     def devices(self) -> str:
-        """For example "8 cpu in 2 processes"; empty where unknown."""
+        """For example "8 cpu in 2 processes"; empty if unknown."""
         count, kind = (self.environment.get(f"devices.{key}") for key in ("count", "kind"))
         processes = self.environment.get("devices.processes")
         if count is None or kind is None:
@@ -91,14 +91,14 @@ class Run:
 
 
 def read_runs(places: Sequence[str], local_dir: str | None = None) -> list[Run]:
-    """Reads the runs in some folders; one that is named twice is read once.
+    """Reads runs. A folder that is named twice is read once.
 
     Args:
         places: local or remote folders.
-        local_dir: where the logs of remote runs are, as for a run.
+        local_dir: where the logs of remote runs are.
 
     Raises:
-        UserError: a folder is not that of a run, or cannot be read.
+        UserError: a folder is not the folder of a run, or cannot be read.
     """
     folders: dict[str, epath.Path] = {}
     for place in places:
@@ -125,7 +125,7 @@ def _errors_of_reading(folder: epath.Path) -> Any:
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """The last part of each path, or as many more as tell them apart."""
+    """The last part of each path, with as many parts before it as make all unique."""
     parts = [[part for part in path.split("/") if part] for path in paths]
     for count in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(path[-count:]) for path in parts]
@@ -145,7 +145,7 @@ def _check_is_run(folder: epath.Path, place: str) -> None:
         if _is_run(parent):
             raise UserError(what, f"did you mean {os.path.dirname(place) or '.'}?")
     else:
-        what = f"{place} holds no run: it has none of {', '.join(_SIGNS)}"
+        what = f"{place} is not the folder of a run: it has none of {', '.join(_SIGNS)}"
     inside = _runs_in(folder) if folder.is_dir() else []
     if inside:
         names = [os.path.join(place, name) for name in inside]
@@ -170,7 +170,7 @@ def _is_run(folder: epath.Path) -> bool:
 
 
 def _runs_in(folder: epath.Path) -> list[str]:
-    """A courtesy, so that it looks at no more than some, and never fails."""
+    """Names of runs in a folder, for hints: looks at 100 entries at most, and never fails."""
     try:
         entries = sorted(folder.iterdir())[:100]
         return [entry.name for entry in entries if entry.is_dir() and _is_run(entry)]
@@ -191,15 +191,15 @@ def _read(folder: epath.Path, name: str, local_dir: str | None) -> Run:
     latest = CheckpointFolder(folder / "checkpoints", 1)
     checkpoints = latest.steps()
     last_row = max((points[-1][0] for points in series.values()), default=0)
-    told = [attempt.last_step for attempt in attempts if attempt.last_step is not None]
-    steps = max([last_row, *checkpoints[-1:], *told[-1:]])
+    logged = [attempt.last_step for attempt in attempts if attempt.last_step is not None]
+    steps = max([last_row, *checkpoints[-1:], *logged[-1:]])
     total = _total(latest, flat, attempts)
-    state, words = _judge(folder, local_dir, steps, total, failure, attempts)
+    state, status = _state(folder, local_dir, steps, total, failure, attempts)
     found = {"config.json": flat, "env.json": environment, "metrics.jsonl": rows}
     return Run(
         name=name,
         state=state,
-        told=words,
+        status=status,
         steps=steps,
         series=series,
         best=_best(series, flat),
@@ -207,14 +207,14 @@ def _read(folder: epath.Path, name: str, local_dir: str | None) -> Run:
         environment=environment,
         failure=failure,
         attempts=attempts,
-        aside=_aside(folder),
+        quarantined=_quarantined(folder),
         checkpoints=checkpoints,
-        lacking=[file for file, content in found.items() if not content],
+        missing=[file for file, content in found.items() if not content],
     )
 
 
 def _read_object(path: epath.Path) -> dict[str, Any]:
-    """An object of JSON; empty if it is not there, not whole, or something else."""
+    """A JSON object; empty if the file is missing, incomplete or something else."""
     try:
         found = json.loads(path.read_bytes().decode("utf-8", "replace"))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -223,7 +223,7 @@ def _read_object(path: epath.Path) -> dict[str, Any]:
 
 
 def _series_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """The values of each tag by step. What is no number is left out, what is not finite is None."""
+    """The values of each tag by step: numbers only, None for those that are not finite."""
     found: dict[str, dict[int, float | None]] = {}
     for row in rows:
         step = _finite(row["step"])
@@ -233,7 +233,7 @@ def _series_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if tag != "step" and (is_number or value is None):
                 found.setdefault(tag, {})[int(step)] = _finite(value)
-    return {tag: sorted(found[tag].items()) for tag in sorted(found, key=_place_of)}
+    return {tag: sorted(found[tag].items()) for tag in sorted(found, key=_display_order)}
 
 
 def _finite(value: Any) -> float | None:
@@ -244,8 +244,8 @@ def _finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _place_of(tag: str) -> tuple[int, str, bool, str]:
-    """The loss first, then metrics, then what is about the training; train before eval."""
+def _display_order(tag: str) -> tuple[int, str, bool, str]:
+    """Sorts the loss first, then metrics, then training statistics; train before eval."""
     kind, _, name = tag.partition("/")
     last = {"learning_rate": 2, "grad_norm": 3, "examples_per_second": 4, "step_seconds": 5}
     place = 0 if name == "loss" else last.get(name, 6 if name == "skipped" else 1)
@@ -253,7 +253,7 @@ def _place_of(tag: str) -> tuple[int, str, bool, str]:
 
 
 def _best(series: Mapping[str, Series], config: Mapping[str, Any]) -> Best | None:
-    """As the run itself ranks: the first of equal values."""
+    """The best value by the run's own rule: the first of equal values."""
     tag = str(config.get("checkpoint.best_metric", "eval/loss"))
     sign = -1 if config.get("checkpoint.best_mode") == "max" else 1
     found = [(sign * value, step) for step, value in series.get(tag, ()) if value is not None]
@@ -266,7 +266,7 @@ def _best(series: Mapping[str, Series], config: Mapping[str, Any]) -> Best | Non
 def _total(
     latest: CheckpointFolder, config: Mapping[str, Any], attempts: Sequence[Attempt]
 ) -> int | None:
-    """How many steps the run was to take, of which its config may only know the epochs."""
+    """The length of the run in steps. Its config may only state epochs."""
     known = [attempt.stop for attempt in attempts[-1:] if attempt.stop is not None]
     for step in reversed(latest.steps()):
         with contextlib.suppress(Damaged, KeyError, TypeError, ValueError):
@@ -277,7 +277,7 @@ def _total(
     return max(known, default=None)
 
 
-def _judge(
+def _state(
     folder: epath.Path,
     local_dir: str | None,
     steps: int,
@@ -285,7 +285,7 @@ def _judge(
     failure: Mapping[str, Any],
     attempts: Sequence[Attempt],
 ) -> tuple[str, str]:
-    """The state, and the same in words."""
+    """The state, and the status text."""
     of = f" of {total:,}" if total is not None else ""
     try:
         lock.check_free(folder, local_dir)
@@ -303,21 +303,21 @@ def _judge(
         return "finished", f"stopped early at step {steps:,}{of}"
     why = ""
     if last is not None and last.ending.startswith("asked to stop"):
-        why = ", as asked"
+        why = ", on request"
     elif last is not None and "config.stop_at_step" in last.ending:
         why = " (config.stop_at_step)"
     elif last is not None and not last.went_well:
-        why = ", without a word" if not last.ending else ", by a fault"
+        why = ", without an error message" if not last.ending else ", after a failure"
     return "stopped", f"stopped at step {steps:,}{of}{why}"
 
 
-def _aside(folder: epath.Path) -> dict[str, str]:
-    """What lies in quarantine, by its place in the folder, and why."""
+def _quarantined(folder: epath.Path) -> dict[str, str]:
+    """The reason for each state in quarantine, by its path in the folder."""
     found = {}
     for kind in ("checkpoints", "best"):
         with contextlib.suppress(OSError):
             for place in sorted((folder / kind / QUARANTINE).iterdir()):
-                why = "it does not say why"
+                why = "reason unknown"
                 with contextlib.suppress(OSError):
                     why = (place / "why.txt").read_bytes().decode("utf-8", "replace").strip()
                 found[f"{kind}/{QUARANTINE}/{place.name}"] = why

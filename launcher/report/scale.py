@@ -1,4 +1,4 @@
-"""Axes: where their ticks are, what is written there, and how numbers are written at all."""
+"""Axes with their ticks and labels, and the format of numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# What is further from zero would not leave room for arithmetic, and is drawn as a gap.
+# Larger values would overflow in the arithmetic of axes; they are drawn as gaps.
 LARGEST = 1e250
 _SMALLEST = 1e-250
 _SUFFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -17,10 +17,10 @@ class Scale:
     """An axis.
 
     Attributes:
-        low: the value at its beginning.
+        low: the value at its start.
         high: the value at its end, above `low`.
-        is_log: whether equal distances are equal factors; then both are positive.
-        ticks: values between the two, each with its label.
+        is_log: whether it is logarithmic; then `low` is positive.
+        ticks: values on the axis with their labels.
     """
 
     low: float
@@ -29,7 +29,7 @@ class Scale:
     ticks: Sequence[tuple[float, str]]
 
     def place(self, value: float) -> float:
-        """Where a value lies: 0 at the beginning, 1 at the end."""
+        """The position of a value: 0 at the start, 1 at the end."""
         low, high = self.low, self.high
         if self.is_log:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
@@ -44,7 +44,7 @@ def steps_scale(last: int) -> Scale:
 
 
 def values_scale(values: Iterable[float], *, log: bool = False) -> Scale:
-    """Covers all values, with a little room; logarithmic if asked and if any is positive."""
+    """Covers all values with a margin; logarithmic if `log` is set and any value is positive."""
     drawable = [value for value in values if abs(value) <= LARGEST]
     positive = [value for value in drawable if value > _SMALLEST]
     if log and positive:
@@ -53,9 +53,9 @@ def values_scale(values: Iterable[float], *, log: bool = False) -> Scale:
     span, size = high - low, max(abs(low), abs(high))
     if span > max(1e-6 * size, _SMALLEST):
         room = 0.05 * span
-    else:  # all the same, but for rounding
+    else:  # equal up to rounding
         room = 0.1 * size if size > _SMALLEST else 1.0
-    # An axis of what is never negative does not begin below zero.
+    # An axis of non-negative values does not start below zero.
     low, high = low - room if low < 0 or low > room else 0.0, high + room
     step = _nice((high - low) / 6)
     return Scale(low, high, False, _labelled(_multiples(low, high, step), step))
@@ -67,10 +67,10 @@ def _log_scale(low: float, high: float) -> Scale:
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
     every = -(-(last - first + 1) // 7) or 1
     ticks = [10.0**power for power in range(first, last + 1, every)]
-    if len(ticks) < 3:  # hardly more than a decade
+    if len(ticks) < 3:  # little more than a decade
         powers = range(first - 1, last + 1)
         ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
-    if sum(low <= tick <= high for tick in ticks) < 2:  # a small part of one
+    if sum(low <= tick <= high for tick in ticks) < 2:  # a small part of a decade
         step = _nice((high - low) / 6)
         return Scale(low, high, True, _labelled(_multiples(low, high, step), step))
     return Scale(low, high, True, [(t, number(t)) for t in ticks if low <= t <= high])
@@ -87,7 +87,7 @@ def _multiples(low: float, high: float, step: float) -> list[float]:
 
 
 def _labelled(ticks: Sequence[float], step: float) -> list[tuple[float, str]]:
-    """Labels of ticks a step apart, all with the same number of decimals."""
+    """Labels for ticks `step` apart, all with the same number of decimals."""
     largest = max(map(abs, ticks), default=0.0)
     unit, suffix = 1.0, ""
     if 1e4 <= largest < 1e12:
@@ -108,7 +108,7 @@ def _scientific(value: float, decimals: int) -> str:
 
 
 def number(value: float) -> str:
-    """A value with four digits: 19,752, 0.9917, 2.9e-5."""
+    """A value with four significant digits: 19,752, 0.9917, 2.9e-5."""
     size = abs(value)
     if size and not 1e-4 <= size < 1e12:
         text = f"{value:.3e}"

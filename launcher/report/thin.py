@@ -1,24 +1,24 @@
-"""Fewer points of a curve that look the same."""
+"""Reduces the points of a curve without a visible difference."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# About one a pixel of a chart's width.
+# About one per pixel of a chart's width.
 BUCKETS = 480
 
 Points = Sequence[tuple[int, float | None]]
 
 
 def thin(points: Points, buckets: int = BUCKETS) -> list[tuple[int, float | None]]:
-    """Keeps of each bucket of steps the first, lowest, highest and last point, and a gap.
+    """Keeps the first, lowest, highest and last point of each bucket of steps, and a gap.
 
-    A line through these covers the same pixels as one through all (M4; Jugel et al., VLDB 2014) as
-    long as a bucket is no wider than a pixel.
+    A line through these points covers the same pixels as one through all points (M4; Jugel et al.,
+    VLDB 2014), as long as a bucket is no wider than a pixel.
 
     Args:
-        points: (step, value), steps ascending; None is a gap.
-        buckets: into how many equal parts the steps are cut; 5 points of each are kept at most.
+        points: (step, value), with ascending steps; None is a gap.
+        buckets: number of equal intervals of steps; each keeps at most 5 points.
     """
     if len(points) <= 5 * buckets:
         return list(points)
@@ -40,7 +40,7 @@ def _bucket_of(step: int, first: int, last: int, buckets: int) -> int:
 
 
 def _extremes(points: Points, start: int, end: int) -> list[int]:
-    """Which of `points[start:end]` to keep."""
+    """Indices of the points in `points[start:end]` to keep."""
     finite = [(value, i) for i in range(start, end) if (value := points[i][1]) is not None]
     gap = next((i for i in range(start, end) if points[i][1] is None), None)
     kept = set() if gap is None else {gap}

@@ -1,5 +1,5 @@
-"""`--sweep` and `--sweep_index`: the runs that `get_sweep()` of a config file yields.
+"""`--sweep`: runs every variant that `get_sweep()` of a config file yields, without importing jax.
 
-`variant` (which runs there are) -> `run` (one after the other, each a command of its own, by way of
-`foreground`) -> `table` (what came of them). Nothing here imports jax.
+`sweep.run_sweep` starts each variant as a command of its own through `foreground`; `table` collects
+the results, prints them and writes `sweep.json`. `command_line.variants` reads the variants.
 """

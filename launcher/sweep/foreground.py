@@ -1,4 +1,4 @@
-"""Commands in the foreground, one after the other: what this process is told goes to them."""
+"""Runs commands one after the other, and passes this process's signals on to them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from launcher.processes.signals import STACKS_SIGNAL, STOP_SIGNALS, write_from_h
 
 
 class Foreground:
-    """Runs commands, each in a session of its own, so that Ctrl-C reaches it through here only.
+    """Runs commands, each in its own session, so that Ctrl-C reaches them only through here.
 
     Use as a context manager, in the main thread.
 
     Attributes:
-        asked_to_stop: whether a signal has asked for it; then nothing more is started.
+        asked_to_stop: whether a signal has requested a stop; then no other command starts.
     """
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ class Foreground:
         """Runs a command to its end.
 
         Returns:
-            Its exit code as `subprocess` gives it; None if it was not started, since this process
-            was asked to stop.
+            Its exit code as in `subprocess`; None if it did not start, because of a request to
+            stop.
         """
         if self.asked_to_stop:
             return None
@@ -53,7 +53,7 @@ class Foreground:
             start_new_session=True,
             preexec_fn=_stop_with_parent(),
         )
-        if self.asked_to_stop:  # while it was being started
+        if self.asked_to_stop:  # while it started
             self._send(signal.SIGTERM)
         try:
             return self._process.wait()
@@ -67,7 +67,7 @@ class Foreground:
                 write_from_handler(
                     "the run saves, then the sweep stops; Ctrl-C again stops at once"
                 )
-                number = signal.SIGTERM  # also well received by one that only just begins
+                number = signal.SIGTERM  # a command that has just started handles it, too
         self._send(number)
 
     def _send(self, number: int) -> None:
@@ -77,7 +77,7 @@ class Foreground:
 
 
 def _stop_with_parent() -> Callable[[], None] | None:
-    """For a child between fork and exec: it is asked to stop when this process is gone; Linux."""
+    """For a child between fork and exec: the kernel stops it when this process ends. Linux only."""
     if sys.platform != "linux":
         return None
     prctl, set_parent_death_signal = ctypes.CDLL(None).prctl, 1

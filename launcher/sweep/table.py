@@ -1,4 +1,4 @@
-"""What came of the runs of a sweep: a table, best first, and the same as `sweep.json`."""
+"""The results of a sweep: a table, best run first, and `sweep.json`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Row:
     """One run of a sweep.
 
     Attributes:
-        index: of the run.
-        name: of its folder.
-        overrides: what it changes.
-        status: in words.
-        exit_code: of this command; None where it has not started the run.
-        steps: taken.
-        metric: that ranks the runs.
-        mode: "min" or "max" of it.
-        best: its best value, of the run so far; None where it was never measured.
-        best_step: when.
-        last: its last value.
-        train_loss: the last.
+        index: index of the variant.
+        name: name of its folder.
+        overrides: new values, by key of the config.
+        status: status as text.
+        exit_code: exit code in this command; None if it has not started the run.
+        steps: number of steps taken.
+        metric: metric that ranks the runs.
+        mode: "min" or "max" of the metric.
+        best: best value so far; None if it was never measured.
+        best_step: step of the best value.
+        last: last value.
+        train_loss: last training loss.
     """
 
     index: int
@@ -53,16 +53,16 @@ class Row:
     train_loss: float | None
 
 
-def read_row(variant: Variant, plan: LaunchSpec, exit_code: int | None) -> Row:
-    """Looks at the folder of a run, which need not be there."""
-    settings = plan.settings
+def read_row(variant: Variant, spec: LaunchSpec, exit_code: int | None) -> Row:
+    """Reads the folder of a run, which may be missing."""
+    settings = spec.settings
     status, steps, best, last, train_loss = "not started", 0, None, None, None
     try:
-        (run,) = read_runs([plan.workdir], plan.local_base)
+        (run,) = read_runs([spec.workdir], spec.local_base)
     except UserError:
-        pass  # it took no step
+        pass  # no step taken
     else:
-        status, steps, best = run.told, run.steps, run.best
+        status, steps, best = run.status, run.steps, run.best
         last, train_loss = (
             run.series[tag][-1][1] if run.series.get(tag) else None
             for tag in (settings.best_metric, "train/loss")
@@ -86,20 +86,20 @@ def read_row(variant: Variant, plan: LaunchSpec, exit_code: int | None) -> Row:
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
-    """The best first, by the metric or else by the training loss; then those without either."""
+    """Sorts by the metric, or else the training loss, best first; runs with neither come last."""
 
-    def place(row: Row) -> tuple[int, float, int]:
+    def rank(row: Row) -> tuple[int, float, int]:
         if row.best is not None:
             return 0, -row.best if row.mode == "max" else row.best, row.index
         if row.train_loss is not None:
             return 1, row.train_loss, row.index
         return 2, 0.0, row.index
 
-    return sorted(rows, key=place)
+    return sorted(rows, key=rank)
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows as lines for a person, best first."""
+    """Formats the rows as a table, best first."""
     keys = list(dict.fromkeys(key for row in rows for key in row.overrides))
     short = short_keys(keys)
     measured = any(row.best is not None for row in rows)
@@ -119,13 +119,13 @@ def format_table(rows: Sequence[Row]) -> str:
     )
 
 
-def write_rows(folder: epath.Path, spec: str, rows: Sequence[Row]) -> None:
-    """Writes `sweep.json`; where that is not possible the sweep goes on.
+def write_rows(folder: epath.Path, config: str, rows: Sequence[Row]) -> None:
+    """Writes `sweep.json`; warns if that fails.
 
     Args:
-        folder: of the sweep.
-        spec: of its config file.
-        rows: in order of their index.
+        folder: the folder of the sweep.
+        config: the value of --config.
+        rows: rows ordered by index.
     """
     runs = [
         {
@@ -142,7 +142,7 @@ def write_rows(folder: epath.Path, spec: str, rows: Sequence[Row]) -> None:
         }
         for row in rows
     ]
-    found = {"config": spec, "metric": rows[0].metric, "mode": rows[0].mode, "runs": runs}
+    found = {"config": config, "metric": rows[0].metric, "mode": rows[0].mode, "runs": runs}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / FILE, json.dumps(found, indent=2) + "\n")

@@ -189,9 +189,9 @@ def test_a_run_that_is_being_written(tmp_path):
     assert only.steps == 4
     assert only.best.value == 0.5
     assert only.best.step == 4
-    assert only.told == "stopped at step 4"
-    assert only.lacking == ["config.json", "env.json"]
-    assert "No logs are here." in text
+    assert only.status == "stopped at step 4"
+    assert only.missing == ["config.json", "env.json"]
+    assert "No logs." in text
     assert ["train/loss", "0.25", "0.25", "4", "1", "1"] in page.rows
 
 
@@ -341,7 +341,8 @@ def test_attempts_as_their_logs_tell_them(tmp_path):
     log(folder, 10, 0, "restored step 22 from /x", "step 30/40  loss 1")
     run, text, endings, page = attempts_of(folder)
     assert endings == [
-        "rank 1 ended without a word at step 10; then X on rank 0: Gloo all-reduce failed: reset",
+        "rank 1 ended without an error message at step 10; then X on rank 0: Gloo all-reduce "
+        "failed: reset",
         "ValueError on rank 1: mine",
         "asked to stop: saving at step 22",
         "",
@@ -354,7 +355,7 @@ def test_attempts_as_their_logs_tell_them(tmp_path):
         (22, 30),
     ]
     assert [a.went_well for a in run.attempts] == [False, False, True, False]
-    assert run.told == "stopped at step 30 of 40, without a word"
+    assert run.status == "stopped at step 30 of 40, without an error message"
     assert run.seconds == 1 + 3 + 2 + 1
     assert "attempt 2: slow (2 times)" in text
     row = ["2", "2026-01-01 00:02:00", "0:00:03", "2", "10", "15", "ValueError on rank 1: mine"]
@@ -368,7 +369,7 @@ def test_a_failure_is_told_until_a_later_attempt(tmp_path):
     log(folder, 1, 0, "step 3/40  loss 1")
     log(folder, 2, 0, "restored step 3 from /x", "step 7/40  loss 1")
     run, text, endings, _ = attempts_of(folder)
-    assert (run.state, run.told) == ("failed", "failed at step 7 of 40")
+    assert (run.state, run.status) == ("failed", "failed at step 7 of 40")
     assert endings == ["", failure["error"]]
     assert "HINT: x" in text
     log(folder, 3, 0, "restored step 7 from /x", "finished: 40 steps in 0:01:05")
@@ -386,8 +387,8 @@ def test_quarantine_and_skipped_updates(tmp_path):
     (folder / "checkpoints/quarantine/4-20260101T000000/why.txt").write_text("state/x is missing\n")
     _, text, _ = page_of(folder)
     assert "checkpoints/quarantine/4-20260101T000000: state/x is missing" in text
-    assert "best/quarantine/4-20260101T000000: it does not say why" in text
-    assert "2 updates were not finite" in text
+    assert "best/quarantine/4-20260101T000000: reason unknown" in text
+    assert "2 updates were not finite and were skipped" in text
 
 
 HOLD = """
@@ -412,8 +413,8 @@ def test_a_run_that_is_going_on(tmp_path):
     finally:
         holder.kill()
         holder.communicate()
-    assert run.told == "running, at step 4 of 40"
-    assert "is going on" in text
+    assert run.status == "running, at step 4 of 40"
+    assert ">running</td>" in text
 
 
 # The command
@@ -422,16 +423,19 @@ def test_a_run_that_is_going_on(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "no workdir is named"),
-        ([""], "no workdir is named"),
+        ([], "a workdir is missing"),
+        ([""], "a workdir is missing"),
         (["runs/mine", "--ouput=x.html"], "did you mean --out"),
         (["runs/mine", "--config=x.py"], "there is no flag --config"),
         (["runs/mine", "--out=nowhere/x.html"], "there is no folder"),
-        (["runs/mine", "--out=runs"], "--out=runs is no file"),
+        (["runs/mine", "--out=runs"], "--out=runs is not a file"),
         (["runs/mine", "--out=/proc/x.html"], "cannot be written"),
         (["runs/mien"], "there is no folder runs/mien\n  HINT: did you mean runs/mine?"),
         (["runs/mine/metrics.jsonl"], "is a file, not the folder of a run\n  HINT: did you mean"),
-        (["runs"], "runs holds no run: it has none of config.json, env.json, metrics.jsonl"),
+        (
+            ["runs"],
+            "runs is not the folder of a run: it has none of config.json, env.json, metrics.jsonl",
+        ),
         (["runs"], "HINT: runs in it: runs/mine, runs/other"),
         (["runs/empty"], "HINT: runs near it: runs/mine, runs/other"),
         (["nowhere/at/all"], "HINT: name the --workdir of a run"),
@@ -552,14 +556,14 @@ def test_a_restart_as_its_logs_tell_it(launch, tmp_path):
     )
     assert code == 0, err
     (run,), text, _ = page_of(tmp_path / "run")
-    assert run.told == "finished"
+    assert run.status == "finished"
     assert run.devices == "2 cpu in 2 processes"
     first, second = run.attempts
     assert (first.processes, first.went_well, first.last_step) == (2, False, None)
     # Rank 0 may have been ended before it could say that it lost rank 1.
-    assert first.ending == "" or first.ending.startswith("rank 1 ended without a word")
+    assert not first.ending or first.ending.startswith("rank 1 ended without an error message")
     assert second.ending.startswith("finished: 5 steps in")
-    assert "without a word" in text
+    assert "without an error message" in text
 
 
 # The page in a browser

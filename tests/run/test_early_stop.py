@@ -160,5 +160,5 @@ def test_two_processes_end_together(launch, tmp_path):
     assert (code, err) == (0, "")
     assert "nothing to do: stopped early at step 15 of 440" in out
     (told,) = read_runs([str(tmp_path / "run")])
-    assert (told.state, told.told) == ("finished", "stopped early at step 15 of 440")
+    assert (told.state, told.status) == ("finished", "stopped early at step 15 of 440")
     assert steps_of(tmp_path / "run/checkpoints") == [15]

@@ -225,7 +225,7 @@ def test_one_fails_the_others_do_not_and_again_only_that_one_is_run(make, launch
     before = (tmp_path / "sweep/00-learning_rate=0.1/env.json").stat().st_mtime_ns
     code, out, _ = launch(*argv, environ=environ_of(tmp_path))
     assert code == 1
-    assert out.count(": finished before\n") == 2
+    assert out.count(": already finished\n") == 2
     assert "run 1 of 3, 01-learning_rate=1e+30:\n" in out
     assert (tmp_path / "sweep/00-learning_rate=0.1/env.json").stat().st_mtime_ns == before
 
@@ -285,7 +285,7 @@ def test_one_that_is_stopped_goes_on(make, start, launch, tmp_path, more):
 
     code, out, err = launch(*argv, environ=environ_of(tmp_path))
     assert code == 0, err
-    assert out.count(": finished before\n") == 1
+    assert out.count(": already finished\n") == 1
     assert out.count("restored step ") == 1
     assert [run["steps"] for run in read_sweep(tmp_path)["runs"]] == [12, 12, 12]
 
