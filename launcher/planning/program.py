@@ -132,7 +132,9 @@ class Step:
         """The state on one device."""
         full = self._shapes
         shard = jax.tree.map(
-            lambda leaf, spec: _shape(self._shard_shape(leaf.shape, spec), leaf.dtype),
+            lambda leaf, spec: jax.ShapeDtypeStruct(
+                self._shard_shape(leaf.shape, spec), leaf.dtype
+            ),
             full,
             self.lift.specs(full),
         )
@@ -313,10 +315,6 @@ def _needed(message: str) -> int | None:
         for number, unit in re.findall(r"([\d.]+)\s?([KMGT])(?:i?B)?\b", message)
     ]
     return int(max(sizes, default=0.0))
-
-
-def _shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
 
 
 def _size(tree: Any) -> int:
