@@ -10,12 +10,12 @@ Trains on N virtual CPU devices of this machine, as if it had N chips.
   scripts/fake_devices.sh N --config=configs/mlp.py [flags of python -m launcher]
 
   N            devices in each process: XLA_FLAGS=--xla_force_host_platform_device_count=N;
-               what else is in XLA_FLAGS stays
+               other flags in XLA_FLAGS are kept
   --dry-run    print the command and do nothing
   --help       this text
 
-With --processes=P among the flags there are P processes of N devices. Without XLA_FLAGS, the
-launcher's own flag does the same: scripts/train.sh --fake_devices=N.
+With --processes=P among the flags, P processes have N devices each. The launcher's own flag does
+the same without XLA_FLAGS: scripts/train.sh --fake_devices=N.
 EOF
 }
 
@@ -49,7 +49,7 @@ for flag in "${flags[@]+"${flags[@]}"}"; do
 done
 kept+=("--xla_force_host_platform_device_count=$count")
 export XLA_FLAGS="${kept[*]}"
-export JAX_PLATFORMS=cpu # or a machine with accelerators would use those
+export JAX_PLATFORMS=cpu # else jax uses the accelerators of a machine that has some
 
 command=("$root/scripts/train.sh" "${arguments[@]:1}")
 if [[ -n $dry_run ]]; then

@@ -5,30 +5,29 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
   cat <<'EOF'
-Trains with Open MPI's mpirun, a process for each rank.
+Trains with Open MPI's mpirun, one process per rank.
 
   scripts/mpi.sh -n N [-H HOSTS | --hostfile FILE] [--] --config=FILE [flags of python -m launcher]
 
-  -n N              ranks in all
+  -n N              total number of ranks
   -H HOST,...       the machines, HOST or HOST:SLOTS
-  --hostfile FILE   the same, one a line
+  --hostfile FILE   the same, one per line
   --dry-run         print the command and do nothing
   --help            this text
 
-On several machines the checkout, its .venv and --workdir have to be in folders that all share. On
-one machine --workdir is runs/mpi-DATE-TIME unless it is given, and more ranks than cores are fine.
-Ctrl-C or SIGTERM: all ranks save, and the exit code is 42; the same command goes on. A second
-Ctrl-C does not wait. Nothing restarts it.
+On several machines, the checkout, its .venv and --workdir must be in folders that all machines
+share. On one machine, --workdir defaults to runs/mpi-DATE-TIME, and more ranks than cores are
+allowed. On Ctrl-C or SIGTERM, all ranks save and exit with code 42; the same command resumes the
+run. A second Ctrl-C ends it at once. Nothing restarts it automatically.
 
-  PODLIFT_COORDINATOR_ADDRESS   HOST:PORT where the ranks meet, if several machines are given
-                                (default: this one if it is among them, else the first; a
-                                port by chance)
+  PODLIFT_COORDINATOR_ADDRESS   HOST:PORT of the rendezvous, for several machines (default: this
+                                machine if it is listed, else the first; a random port)
   PODLIFT_PYTHON                a Python that has podlift (default: that of .venv)
-  OMPI_MCA_*                    any setting of Open MPI, such as
+  OMPI_MCA_*                    settings of Open MPI, such as
                                 OMPI_MCA_oob_tcp_if_include=eth0
 
-Variables that begin with JAX_, XLA_, NCCL_ or PODLIFT_ reach all machines. Open MPI refuses to run
-as root; in a container of your own set both of
+Variables that start with JAX_, XLA_, NCCL_ or PODLIFT_ are exported to all machines. Open MPI
+refuses to run as root; in your own container, set both
 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1.
 EOF
 }
@@ -55,7 +54,7 @@ while (($#)); do
       ;;
     -n | -np | -H | --host | --hostfile)
       (($# > 1)) || fail "$1 needs a value" "$0 -n 2 -H host1,host2 --config=configs/mlp.py"
-      [[ $1 == -n* || ${#where[@]} == 0 ]] || fail "the hosts are given twice" "-H or --hostfile"
+      [[ $1 == -n* || ${#where[@]} == 0 ]] || fail "the hosts are given twice" "use either -H or --hostfile"
       case $1 in
         -n*) count=$2 ;;
         -H | --host)
@@ -63,7 +62,7 @@ while (($#)); do
           IFS=, read -r -a names <<<"$2"
           ;;
         *)
-          [[ -r $2 ]] || fail "there is no file $2" "--hostfile FILE, a host a line"
+          [[ -r $2 ]] || fail "there is no file $2" "--hostfile FILE, one host per line"
           where=(--hostfile "$2")
           while read -r name _ || [[ -n $name ]]; do
             [[ -z $name || $name == \#* ]] || names+=("$name")
@@ -87,14 +86,14 @@ for argument in "$@"; do
       exit 0
       ;;
     --workdir | --workdir=* | -workdir | -workdir=*) workdir=1 ;;
-    --dry-run | -n | -H | --hostfile) fail "$argument comes too late" "before --config" ;;
+    --dry-run | -n | -H | --hostfile) fail "$argument must come before --config" "see --help" ;;
   esac
 done
 [[ -n $count ]] || fail "the number of ranks is missing" "$0 -n 2 --config=configs/mlp.py"
 [[ $count =~ ^[1-9][0-9]*$ ]] || fail "-n $count is not a number of ranks" "-n 2"
 (($#)) || fail "--config is missing" "$0 -n $count --config=configs/mlp.py"
 
-# Rank 0 runs on this machine if it is in the list, wherever it stands there, else on the first.
+# Rank 0 runs on this machine if the list contains it at any position, else on the first.
 several=
 first=${names[0]:-}
 first=${first%%:*}
@@ -107,7 +106,7 @@ for name in "${names[@]+"${names[@]}"}"; do
 done
 [[ $first != localhost ]] || first=$here
 if [[ -n $several && -z ${PODLIFT_COORDINATOR_ADDRESS:-} ]]; then
-  # By chance, so that two jobs on the same machines do not meet; below the ports of outgoing ones.
+  # Random, so that two jobs on the same machines do not collide; below the ephemeral ports.
   export PODLIFT_COORDINATOR_ADDRESS="$first:$((20000 + RANDOM % 10000))"
 fi
 if [[ -z $several ]]; then
@@ -118,8 +117,8 @@ exported=()
 for name in "${!JAX_@}" "${!XLA_@}" "${!NCCL_@}" "${!PODLIFT_@}"; do
   exported+=(-x "$name")
 done
-# How long mpirun waits after one rank has ended with a code until it asks the others to stop, and
-# again until it kills them; it always waits that long. Launchers end together, so little will do.
+# Seconds that mpirun waits after a rank's exit code before it asks the others to stop, and again
+# before it kills them. It always waits in full. Launchers end together, so a short time is enough.
 export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-2}
 export PRTE_MCA_odls_base_sigkill_timeout=${PRTE_MCA_odls_base_sigkill_timeout:-2}
 
@@ -136,14 +135,14 @@ if [[ -n $dry_run ]]; then
 fi
 command -v mpirun >/dev/null || fail "there is no mpirun" "install Open MPI, or load its module"
 if ((EUID == 0)) && [[ ${OMPI_ALLOW_RUN_AS_ROOT:-}${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM:-} != 11 ]]; then
-  # Whether this is a container that holds nothing else, only you know.
+  # Only the user knows whether this is a throw-away container.
   fail "Open MPI does not run as root" \
     "run as a user, or set OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
 fi
 [[ -n ${PODLIFT_PYTHON:-} ]] || "$root/scripts/setup.sh"
 
-# mpirun kills the ranks a second after it was asked to stop. It passes SIGUSR1 on, which asks them
-# to save. In a process group of its own it does not see Ctrl-C.
+# mpirun kills its ranks one second after SIGTERM, but forwards SIGUSR1, which asks them to save. It
+# gets its own process group so that Ctrl-C does not reach it.
 set -m
 "${command[@]}" </dev/null &
 mpirun=$!

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes .venv with everything podlift and its tests need, at the versions and hashes of
-# requirements.lock. Does nothing when it is up to date.
+# Creates .venv with everything that podlift and its tests need, at the versions and hashes of
+# requirements.lock. Does nothing if it is up to date.
 #
 #   scripts/setup.sh tpu      adds an extra of setup.cfg (tpu, cuda13, cuda12, k8s, profile, ...)
 #   scripts/setup.sh plan-gpu adds the compiler for GPUs, without CUDA, for `python -m launcher plan`
 #
 #   PYTHON=python3.13         the Python to use     (default: the first of 3.11 or newer)
-#   PODLIFT_VENV=.venv-313    where                 (default: .venv in the checkout)
+#   PODLIFT_VENV=.venv-313    the environment       (default: .venv in the checkout)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${PODLIFT_VENV:-.venv}
@@ -23,8 +23,8 @@ for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
   fi
 done
 if [[ -z $python || (-n ${PYTHON:-} && $python != "$PYTHON") ]]; then
-  echo "error: podlift needs Python 3.11 or newer${PYTHON:+; $PYTHON is not}" >&2
-  echo "  HINT: install it, or name it: PYTHON=/path/to/python3.11 $0" >&2
+  echo "error: podlift needs Python 3.11 or newer${PYTHON:+, and $PYTHON is not}" >&2
+  echo "  HINT: install it, or set PYTHON=/path/to/python3.11 for $0" >&2
   exit 2
 fi
 
@@ -44,7 +44,7 @@ make_venv() {
     exit 2
   fi
   if command -v uv >/dev/null; then
-    # Byte code is compiled now, or the first run would pay two seconds for it.
+    # Else the first run spends two seconds on byte code.
     uv pip install --quiet --python "$venv/bin/python" --compile-bytecode --require-hashes \
       -r requirements.lock
     uv pip install --quiet --python "$venv/bin/python" --no-deps -e .
@@ -56,7 +56,7 @@ make_venv() {
   printf '%s\n' "$wanted" >"$venv/podlift-setup"
 }
 
-# install ARGUMENTS: as for `pip install`, with the versions that the lock has settled.
+# install ARGUMENTS: as for `pip install`.
 install() {
   if command -v uv >/dev/null; then
     uv pip install --quiet --python "$venv/bin/python" "$@"
@@ -68,8 +68,8 @@ install() {
 add_extra() {
   local versions jax
   if [[ $1 == plan-gpu ]]; then
-    # In a folder of its own, which only a plan looks into: without CUDA's libraries beside it, jax
-    # would find it at each start and complain.
+    # In a separate folder that only a plan reads: in the environment, jax would find the plugin at
+    # each start and warn about missing CUDA libraries.
     jax=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("jax"))')
     echo "adding the GPU compiler of jax $jax to $venv/plan-gpu" >&2
     rm -rf "$venv/plan-gpu"
@@ -79,14 +79,14 @@ add_extra() {
   fi
   echo "adding the extra '$1' to $venv" >&2
   versions=$(mktemp)
-  # The lock without its hashes, which what it does not hold could not have.
+  # Without hashes, which pip would demand of packages outside the lock too.
   sed -n 's/^\([A-Za-z0-9][^\\]*[^ \\]\).*/\1/p' requirements.lock >"$versions"
   install --constraint "$versions" -e ".[$1]"
   rm -f "$versions"
 }
 
-# The extras that were ever asked for are noted beside the environment, which is made anew when
-# versions change; those that are in it, inside.
+# The requested extras are listed beside the environment, which is rebuilt when versions change; the
+# installed ones inside it.
 known=$(sed -n '/^\[options.extras_require\]/,/^\[tool/s/^\([a-z0-9]*\) *=.*/\1/p' setup.cfg | tr '\n' ' ')
 for extra in "$@"; do
   if [[ -z $extra || " $known plan-gpu " != *" $extra "* ]]; then

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests: scripts/test.sh [--fast | --wide] [arguments of pytest]
 #
-#   --fast    leave out what is marked slow or wide
-#   --wide    leave out what is marked slow
+#   --fast    skip tests marked slow or wide
+#   --wide    skip tests marked slow
 #
 # Sets up .venv the first time.
 set -euo pipefail

@@ -5,7 +5,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
   cat <<'EOF'
-Trains on a slice of Cloud TPU VMs, a process for each of its hosts.
+Trains on a slice of Cloud TPU VMs, one process per host.
 
   scripts/tpu_pod.sh create NAME --zone=ZONE [--accelerator-type=v5litepod-16]
                                  [--version=v2-alpha-tpuv5-lite] [--spot]
@@ -14,22 +14,22 @@ Trains on a slice of Cloud TPU VMs, a process for each of its hosts.
   scripts/tpu_pod.sh stop   NAME --zone=ZONE
   scripts/tpu_pod.sh delete NAME --zone=ZONE [--yes]
 
-  create    makes the slice; it costs money until it is deleted
+  create    creates the slice; it costs money until it is deleted
   run       copies the last commit of this checkout to all hosts, installs it there and starts
-            python -m launcher with the flags; it goes on when this machine is switched off
-  logs      follows the output of one host, and tells the exit code when it has ended
-  stop      asks the run to save and to exit with code 42; run with the same --workdir goes on
-  delete    deletes the slice, after a question unless --yes is given
+            python -m launcher with the flags; it does not need this machine afterwards
+  logs      follows the output of one host, and prints the exit code at its end
+  stop      asks the run to save and exit with code 42; run with the same --workdir resumes it
+  delete    deletes the slice; asks first unless --yes is given
 
-  --project=PROJECT   of Google Cloud (default: that of gcloud config)
+  --project=PROJECT   of Google Cloud (default: from gcloud config)
   --dry-run           print the commands and do nothing
   --help              this text
 
-Nothing restarts a run. A spot slice that was preempted is gone: delete it, create it and run with
-the same --workdir.
+Nothing restarts a run. A preempted spot slice is gone: delete it, create it again and run with the
+same --workdir.
 
-Google has ended the development of the API behind gcloud compute tpus: it gets fixes only, and it
-does not know TPU7x and later. For new work take GKE: scripts/k8s/render.sh --kind=tpu.
+Google only maintains the API behind gcloud compute tpus, which does not support TPU7x and later.
+For new work use GKE: scripts/k8s/render.sh --kind=tpu.
 EOF
 }
 
@@ -50,12 +50,12 @@ done
 action=${1:-}
 case $action in
   create | run | logs | stop | delete) ;;
-  "") fail "what to do is missing" "$0 create|run|logs|stop|delete NAME --zone=ZONE; see --help" ;;
+  "") fail "the action is missing" "$0 create|run|logs|stop|delete NAME --zone=ZONE; see --help" ;;
   *) fail "$action is not create, run, logs, stop or delete" "see --help" ;;
 esac
 name=${2:-}
 [[ $name =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
-  fail "'$name' is not a name of a TPU" "$0 $action NAME: letters, digits and -, a letter first"
+  fail "'$name' is not a name of a TPU" "$0 $action NAME: a-z, 0-9 and -, starting with a letter"
 shift 2
 
 zone=
@@ -94,11 +94,11 @@ done
 [[ $zone =~ ^[a-z0-9-]+$ ]] || fail "--zone is missing" "$0 $action $name --zone=us-west4-a"
 [[ $worker =~ ^[0-9]+$ ]] || fail "--worker=$worker is not the number of a host" "--worker=0"
 
-# What runs on each host, in its home folder.
+# These run on each host, in its home folder.
 # shellcheck disable=SC2016
 install='set -e
 if [ -f podlift.pid ] && kill -0 "$(cat podlift.pid)" 2>/dev/null; then
-  echo "error: a run is going on here" >&2
+  echo "error: a run is active on this host" >&2
   echo "  HINT: scripts/tpu_pod.sh logs or stop" >&2
   exit 2
 fi
@@ -145,9 +145,9 @@ case $action in
   run)
     [[ -n $config ]] || fail "--config is missing" "$0 run $name ... --config=configs/mlp.py"
     [[ $workdir == *://* || $workdir == /* ]] ||
-      fail "--workdir has to be a folder that all hosts share" "--workdir=gs://BUCKET/RUN"
+      fail "--workdir must be a folder that all hosts share" "--workdir=gs://BUCKET/RUN"
     [[ -z $(git -C "$root" status --porcelain --untracked-files=no) ]] ||
-      echo "note: the last commit is copied, without the changes since" >&2
+      echo "warning: copying the last commit, without the uncommitted changes" >&2
     folder=podlift
     if [[ -z $dry_run ]]; then
       folder=$(mktemp -d)
@@ -158,7 +158,7 @@ case $action in
     place+=(--worker=all)
     run "${tpu_vm[@]}" scp "$folder/podlift.tar.gz" "$name:podlift.tar.gz" "${place[@]}"
     run "${tpu_vm[@]}" ssh "$name" "${place[@]}" --command="$install"
-    # Nothing may keep the output of ssh open, or it would not return.
+    # ssh returns only when nothing holds its output open.
     run "${tpu_vm[@]}" ssh "$name" "${place[@]}" --command="cd podlift
 exec </dev/null >/dev/null 2>&1
 setsid nohup bash -c '$start' podlift ../podlift-venv/bin/python -m launcher$quoted &"
@@ -171,9 +171,9 @@ setsid nohup bash -c '$start' podlift ../podlift-venv/bin/python -m launcher$quo
     ;;
   delete)
     if [[ -z $yes && -z $dry_run ]]; then
-      question="Delete the TPU $name in $zone and all that is on its disks? [y/N] "
+      question="Delete the TPU $name in $zone with its disks? [y/N] "
       read -r -p "$question" answer || answer=
-      [[ $answer == [yY] ]] || fail "$name was not deleted" "answer y, or give --yes"
+      [[ $answer == [yY] ]] || fail "$name is not deleted" "answer y, or add --yes"
     fi
     run "${tpu_vm[@]}" delete "$name" "${place[@]}" --quiet
     ;;

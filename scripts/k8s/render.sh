@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints a Kubernetes manifest for a training; see --help.
+# Prints a Kubernetes manifest of a training job; see --help.
 set -euo pipefail
 folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -11,27 +11,28 @@ Prints the manifest of a JobSet that trains on GKE TPU slices or on GPU nodes.
                         [options] [-- flags of python -m launcher] | kubectl apply -f -
 
   --name=NAME            of the JobSet
-  --image=IMAGE          an image in which python -m launcher works, and FILE is there
+  --image=IMAGE          an image that can run python -m launcher and contains FILE
   --kind=tpu|gpu
-  --hosts=N              pods, each a process (in each slice, with several)
+  --hosts=N              pods per slice, one process each
                          (default: 4 with TPUs, 2 with GPUs)
   --workdir=DIR          gs://BUCKET/RUN, or /runs/RUN together with --claim
-  --claim=CLAIM          a persistent volume claim that all pods can write, at /runs
-  --chips=N              TPU chips of a host (default: 4)
+  --claim=CLAIM          a persistent volume claim that all pods can write, mounted at /runs
+  --chips=N              TPU chips per host (default: 4)
   --accelerator=TYPE     TPUs, the node label of GKE (default: tpu-v5-lite-podslice)
                          GPUs, the node label of GKE, such as nvidia-h100-80gb (default: any)
-  --topology=AxB[xC]     chips of a slice; hosts x chips (default: 4x4)
+  --topology=AxB[xC]     chips of a slice; the product is hosts x chips (default: 4x4)
   --slices=N             TPU slices, or groups of GPU hosts (default: 1)
-  --gpus=N               GPUs of a host (default: 8)
-  --account=ACCOUNT      a service account of Kubernetes that may use the bucket
-  --user=UID             of the processes (default: 1000); 0 where only root may open the
+  --gpus=N               GPUs per host (default: 8)
+  --account=ACCOUNT      a Kubernetes service account with access to the bucket
+  --user=UID             of the processes (default: 1000); 0 if only root may open the
                          accelerators
-  --max-restarts=N       how often to start again after a preemption (default: 100)
-  --dry-run              the same: this script only prints
+  --max-restarts=N       maximum number of restarts after a preemption (default: 100)
+  --dry-run              accepted; this script only prints
   --help                 this text
 
-It goes on by itself after a preemption, a lost node or a killed pod. It ends when the program fails
-(exit code 1) or for a mistake in the flags (2). kubectl delete jobset NAME saves and ends it.
+The JobSet resumes by itself after a preemption, a lost node or a killed pod. It ends when the
+program fails (exit code 1) or on a mistake in the flags (2). kubectl delete jobset NAME saves and
+ends it.
 EOF
 }
 
@@ -82,14 +83,14 @@ while (($#)); do
       shift
       break
       ;;
-    *) fail "there is no option $1" "flags of the launcher come after --; see --help" ;;
+    *) fail "there is no option $1" "flags of the launcher go after --; see --help" ;;
   esac
   shift
 done
 
-# Pods are called NAME-train-SLICE-HOST, which has to be a label of DNS: 63 letters.
+# Pods are called NAME-train-SLICE-HOST, which must be a DNS label of at most 63 characters.
 [[ $name =~ ^[a-z]([-a-z0-9]{0,40}[a-z0-9])?$ ]] ||
-  fail "--name='$name' is not a name" "42 of a-z, 0-9 and -, a letter first: --name=mlp"
+  fail "--name='$name' is not a name" "at most 42 of a-z, 0-9 and -, starting with a letter: --name=mlp"
 [[ $image =~ ^[A-Za-z0-9][A-Za-z0-9._/:@-]*$ ]] ||
   fail "--image='$image' is not an image" "--image=REGISTRY/IMAGE:TAG"
 [[ $kind == tpu || $kind == gpu ]] || fail "--kind='$kind' is not tpu or gpu" "--kind=tpu"
@@ -127,24 +128,24 @@ if [[ $kind == tpu ]]; then
 fi
 if [[ -n $claim ]]; then
   [[ $workdir == /runs/?* ]] ||
-    fail "--workdir='$workdir' is not on the claim" "it is mounted at /runs: --workdir=/runs/$name"
+    fail "--workdir='$workdir' is not on the claim" "the claim is mounted at /runs: --workdir=/runs/$name"
 else
   [[ $workdir == *://?* ]] ||
     fail "--workdir='$workdir' is not a folder that all pods share" "gs://BUCKET/$name, or --claim"
 fi
 
-# A YAML string in double quotes, whose escapes are those of JSON.
+# A YAML string in double quotes, which takes the escapes of JSON.
 quote() {
   local text=$1
   text=${text//\\/\\\\}
   text=${text//\"/\\\"}
   text=${text//$'\n'/\\n}
   text=${text//$'\t'/\\t}
-  [[ $text != *[[:cntrl:]]* ]] || fail "a control character in '$1'" "leave it out"
+  [[ $text != *[[:cntrl:]]* ]] || fail "'$1' has a control character" "remove it"
   printf '"%s"' "$text"
 }
 
-# The same for an argument: Kubernetes would put in a variable for $(NAME), and $$ is a $.
+# The same for an argument. Kubernetes expands $(NAME), and reads $$ as $.
 quote_argument() {
   quote "${1//\$/\$\$}"
 }
@@ -189,7 +190,7 @@ value_of() {
   esac
 }
 
-# Each line once, from left to right: what a value holds is never looked at again.
+# One pass from left to right, so that a value is never expanded again.
 while IFS= read -r line; do
   [[ $line != \#* ]] || continue
   if [[ $line =~ ^(.*)\ \#\ if\ ([a-z_]+)$ ]]; then

@@ -1,4 +1,4 @@
-"""Benchmarks can be started, and their jobs can be read; what they measure is never tested."""
+"""Benchmarks start and their jobs are valid Python; no test depends on what they measure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
-COMMANDS = [path for path in FILES if "ArgumentParser" in path.read_text()]
+COMMANDS = [path for path in FILES if "= parser_of(" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
@@ -28,12 +28,12 @@ def test_a_benchmark_says_how_it_is_used(path):
     assert "--out" in done.stdout
 
 
-def test_files_that_other_environments_run_are_python():
+def test_files_that_run_in_other_environments_are_valid_python():
     for path in FILES:
         compile(path.read_text(), path, "exec")
 
 
-def test_the_docs_have_the_ratios_that_were_recorded():
+def test_the_docs_quote_the_recorded_ratios():
     text = (ROOT / "docs/benchmarks.md").read_text()
     results = ROOT / "benchmarks/results"
     steps = json.loads((results / "peers.json").read_text())["steps"]

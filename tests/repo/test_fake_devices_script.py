@@ -8,8 +8,8 @@ import shutil
 from script_runs import FAKE_DEVICES, MLP, SCRIPTS
 
 
-def test_fake_devices_keep_other_flags(run_script, tmp_path):
-    """The script next to a train.sh that tells what it was given."""
+def test_fake_devices_keeps_other_flags(run_script, tmp_path):
+    """The script beside a train.sh that prints its environment and arguments."""
     folder = tmp_path / "it's here" / "scripts"
     folder.mkdir(parents=True)
     shutil.copy(SCRIPTS / FAKE_DEVICES, folder)

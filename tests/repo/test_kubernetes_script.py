@@ -38,7 +38,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("arguments", KINDS.values(), ids=KINDS)
-def test_the_job_is_one_that_kubernetes_takes(run_script, arguments):
+def test_kubernetes_accepts_the_job(run_script, arguments):
     job = rendered(run_script, *arguments)["spec"]["replicatedJobs"][0]["template"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **job}
     validate.validate(job, validate.latest_version(), strict=True)
@@ -48,7 +48,7 @@ def test_the_job_is_one_that_kubernetes_takes(run_script, arguments):
 
 
 @pytest.mark.parametrize("arguments", KINDS.values(), ids=KINDS)
-def test_the_jobset(run_script, arguments):
+def test_the_jobset_says_what_podlift_reads(run_script, arguments):
     jobset = rendered(run_script, *arguments)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert set(jobset["spec"]) == {"network", "failurePolicy", "replicatedJobs"}
@@ -57,7 +57,7 @@ def test_the_jobset(run_script, arguments):
     assert job["completionMode"] == "Indexed"
     assert job["completions"] == job["parallelism"]
     pod, container, env = job["template"]["spec"], container_of(jobset), env_of(jobset)
-    # What launcher.clusters.kubernetes reads.
+    # launcher.clusters.kubernetes reads these.
     assert env["PODLIFT_NUM_PROCESSES"] == str(job["completions"] * replicated["replicas"])
     assert env["PODLIFT_PODS_PER_JOB"] == str(job["completions"])
     assert env["PODLIFT_JOB_NAME"] == jobset["metadata"]["name"]
@@ -114,8 +114,8 @@ def test_values_for_tpus_and_gpus(run_script):
         (139, "FailJobSet"),
     ],
 )
-def test_what_a_jobset_starts_again(run_script, code, action):
-    """The rules of the Job controller and of JobSet, in their order."""
+def test_a_jobset_restarts_what_can_resume(run_script, code, action):
+    """Evaluates the rules of the Job controller and of JobSet in their order."""
     spec = rendered(run_script)["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     reason = "BackoffLimitExceeded"
@@ -139,11 +139,11 @@ def test_what_a_jobset_starts_again(run_script, code, action):
         assert re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
 
 
-def test_values_cannot_leave_their_place_in_a_manifest(run_script):
+def test_a_value_cannot_change_the_structure_of_a_manifest(run_script):
     jobset = rendered(run_script, "--workdir=gs://b/@IMAGE@", "--", HOSTILE, "a: b", "- c", "")
     plain = rendered(run_script)
     arguments = container_of(jobset)["args"]
-    # Kubernetes makes a $ of $$, and leaves what follows alone.
+    # Kubernetes reads $$ as $, and expands nothing behind it.
     assert [argument.replace("$$", "$") for argument in arguments] == [
         *[MLP, "--workdir=gs://b/@IMAGE@", HOSTILE, "a: b", "- c", ""],
     ]

@@ -30,10 +30,10 @@ def test_mpi_on_one_machine(run_script, rank, expected):
         *["-n", "3", "-x", "XLA_FLAGS", "-x", "PODLIFT_PYTHON"],
         *["/my python", "-m", "launcher", MLP, HOSTILE],
     ]
-    assert workdir.startswith("--workdir=runs/mpi-2")  # one for all ranks, with the time
+    assert workdir.startswith("--workdir=runs/mpi-2")  # one for all ranks, named by the time
 
 
-def test_mpi_keeps_the_workdir_that_is_given(run_script):
+def test_mpi_keeps_a_given_workdir(run_script):
     run_script.stand_in("mpirun", 'record "$@"')
     run_script(MPI, "-n", 3, MLP, "--workdir=x", **mpi_environ(run_script))
     assert only(run_script.calls("mpirun"))[-2:] == [MLP, "--workdir=x"]
@@ -50,8 +50,8 @@ def test_mpi_keeps_the_workdir_that_is_given(run_script):
     ],
 )
 @pytest.mark.parametrize("by_file", [False, True])
-def test_mpi_tells_where_rank_0_is(run_script, tmp_path, hosts, first, by_file):
-    """Open MPI puts it on this machine if that takes part, wherever it stands in the list."""
+def test_mpi_names_the_machine_of_rank_0(run_script, tmp_path, hosts, first, by_file):
+    """Open MPI puts rank 0 on this machine if the list contains it at any position."""
     here = subprocess.run(["hostname"], capture_output=True, text=True, check=True).stdout.strip()
     hosts = hosts.replace("HERE", here)
     where = ["-H", hosts]
@@ -83,7 +83,7 @@ def test_mpi_asks_the_ranks_to_save(run_script, tmp_path, number):
     )
     with start_mpi(run_script) as script:
         wait_for((tmp_path / "started").exists)
-        # A terminal sends Ctrl-C to all that the script has started and not put aside.
+        # A terminal sends Ctrl-C to the whole process group of the script.
         os.killpg(script.pid, number)
         assert script.wait(20) == 42
     assert run_script.calls("mpirun") == [["USR1"]]
@@ -115,7 +115,7 @@ def start_mpi(run_script):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root is refused")
-def test_mpi_as_root_is_for_the_user_to_allow(run_script):
+def test_mpi_runs_as_root_only_if_the_user_allows_it(run_script):
     run_script.stand_in("mpirun", 'record "$@"')
     done = run_script(MPI, "-n", 2, MLP, PODLIFT_PYTHON="python")
     assert done.returncode == 2

@@ -12,7 +12,7 @@ from script_runs import HOSTILE, MLP, SCRIPTS, SLURM, only, shlex_of_bash, wait_
 
 @pytest.fixture
 def job(run_script, tmp_path):
-    """Runs the batch script with a srun that runs one task and returns what it is told."""
+    """Runs the batch script with an srun that runs one task and returns the code it is given."""
     run_script.stand_in("python", 'record "$@"; exit "${TASK:-0}"')
     run_script.stand_in(
         "srun",
@@ -50,18 +50,18 @@ REQUEUE = ["requeue", "77"]
         ({"TASK": 42}, 42, True, "asked to stop; requeuing job 77"),
         ({"STEP": 137}, 42, True, "a task was killed (code 137); requeuing job 77"),
         ({"STEP": 143}, 42, True, "requeuing"),
-        # One task failed, and the others were ended because of it.
+        # One task fails, and srun kills the others because of it.
         ({"TASK": 1, "STEP": 42}, 1, False, ""),
         ({"TASK": 2, "STEP": 137}, 2, False, ""),
         ({"TASK": 42, "SLURM_RESTART_COUNT": 99}, 42, True, "requeuing"),
-        ({"TASK": 42, "SLURM_RESTART_COUNT": 100}, 42, False, "requeued 100 times already"),
-        ({"TASK": 42, "PODLIFT_MAX_REQUEUES": 0}, 42, False, "requeued 0 times already"),
-        ({"TASK": 42, "STATE": "COMPLETING"}, 42, False, "COMPLETING and not requeued"),
-        ({"TASK": 42, "STATE": ""}, 42, False, "gone and not requeued"),
+        ({"TASK": 42, "SLURM_RESTART_COUNT": 100}, 42, False, "already requeued 100 times"),
+        ({"TASK": 42, "PODLIFT_MAX_REQUEUES": 0}, 42, False, "already requeued 0 times"),
+        ({"TASK": 42, "STATE": "COMPLETING"}, 42, False, "COMPLETING, so it is not requeued"),
+        ({"TASK": 42, "STATE": ""}, 42, False, "gone, so it is not requeued"),
         ({"TASK": 42, "SCONTROL": 1}, 42, True, "scontrol requeue 77 failed"),
     ],
 )
-def test_what_slurm_requeues(job, environ, code, requeued, says):
+def test_slurm_requeues_what_can_resume(job, environ, code, requeued, says):
     done = job(**environ)
     assert done.returncode == code, done
     assert job.calls("scontrol") == ([REQUEUE] if requeued else [])
@@ -70,7 +70,7 @@ def test_what_slurm_requeues(job, environ, code, requeued, says):
         assert done.stderr == ""
 
 
-def test_slurm_passes_arguments_and_a_workdir(job, tmp_path):
+def test_slurm_passes_arguments_on_and_adds_a_workdir(job, tmp_path):
     assert job(MLP, HOSTILE).returncode == 0
     expected = ["-m", "launcher", MLP, HOSTILE, f"--workdir={tmp_path}/runs/slurm-77"]
     assert only(job.calls("python")) == expected
@@ -78,7 +78,7 @@ def test_slurm_passes_arguments_and_a_workdir(job, tmp_path):
     assert options == ["--kill-on-bad-exit=1", "--wait=60"]
 
 
-def test_slurm_keeps_a_workdir_that_is_given(job, tmp_path):
+def test_slurm_keeps_a_given_workdir(job, tmp_path):
     job(MLP, "--workdir=/shared/run")
     job(MLP, "--workdir", "/shared/run")
     job(MLP, PODLIFT_RUNS="/shared/all runs")
@@ -88,7 +88,7 @@ def test_slurm_keeps_a_workdir_that_is_given(job, tmp_path):
     assert default == ["--workdir=/shared/all runs/slurm-77"]
 
 
-def test_slurm_array_takes_a_run_of_a_sweep_each(job, tmp_path):
+def test_each_job_of_a_slurm_array_takes_a_run_of_the_sweep(job, tmp_path):
     array = {"SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "2"}
     done = job(MLP, "--sweep_index=$SLURM_ARRAY_TASK_ID", TASK=42, **array)
     assert done.returncode == 42

@@ -35,7 +35,7 @@ def test_tpu_create_and_delete(run_script):
 
 
 def test_tpu_run_copies_installs_and_starts(run_script, tmp_path):
-    """A gcloud that does on this machine, in a folder, what it would do on each host."""
+    """A gcloud that runs, in a folder of this machine, the commands for each host."""
     host = tmp_path / "host"
     (host / "podlift-venv/bin").mkdir(parents=True)
     run_script.stand_in(
@@ -53,7 +53,7 @@ def test_tpu_run_copies_installs_and_starts(run_script, tmp_path):
     workdir = "--workdir=gs://bucket/run"
     done = run_script(TPU_POD, "run", "pod", ZONE, workdir, MLP, HOSTILE)
     assert done.returncode == 0, done
-    # It returns while the training goes on, though it reads all that ssh prints.
+    # The script returns while training runs, although ssh waits for open output.
     assert not (host / "podlift.exit").exists()
     (host / "end").touch()
     wait_for((host / "podlift.exit").exists)
@@ -72,7 +72,7 @@ def test_tpu_run_copies_installs_and_starts(run_script, tmp_path):
     assert "--worker=3" in run_script.calls("gcloud")[-1]
 
 
-def test_tpu_run_does_not_disturb_one_that_is_going_on_and_stop_ends_it(run_script, tmp_path):
+def test_tpu_run_refuses_while_another_is_active_and_stop_ends_that_one(run_script, tmp_path):
     host = tmp_path / "host"
     host.mkdir()
     run_script.stand_in(
@@ -80,13 +80,13 @@ def test_tpu_run_does_not_disturb_one_that_is_going_on_and_stop_ends_it(run_scri
         f'cd {host}\n[[ $4 == scp ]] || for a in "$@"; do\n'
         '[[ $a != --command=* ]] || exec bash -c "${a#*=}"; done',
     )
-    with subprocess.Popen(["sleep", "60"]) as going_on:
-        (host / "podlift.pid").write_text(f"{going_on.pid}\n")
+    with subprocess.Popen(["sleep", "60"]) as active:
+        (host / "podlift.pid").write_text(f"{active.pid}\n")
         done = run_script(TPU_POD, "run", "pod", ZONE, "--workdir=gs://b/r", MLP)
         assert done.returncode == 2
-        assert "a run is going on here" in done.stderr
+        assert "a run is active on this host" in done.stderr
         assert run_script(TPU_POD, "stop", "pod", ZONE).returncode == 0
-        assert going_on.wait(10) == -signal.SIGTERM
+        assert active.wait(10) == -signal.SIGTERM
 
 
 def test_tpu_dry_run(run_script):
@@ -104,7 +104,7 @@ def test_tpu_dry_run(run_script):
     assert run_script.calls("gcloud") == []
 
 
-def test_gcloud_knows_the_flags(run_script, tmp_path):
+def test_the_real_gcloud_has_these_flags(run_script, tmp_path):
     real = shutil.which("gcloud")
     if real is None:
         pytest.skip("there is no gcloud")
