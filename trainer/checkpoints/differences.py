@@ -88,9 +88,9 @@ def check_allowed(differences: Sequence[Difference], allow: Sequence[str], where
     refuse(
         [d for d in differences if d.kind in kinds],
         where,
-        "use the code and config it was saved with, or resume anyway with "
-        f"--config.checkpoint.allow={together}: leaves that were not saved or have another shape "
-        "are initialised, other dtypes are cast, extra leaves are dropped",
+        "use the code and config it was saved with, or pass "
+        f"--config.checkpoint.allow={together} to resume anyway: leaves that were not saved or "
+        "have another shape are initialised, other dtypes are cast, extra leaves are dropped",
     )
 
 

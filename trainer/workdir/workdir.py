@@ -179,8 +179,8 @@ class Workdir:
         together = ",".join([*([allow] if allow else []), *names, *kinds])
         raise UserError(
             "\n".join(text),
-            "name another --workdir, revert these changes to resume that run, or resume anyway "
-            f"with --config.checkpoint.allow={together}",
+            "name another --workdir, revert these changes to resume that run, or pass "
+            f"--config.checkpoint.allow={together} to resume anyway",
         )
 
     def claim(self, local_dir: str | None = None) -> None:
