@@ -130,9 +130,9 @@ def test_a_negative_zero_stays_one():
     [
         (
             "Dense_0, Dens_1",
-            r"names 'Dens_1', which is no part[^\n]*\n  HINT: did you mean Dense_1",
+            r"'Dens_1' matches no part[^\n]*\n  HINT: did you mean Dense_1",
         ),
-        ("Dense", r"names 'Dense', which is no part"),  # a whole name, not how one begins
+        ("Dense", r"'Dense' matches no part"),  # a whole name, not how one begins
         ("backbone", r"HINT: there are BatchNorm_0, "),
         ("Dense_0,Dense_1,Dense_2,BatchNorm_0,BatchNorm_1", "leaves nothing to train"),
     ],

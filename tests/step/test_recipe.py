@@ -226,7 +226,7 @@ def test_all_of_it_resumes_bit_for_bit(tmp_path, steps_per_call):
 
 
 def test_a_batch_that_does_not_divide_into_parts_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"4 devices x 3 parts .*grad_accum_steps") as error:
+    with pytest.raises(UserError, match=r"4 devices x 3 microbatches .*grad_accum_steps") as error:
         trainer.train(config(grad_accum_steps=3), tmp_path / "run", mesh_of(4))
     assert "60 or 72" in str(error.value)
 
