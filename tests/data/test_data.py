@@ -155,7 +155,7 @@ def test_idx_files(tmp_path):
     assert data["eval"]["y"].tolist() == [3, 1]
     whole = (tmp_path / "t10k-images-idx3-ubyte.gz").read_bytes()
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(whole[:-9])
-    with pytest.raises(UserError, match="not a whole idx file"):
+    with pytest.raises(UserError, match="not a complete idx file"):
         idx.load(str(tmp_path))
     (tmp_path / "t10k-images-idx3-ubyte.gz").unlink()
     with pytest.raises(UserError, match=r"holds no t10k-images-idx3-ubyte\.gz"):

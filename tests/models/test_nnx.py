@@ -148,9 +148,9 @@ def test_dropout_is_another_in_each_layer_and_call_and_off_in_evaluation():
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        ("Growing", "state mean is made by a call of the model"),
+        ("Growing", "state mean is created by a call of the model"),
         ("Meddling", "a call of the model changes its parameter layer/bias"),
-        ("WithKeys", "keys holds random keys"),
+        ("WithKeys", "keys contains random keys"),
         ("fixed", "built a Linear, not a Linen module"),
     ],
 )

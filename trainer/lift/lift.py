@@ -132,9 +132,9 @@ class Lift(Placement):
                 else ""
             )
             raise UserError(
-                f"config.global_batch_size={global_batch_size} is not divisible by "
-                f"{self.num_shards} {over}{times}",
-                f"the nearest sizes that are: {sizes}",
+                f"config.global_batch_size={global_batch_size} does not divide evenly "
+                f"over {self.num_shards} {over}{times}",
+                f"the nearest sizes that do: {sizes}",
             )
 
 
