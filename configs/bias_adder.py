@@ -3,11 +3,11 @@
     python -m launcher --config=configs/bias_adder.py
     python -m launcher --config=configs/bias_adder.py:ones     (the guide's dummy input, 3 x 4 ones)
 
-One parameter, one running mean in `batch_stats`, SGD at 0.02, five epochs of one batch. The loss is
-the guide's placeholder, the squared distance to the input, averaged over the batch (the guide sums
-it, which at this learning rate only converges for a batch of three).
+One parameter and one running mean in `batch_stats`; SGD with a learning rate of 0.02, five epochs
+of one batch. The loss is the guide's placeholder, the squared distance to the input, averaged over
+the batch. (The guide sums it, which at this learning rate converges for a batch of three only.)
 
-Takes 2 seconds. The loss falls in every epoch, to the variance of the input.
+Takes 2 seconds. The loss falls in every epoch, towards the variance of the input.
 """
 
 from ml_collections import ConfigDict

@@ -2,10 +2,10 @@
 
     python -m launcher --config=configs/char_lm.py
 
-The text is `pydoc_data.topics`, about 465,000 characters, in every Python. The model has dropout
-and no batch normalisation.
+The text is `pydoc_data.topics`, about 465,000 characters, which every Python contains. The model
+has dropout and no batch normalisation.
 
-Takes 80 seconds on two cores and reaches 2.48 bits a character (`eval/bits_per_char`; 1.72
+Takes 80 seconds on two cores and reaches 2.48 bits per character (`eval/bits_per_char`; 1.72
 nats, the loss) on the held-out tenth.
 """
 

@@ -1,4 +1,4 @@
-"""Runs a run again: its `config.json` as a config, with overrides.
+"""The config of an earlier run, read from its `config.json`, to repeat it with overrides.
 
 python -m launcher --config=configs/from_json.py:WORKDIR/config.json --config.seed=1
 """

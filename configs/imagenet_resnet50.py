@@ -4,15 +4,15 @@
     python -m launcher --config=configs/imagenet_resnet50.py:folder --config.data.directory=DIR
     python -m launcher --config=configs/imagenet_resnet50.py:array_record
 
-The first takes random images, which need no files: to see that it trains, and how fast. The second
-reads DIR/train/CLASS/*.JPEG and DIR/val/CLASS/*.JPEG, the third ArrayRecord files; docs/imagenet.md
-says how to get them.
+The first command uses random images, which need no files, to show that training works and how fast
+it is. The second reads DIR/train/CLASS/*.JPEG and DIR/val/CLASS/*.JPEG, the third ArrayRecord
+files; docs/imagenet.md says how to get them.
 
-It has not been trained to its end here. It follows Flax's ImageNet example, whose README gives
-76.4 % to 76.7 % of the held-out images (top 1) after as many steps, 125,100; the differences
-are in docs/imagenet.md.
+The full run has not been made. The config follows Flax's ImageNet example, whose README reports a
+top-1 accuracy of 76.4 % to 76.7 % on the held-out images after the same 125,100 steps;
+docs/imagenet.md lists the differences.
 
-Small enough for two cores, where it takes 40 s:
+With these settings it is small enough for two cores, where it takes 40 s:
 
     --config.model.stage_blocks="(1, 1, 1, 1)" --config.model.features=8 --config.data.image_size=32
     --config.global_batch_size=64 --config.num_steps=30 --config.data.num_eval=64 --fake_devices=8
@@ -50,7 +50,7 @@ def get_config(data: str = "synthetic") -> ConfigDict:
     )
     config.optimizer.learning_rate = {
         "target": "trainer.schedules:warmup_cosine",
-        # 0.1 for every 256 examples of a batch; a reference, so that it follows the batch's size.
+        # 0.1 per 256 examples of a batch; a reference, so that it follows overrides of the size.
         "peak_value": config.get_ref("global_batch_size").to_float() * 0.1 / 256,
         "warmup_fraction": 0.05,  # 5 of the 100 epochs
     }

@@ -2,9 +2,9 @@
 
     python -m launcher --config=configs/mlp.py
 
-X is 128 rows of 5 numbers from U(0, 1) plus noise, Y = X W + b; SGD at 0.02, five epochs of one
-batch. The running statistics are synchronised over the axis "batch" and, unlike in the guide, the
-model is called with `train=True`, so they move.
+X has 128 rows of 5 numbers from U(0, 1) plus noise, and Y = X W + b. SGD with a learning rate of
+0.02, five epochs of one batch. The running statistics are synchronised over the axis "batch".
+Unlike in the guide, the model is called with `train=True`, so that they are updated.
 
 Takes 2 seconds. The loss falls in every epoch.
 """

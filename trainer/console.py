@@ -1,6 +1,6 @@
-"""What a person sees: lines on stdout, warnings on stderr.
+"""Output on the terminal: messages on stdout, warnings on stderr.
 
-Everything goes through the logger "podlift", so that a launcher can add a file to it.
+All output passes through the logger "podlift", to which a launcher can add a log file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _log = logging.getLogger("podlift")
 
 
 class _Terminal(logging.Handler):
-    """Prints info to stdout and the rest to stderr, above the live view where there is one."""
+    """Prints messages to stdout and warnings to stderr, above the live view if there is one."""
 
     console: Any = None
     warnings = False
@@ -30,11 +30,11 @@ class _Terminal(logging.Handler):
             else:
                 print(text, file=stream, flush=True)
         except BrokenPipeError:
-            # Nobody reads any more (`| head`): no reason to stop training, nor to complain at
-            # the exit of what could not be written.
+            # The reader is gone (`| head`). Training continues, and nothing must fail at exit when
+            # Python flushes the stream.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except (OSError, ValueError, AttributeError):  # a closed terminal, or none at all
+        except (OSError, ValueError, AttributeError):  # the terminal is closed, or there is none
             pass
 
 
@@ -42,7 +42,7 @@ _terminal = _Terminal()
 
 
 def open_terminal() -> None:
-    """Shows the log on the terminal; called by whoever starts a run, any number of times."""
+    """Shows the log on the terminal; every entry point calls it, repeated calls do nothing."""
     if _terminal not in _log.handlers:
         _log.addHandler(_terminal)
         _log.setLevel(logging.INFO)
@@ -53,21 +53,21 @@ def open_terminal() -> None:
 
 
 def say(text: str) -> None:
-    """One line for the person who watches."""
+    """Prints a message, one line."""
     _log.info(text)
 
 
 def warn(text: str) -> None:
-    """One line about something that is not as it should be, while the run goes on."""
+    """Prints a warning, one line; the run continues."""
     _log.warning("warning: %s", text)
 
 
 def print_above(console: Any, *, warnings: bool = False) -> None:
-    """Prints through a console of rich from now on, above what is live on it; None: directly.
+    """From now on prints through a rich console, above its live display.
 
     Args:
-        console: of stdout.
-        warnings: stderr is the same terminal, so what goes there has to come above too.
+        console: the console of stdout; None: print directly again.
+        warnings: whether to print warnings there too, because stderr is the same terminal.
     """
     _terminal.console, _terminal.warnings = console, warnings
 

@@ -1,4 +1,4 @@
-"""The ways a run can end early. Each carries what a person needs to go on."""
+"""The exceptions that end a run early, with the information needed to fix the cause or resume."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 
 class UserError(Exception):
-    """Something the person who started the run can mend; the launcher exits with 2.
+    """A mistake that the user can fix; the launcher exits with 2.
 
     Args:
-        message: what is wrong, in one line.
-        hint: what to do about it, in one line.
+        message: what is wrong, on one line.
+        hint: what to do about it, on one line.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -23,15 +23,15 @@ class UserError(Exception):
 
 
 class NonFiniteLoss(Exception):
-    """The loss or the gradient norm became NaN or infinite; the launcher exits with 1.
+    """The loss or the gradient norm is NaN or infinite; the launcher exits with 1.
 
     Args:
-        step: the step, counted from 1, that first produced it.
+        step: the first such step, counted from 1.
         values: the metrics of that step.
-        skipped: how many such steps were skipped before, where they were to be skipped.
+        skipped: how many such steps were skipped before, with `config.nan="skip"`.
 
     Attributes:
-        last_good: the newest checkpoint, for a person.
+        last_good: the newest checkpoint, for the message.
     """
 
     def __init__(self, step: int, values: dict[str, float], skipped: int = 0) -> None:
@@ -52,11 +52,11 @@ class NonFiniteLoss(Exception):
 
 
 class NonFiniteState(Exception):
-    """Parameters or model state are NaN or infinite; found before a save, so it is not made.
+    """Params or model state are NaN or infinite; detected before a save, which is not made.
 
     Args:
-        step: of the state.
-        names: of the leaves.
+        step: the step of the state.
+        names: the names of these leaves.
     """
 
     def __init__(self, step: int, names: list[str]) -> None:
@@ -66,35 +66,35 @@ class NonFiniteState(Exception):
 
 
 class ReplicasDiffer(Exception):
-    """Copies of the state that must be equal on all devices are not; the launcher exits with 1."""
+    """The replicas of the state differ between devices; the launcher exits with 1."""
 
 
 class CheckpointsUnreadable(UserError):
-    """The workdir has held checkpoints and none is whole; the launcher exits with 2."""
+    """The workdir contains checkpoints, and all are damaged; the launcher exits with 2."""
 
 
 class StateUnreadable(Exception):
-    """A checkpoint is whole and cannot be read all the same; the launcher exits with 1."""
+    """An undamaged checkpoint cannot be read; the launcher exits with 1."""
 
 
 class SavesFailed(Exception):
-    """Too many saves in a row have failed; the launcher exits with 1."""
+    """Too many saves in a row failed; the launcher exits with 1."""
 
 
 class PeerFailed(Exception):
-    """Another process of the run has failed, and says why."""
+    """Another process of the run failed; the message is its reason."""
 
 
 class SmokeFailed(Exception):
-    """A check of a smoke test did not come out as it should; the launcher exits with 1."""
+    """A check of a smoke test failed; the launcher exits with 1."""
 
 
 class Preempted(Exception):
     """The run was asked to stop and has saved its state; the launcher exits with 42.
 
     Args:
-        step: the step that was saved.
-        saved: whether there was anything to save.
+        step: the saved step.
+        saved: whether there was a state to save.
     """
 
     def __init__(self, step: int, *, saved: bool = True) -> None:
@@ -103,5 +103,5 @@ class Preempted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's code says, in one line of bounded length."""
+    """The first line of an error's message, at most 200 characters; its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

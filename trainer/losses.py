@@ -1,4 +1,4 @@
-"""Losses: `(outputs, batch) -> (examples,)`, one value an example."""
+"""Losses: `(outputs, batch) -> (examples,)`, one value per example."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.metrics import mean_per_example, same_shape
 
 
 def squared_error(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Squared error, averaged over the axes behind the examples."""
+    """Squared error, averaged over all axes but the first."""
     same_shape(outputs.shape, batch["y"].shape, "the model's outputs")
     return mean_per_example((outputs - batch["y"]) ** 2)
 
@@ -30,11 +30,11 @@ def softmax_cross_entropy(
 
     Args:
         outputs: the logits.
-        batch: holds the labels.
-        label_smoothing: the part of each label that is spread evenly over all classes
+        batch: contains the labels.
+        label_smoothing: the fraction of each label that is distributed evenly over all classes
             (Szegedy et al., arXiv:1512.00567, section 7).
     """
-    same_shape(outputs.shape[:-1], batch["y"].shape, "the logits, without classes,")
+    same_shape(outputs.shape[:-1], batch["y"].shape, "the logits, without the axis of classes,")
     if not 0 <= label_smoothing < 1:
         raise UserError(f"config.loss.label_smoothing={label_smoothing} is not in [0, 1)")
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"].astype(jnp.int32))

@@ -1,4 +1,4 @@
-"""Optimizers that optax has the pieces of."""
+"""Optimizers with weight decay of kernels only, composed from optax."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ def sgd(
 ) -> optax.GradientTransformation:
     """Gradient descent with momentum and an L2 penalty, `weight_decay / 2 * sum(w**2)`.
 
-    The penalty's gradient goes through the momentum, like the loss's (as in Flax's ImageNet
-    example, and unlike `optax.adamw`), but not into `train/loss` or `train/grad_norm`.
+    The gradient of the penalty passes through the momentum like that of the loss (as in Flax's
+    ImageNet example, and unlike `optax.adamw`), but is not part of `train/loss` or
+    `train/grad_norm`.
 
     Args:
         learning_rate: a number or a schedule.
-        momentum: how much of the last update goes into the next.
-        nesterov: look ahead by one update (Sutskever et al., ICML 2013).
-        weight_decay: of kernels; see `is_kernel`.
+        momentum: the fraction of the last update that carries over to the next.
+        nesterov: use Nesterov momentum (Sutskever et al., ICML 2013).
+        weight_decay: applied to kernels only; see `is_kernel`.
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=is_kernel),
@@ -38,7 +39,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 1e-4,
 ) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay (arXiv:1711.05101), of kernels only; see `is_kernel`.
+    """Adam with decoupled weight decay (arXiv:1711.05101) of kernels only; see `is_kernel`.
 
     `optax:adamw` decays every parameter.
     """
@@ -46,5 +47,5 @@ def adamw(
 
 
 def is_kernel(params: Any) -> Any:
-    """True for each leaf with more than one axis: no bias, and no scale of a normalisation."""
+    """True for each leaf with more than one axis, so neither for biases nor for scales."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -1,8 +1,9 @@
-"""Learning rates that span the run: `num_steps` is filled in by the trainer."""
+"""Learning rate schedules over the entire run; the trainer passes `num_steps`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import optax
 def warmup_cosine(
     peak_value: float, num_steps: int, warmup_fraction: float = 0.1, end_value: float = 0.0
 ) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak_value`, then a cosine to `end_value` at `num_steps`."""
+    """Linear warm-up from 0 to `peak_value`, then cosine decay to `end_value` at `num_steps`."""
     warmup_steps = max(1, round(warmup_fraction * num_steps))
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -35,23 +36,23 @@ def step_decay(
     factor: float = 0.1,
     warmup_fraction: float = 0.0,
 ) -> optax.Schedule:
-    """`peak_value`, times `factor` from each fraction of the run on, after a linear warm-up.
+    """`peak_value`, multiplied by `factor` at each of several points, after a linear warm-up.
 
     Args:
-        peak_value: the rate at first.
-        num_steps: of the run.
-        fractions: where it falls, ascending, in (0, 1).
-        factor: by how much each time.
-        warmup_fraction: of the run, from 0 to `peak_value`.
+        peak_value: the rate after the warm-up.
+        num_steps: the length of the run.
+        fractions: the points as fractions of the run, ascending, in (0, 1).
+        factor: the factor at each point.
+        warmup_fraction: the length of the warm-up from 0 to `peak_value`, as a fraction of the run.
     """
-    falls = optax.piecewise_constant_schedule(
+    decay = optax.piecewise_constant_schedule(
         peak_value, {round(fraction * num_steps): factor for fraction in fractions}
     )
     warmup_steps = round(warmup_fraction * num_steps)
     if not warmup_steps:
-        return falls
+        return decay
 
     def schedule(step: jax.Array) -> jax.Array:
-        return falls(step) * jnp.minimum(1.0, step / warmup_steps)
+        return cast(jax.Array, decay(step) * jnp.minimum(1.0, step / warmup_steps))
 
     return schedule

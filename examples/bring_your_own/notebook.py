@@ -1,4 +1,4 @@
-"""What a notebook would hold: train, then use the state.
+"""The cells of a notebook: train a model, then use its state.
 
 With fake devices: XLA_FLAGS=--xla_force_host_platform_device_count=4 python notebook.py
 """

@@ -29,7 +29,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_resolved_config_is_as_written_down(variant):
+def test_the_resolved_config_equals_its_golden_file(variant):
     """To change a golden file on purpose: --print_config into tests/golden/<config>.txt."""
     name, _, argument = variant.partition(":")
     spec = f"--config={ROOT}/configs/{name}.py" + (f":{argument}" if argument else "")
@@ -93,7 +93,7 @@ def test_digits_resnet_reaches_its_accuracy(launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_fashion_mnist_shortened(launch, tmp_path):
+def test_fashion_mnist_reaches_its_accuracy_in_a_short_run(launch, tmp_path):
     """A tenth of the data, one epoch, on two devices: real files, real images."""
     code, out, err = launch(
         "--config=configs/fashion_mnist.py",

@@ -12,7 +12,7 @@ def outer(inner, size=1, num_steps=None):
     return inner, size, num_steps
 
 
-def test_nested_blocks_are_built_and_offers_fill_what_is_unset():
+def test_nested_blocks_are_built_and_offered_arguments_fill_unset_ones():
     block = {
         "target": f"{__name__}:outer",
         "inner": {"target": "builtins:dict", "a": 1},
@@ -32,7 +32,7 @@ def test_nested_blocks_are_built_and_offers_fill_what_is_unset():
         ("os:path.jion", "did you mean 'join'?"),
     ],
 )
-def test_a_wrong_path_says_what_was_meant(target, expected):
+def test_a_wrong_path_suggests_a_similar_one(target, expected):
     with pytest.raises(UserError, match=r"config\.loss") as error:
         resolve(target, "config.loss")
     assert expected in str(error.value)
@@ -45,14 +45,14 @@ def test_a_missing_dependency_is_not_taken_for_a_typo(tmp_path, monkeypatch):
         resolve("needs_more:x", "config.loss")
 
 
-def test_a_wrong_keyword():
+def test_a_wrong_keyword_suggests_a_similar_one():
     with pytest.raises(UserError) as error:
         build({"target": f"{__name__}:outer", "inner": 1, "sise": 2}, "config.x")
     assert "config.x.sise" in str(error.value)
     assert "did you mean 'size'?" in str(error.value)
 
 
-def test_a_none_that_is_written_down_is_passed_on():
+def test_an_explicit_none_is_passed_on():
     block = {"target": f"{__name__}:outer", "inner": 1, "size": None, "num_steps": None}
     assert build(block, "config.x", num_steps=4) == (1, None, 4)
 

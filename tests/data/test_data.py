@@ -20,7 +20,7 @@ N, B = 103, 8
 SOURCE = ArraySource({"x": np.arange(N), "y": 2 * np.arange(N)})
 
 
-def test_an_epoch_holds_every_example_once_but_its_remainder():
+def test_an_epoch_visits_every_example_once_except_its_remainder():
     stream = TrainStream(SOURCE, B, seed=0)
     epochs = [
         np.concatenate([stream.batch_at(12 * e + s)["x"] for s in range(12)]) for e in range(2)
@@ -52,7 +52,7 @@ def test_each_process_takes_its_rows_of_the_same_global_batch():
             np.testing.assert_array_equal(part[name], whole[name][rows])
 
 
-def test_a_whole_set_in_one_batch_keeps_its_order():
+def test_all_examples_in_one_batch_keep_their_order():
     assert (TrainStream(SOURCE, N, seed=0).batch_at(4)["x"] == np.arange(N)).all()
 
 
@@ -89,7 +89,7 @@ def test_example_random_is_uniform_and_uncorrelated():
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
-def test_flip_and_shift_moves_whole_images():
+def test_flip_and_shift_move_all_channels_alike():
     x = np.zeros((400, 5, 5, 1), np.float32)
     x[:, 2, 1] = 1.0
     batch = flip_and_shift({"x": x}, ExampleRandom(0, np.arange(400)), shift=1)
@@ -115,7 +115,7 @@ def test_sources_are_checked():
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_prefetch_keeps_order_and_hands_on_errors(depth):
+def test_prefetch_keeps_order_and_raises_errors_of_its_thread(depth):
     assert list(prefetch(lambda k: k * k, range(20), depth)) == [k * k for k in range(20)]
 
     def make(key):
@@ -155,7 +155,7 @@ def test_idx_files(tmp_path):
     assert data["eval"]["y"].tolist() == [3, 1]
     whole = (tmp_path / "t10k-images-idx3-ubyte.gz").read_bytes()
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(whole[:-9])
-    with pytest.raises(UserError, match="not a whole idx file"):
+    with pytest.raises(UserError, match="not a complete idx file"):
         idx.load(str(tmp_path))
     (tmp_path / "t10k-images-idx3-ubyte.gz").unlink()
     with pytest.raises(UserError, match=r"holds no t10k-images-idx3-ubyte\.gz"):

@@ -52,7 +52,7 @@ def small(folder):
     return config
 
 
-def test_images_are_whole_mirrored_and_moved(folder):
+def test_images_are_not_cropped_but_mirrored_and_shifted(folder):
     job = build_job(check(small(folder)))
     assert isinstance(job.stream, TrainStream)
     batch = job.stream.batch_at(0)

@@ -86,7 +86,7 @@ def test_bytes_are_normalised_on_the_device():
         ResNet50(dtype="half").init(jax.random.key(0), floats)
 
 
-def test_a_block_begins_as_its_shortcut():
+def test_a_block_starts_as_its_shortcut():
     block = Bottleneck(features=1, strides=1, dtype=jnp.dtype("float32"), axis_name=None)
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
     y, _ = jax.jit(lambda: block.init_with_output(jax.random.key(0), x, train=False))()
@@ -144,7 +144,7 @@ def test_the_learning_rate_follows_the_batch():
     assert check(config).global_batch_size == 256
 
 
-def test_weight_decay_is_of_kernels_only_and_goes_through_the_momentum():
+def test_weight_decay_is_of_kernels_only_and_passes_through_the_momentum():
     params = {
         "kernel": jnp.array([[2.0, -3.0]]),
         "bias": jnp.array([2.0]),
@@ -185,7 +185,7 @@ def test_label_smoothing():
 # Data
 
 
-def test_synthetic_images_are_as_many_as_imagenet_has_and_take_no_room():
+def test_synthetic_images_are_as_many_as_in_imagenet_and_take_little_memory():
     data = synthetic.images(seed=0, image_size=8, num_classes=10)
     assert (len(data["train"]), len(data["eval"])) == (1_281_167, 50_000)
     stream = TrainStream(data["train"], 1024, seed=0)
@@ -265,7 +265,7 @@ def test_the_same_images_from_a_folder_and_from_array_records(folder):
     assert held_out[0]["y"].tolist() == [[2, 0]]
 
 
-def test_evaluation_takes_the_middle():
+def test_evaluation_takes_the_central_square():
     x = np.zeros((256, 400, 3), np.uint8)
     x[16:240, 88:312] = 200  # the 224 x 224 pixels in the middle
     file = io.BytesIO()
@@ -275,7 +275,7 @@ def test_evaluation_takes_the_middle():
     assert example["y"] == 7
 
 
-def test_random_boxes_lie_within_the_image_and_are_as_large_as_asked():
+def test_random_boxes_are_within_the_image_and_of_the_requested_sizes():
     areas = []
     for one in ExampleRandom(0, np.arange(2000)).split():
         box = images.random_box(200, 150, one, 0.08, 4 / 3)
@@ -290,7 +290,7 @@ def test_random_boxes_lie_within_the_image_and_are_as_large_as_asked():
     assert None in [images.random_box(1000, 10, one, 0.5, 4 / 3) for one in narrow]
 
 
-def test_numbers_of_a_source_and_of_an_augmentation_are_not_the_same():
+def test_a_source_and_an_augmentation_draw_different_numbers():
     source = GrainSource(
         np.arange(8), lambda record, random=None: {"x": random.uniform(2) if random else record}
     )
@@ -302,12 +302,12 @@ def test_numbers_of_a_source_and_of_an_augmentation_are_not_the_same():
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
-def test_a_file_that_is_no_image_is_named(folder, damage):
+def test_a_file_that_is_not_an_image_is_named(folder, damage):
     path = folder / "train" / "n01" / "07.JPEG"
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"<html>", "empty": b""}[damage])
     stream = TrainStream(images.folder(str(folder), 24)["train"], 12, seed=0)
-    with pytest.raises(UserError, match=r"train/n01/07\.JPEG is not a whole image: "):
+    with pytest.raises(UserError, match=r"train/n01/07\.JPEG is not a complete image: "):
         stream.batch_at(0)
 
 
@@ -324,17 +324,17 @@ def test_a_damaged_record_is_named(folder):
         source[np.arange(4)]
 
 
-def test_what_a_folder_lacks(folder):
+def test_what_is_missing_in_a_folder_is_named(folder):
     with pytest.raises(UserError, match="has no train/ with a folder of images") as error:
         images.folder(str(folder / "train"))
     assert "image-net.org" in error.value.hint
-    with pytest.raises(UserError, match=r"holds 3 folders.*num_classes is 1000"):
+    with pytest.raises(UserError, match=r"contains 3 folders.*num_classes is 1000"):
         images.folder(str(folder), num_classes=1000)
     (folder / "val" / "n09").mkdir()
-    with pytest.raises(UserError, match="val/n09 is of no class that is trained"):
+    with pytest.raises(UserError, match="val/n09 is not one of the classes"):
         images.folder(str(folder))
     (folder / "val" / "n09").rmdir()
     for path in (folder / "val").glob("*/*"):
         path.rename(path.with_suffix(".txt"))
-    with pytest.raises(UserError, match="hold no image"):
+    with pytest.raises(UserError, match="contain no image"):
         images.folder(str(folder))

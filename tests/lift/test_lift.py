@@ -145,7 +145,7 @@ def test_every_lift_equals_the_tutorial(name):
                 assert_same(actual[2], losses)
 
 
-def test_one_example_a_shard_is_the_tutorials_vmap():
+def test_one_example_per_shard_is_the_vmap_of_the_tutorial():
     _, batch = make_problem("mlp")
     lift = make_lift(f"vmap:{len(batch['x'])}", mesh_of(1))
     assert_same(lifted("mlp", lift, flat=False), tutorial_reference("mlp"))
@@ -159,7 +159,7 @@ def test_without_an_axis_name_the_numbers_are_wrong():
             assert_same(lifted("unsynced", make_lift(kind, mesh_of(8)), flat=True), expected)
 
 
-def test_state_that_is_not_synchronised_is_found_before_a_step_is_run():
+def test_unsynchronised_state_is_found_before_a_step_runs():
     def found(name):
         task, batch = make_problem(name)
         return unsynced_state(task, start_of(name), batch, 8)

@@ -102,7 +102,7 @@ def test_the_numbers_are_those_of_linen(kind):
 
 
 @pytest.mark.slow
-def test_two_halves_are_the_whole_bit_for_bit_with_dropout(tmp_path):
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one_with_dropout(tmp_path):
     mesh = mesh_of(4)
     whole = trainer.train(config_of(dropout=0.3), tmp_path / "whole", mesh)
     halves = config_of(dropout=0.3)
@@ -123,7 +123,7 @@ def test_two_halves_are_the_whole_bit_for_bit_with_dropout(tmp_path):
     assert whole.metrics["eval/accuracy"] > 0.3
 
 
-def test_dropout_is_another_in_each_layer_and_call_and_off_in_evaluation():
+def test_dropout_differs_between_layers_and_calls_and_is_off_in_evaluation():
     task = build_job(check(config_of(dropout=0.5))).task
     state = jax.jit(lambda x: init_state(task, 0, x))(jnp.zeros(64))
     batch = {"x": jnp.ones((8, 64))}
@@ -148,12 +148,12 @@ def test_dropout_is_another_in_each_layer_and_call_and_off_in_evaluation():
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        ("Growing", "state mean is made by a call of the model"),
+        ("Growing", "state mean is created by a call of the model"),
         ("Meddling", "a call of the model changes its parameter layer/bias"),
-        ("WithKeys", "keys holds random keys"),
+        ("WithKeys", "keys contains random keys"),
         ("fixed", "built a Linear, not a Linen module"),
     ],
 )
-def test_what_cannot_be_kept_is_told(tmp_path, target, expected):
+def test_state_that_cannot_be_kept_is_refused(tmp_path, target, expected):
     with pytest.raises(UserError, match=expected):
         trainer.train(config_of(target=target), tmp_path, mesh_of(2))

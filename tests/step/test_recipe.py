@@ -50,7 +50,7 @@ NORMALISED = Task(MLP(hidden_size=8, out_size=1), squared_error, optax.sgd(0.05)
 @pytest.mark.parametrize("lift", LIFTS, ids=str)
 @pytest.mark.parametrize("unroll", [False, wide(True)])
 @pytest.mark.parametrize("masked", [wide(False), True])
-def test_a_batch_in_parts_is_the_batch(lift, unroll, masked):
+def test_accumulated_microbatches_are_the_batch(lift, unroll, masked):
     batch = BATCH | ({"mask": np.arange(16) % 5 != 1} if masked else {})
     whole, metrics = run(PLAIN, batch=batch, lift=lift)
     parts = Recipe(accum_steps=4, unroll=unroll)
@@ -59,7 +59,7 @@ def test_a_batch_in_parts_is_the_batch(lift, unroll, masked):
     assert_close(also, metrics, 1e-6)
 
 
-def test_normalisation_sees_the_parts_one_after_another():
+def test_normalisation_sees_the_microbatches_one_after_another():
     state, _ = run(NORMALISED, Recipe(accum_steps=2), lift=("pmap", 1), steps=1)
     expected = init_state(NORMALISED, 0, BATCH["x"][0])
     variables = {"params": expected.params, **expected.model_state}
@@ -115,7 +115,7 @@ CONVOLVED = Task(ResNet(num_classes=10, features=4), softmax_cross_entropy, opta
     ids=[*map(str, LIFTS), "convolutions"],
 )
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
-def test_in_16_bits_what_is_kept_has_32_and_the_numbers_are_near(task, batch, lift, name):
+def test_in_16_bits_the_state_keeps_32_and_the_numbers_are_close(task, batch, lift, name):
     recipe = Recipe(scale_loss=name == "fp16")
     expected, metrics = run(task, batch=batch, lift=lift)
     task = dataclasses.replace(task, dtype=DTYPES[name])
@@ -164,7 +164,7 @@ def test_the_scale_of_the_loss_follows_the_gradients():
     assert (lowest.scale, lowest.is_lowest) == (1.0, True)
 
 
-def test_a_loss_that_is_no_number_is_news_in_16_bits_too():
+def test_a_nan_loss_is_reported_in_16_bits_too():
     task, recipe = dataclasses.replace(PLAIN, dtype=jnp.float16), Recipe(scale_loss=True)
     bad = {**BATCH, "x": BATCH["x"] * np.nan}
     _, metrics = run(task, recipe, batch=bad, steps=1)
@@ -173,7 +173,7 @@ def test_a_loss_that_is_no_number_is_news_in_16_bits_too():
 
 
 @pytest.mark.parametrize("lift", ["pmap", wide("shard_map"), wide("vmap")])
-def test_blended_examples(lift):
+def test_mixup_is_the_same_in_every_lift(lift):
     recipe = Recipe(mixup=0.4)
     expected, first = run(PLAIN, recipe, lift=("vmap", 4))
     found, metrics = run(PLAIN, recipe, lift=(lift, 4))
@@ -181,7 +181,7 @@ def test_blended_examples(lift):
     assert abs(first["loss"] - run(PLAIN, lift=("vmap", 4))[1]["loss"]) > 1e-4
 
 
-def test_the_loss_of_a_pair_is_that_of_blended_labels():
+def test_the_mixup_loss_is_that_of_blended_labels():
     key = jax.random.key(1)
     blended, others, share = mix(IMAGES, 0.4, key)
     outputs = jnp.asarray(RANDOM.normal(size=(16, 10)), jnp.float32)
@@ -214,7 +214,7 @@ ALL = {"precision": "fp16", "grad_accum_steps": 2, "clip_norm": 1.0, "ema_decay"
 
 
 @pytest.mark.parametrize("steps_per_call", [wide(1), 3])
-def test_all_of_it_resumes_bit_for_bit(tmp_path, steps_per_call):
+def test_all_options_together_resume_bit_for_bit(tmp_path, steps_per_call):
     options = {**ALL, "steps_per_call": steps_per_call}
     whole = trainer.train(config(**options), tmp_path / "whole", mesh_of(4))
     trainer.train(config(**options, stop_at_step=6), tmp_path / "parts", mesh_of(4))
@@ -225,8 +225,8 @@ def test_all_of_it_resumes_bit_for_bit(tmp_path, steps_per_call):
     assert "ema" in trainer.load(tmp_path / "whole")
 
 
-def test_a_batch_that_does_not_divide_into_parts_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"4 devices x 3 parts .*grad_accum_steps") as error:
+def test_a_batch_that_does_not_divide_into_microbatches_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"4 devices x 3 microbatches .*grad_accum_steps") as error:
         trainer.train(config(grad_accum_steps=3), tmp_path / "run", mesh_of(4))
     assert "60 or 72" in str(error.value)
 
@@ -235,7 +235,7 @@ def test_a_batch_that_does_not_divide_into_parts_is_refused(tmp_path):
     ("key", "value"),
     [("precision", "fp8"), ("ema_decay", 1.0), ("clip_norm", 0.0), ("mixup", -1.0)],
 )
-def test_values_that_make_no_sense_are_refused(key, value):
+def test_values_out_of_range_are_refused(key, value):
     with pytest.raises(UserError, match=key):
         check(config(**{key: value}))
 

@@ -63,7 +63,7 @@ def test_evaluation_is_exact_at_any_device_count(examples, devices):
     np.testing.assert_allclose([found["eval/loss"], found["eval/twice"]], expected, rtol=1e-6)
 
 
-def test_batches_whose_infinities_cancel_evaluate_to_no_number():
+def test_batches_whose_infinities_cancel_evaluate_to_nan():
     task = Task(nn.Dense(1), lambda outputs, batch: batch["y"][:, 0], optax.sgd(0.1))
     source = ArraySource({"x": X[:4], "y": np.float32([[np.inf], [1.0], [-np.inf], [1.0]])})
     lift = make_lift("pmap", mesh_of(2))
@@ -187,7 +187,7 @@ def test_labels_that_would_broadcast_are_refused():
         accuracy(jnp.zeros((4, 3)), {"y": jnp.zeros((4, 1))})
 
 
-def test_bits_are_those_that_a_code_would_take():
+def test_bits_are_those_of_an_ideal_code():
     batch = {"y": jnp.array([[3, 0], [1, 7]])}
     even = jnp.zeros((2, 2, 8))
     np.testing.assert_allclose(bits(even, batch), [3.0, 3.0], rtol=1e-6)

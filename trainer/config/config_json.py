@@ -1,4 +1,4 @@
-"""A config as JSON and back, with the types of its None fields."""
+"""Conversion between a config and JSON, which also records the types of None fields."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ NONE_TYPES = "__none_types__"
 
 
 def config_to_json(config: ConfigDict) -> str:
-    """A config as JSON, with the type of each None field under one extra key.
+    """Converts a config to JSON, with the types of None fields under the key `NONE_TYPES`.
 
     Raises:
-        UserError: a value is not data.
+        UserError: a value cannot be written as JSON.
     """
 
     def none_types(block: ConfigDict, prefix: str) -> dict[str, str]:
@@ -38,7 +38,7 @@ def config_to_json(config: ConfigDict) -> str:
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"config.{key} holds a {type(value).__name__}; configs hold data only",
-                'name code by its path: target="package.module:attribute"',
+                'name code by its import path: target="package.module:attribute"',
             ) from error
     return json.dumps({**plain, NONE_TYPES: none_types(config, "")}, indent=2) + "\n"
 

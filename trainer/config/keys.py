@@ -1,4 +1,4 @@
-"""The keys of a config, their defaults and what they mean."""
+"""The keys of a config, their defaults and their meanings."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ STATE_SHARDINGS = ("replicated", "zero1", "fsdp")
 REDUCES = ("auto", "flat", "leaves")
 NANS = ("stop", "skip")
 PRECISIONS = ("model", "bf16", "fp16")
-# How a leaf of the state may differ from what was saved.
+# How a leaf of the state can differ from the checkpoint.
 LEAF_CHANGES = ("shape", "dtype", "missing", "extra")
 
-# Keys of `data` that belong to the order of examples, not to the target that loads them.
+# Keys of `data` that configure the stream of batches; the target does not receive them.
 STREAM_KEYS = ("augment", "prefetch", "shuffle")
 
-# Keys that may be None though they are not by default.
+# Keys that may be None although their default is not.
 OR_NONE = ("checkpoint.every_steps",)
 
 RESERVED_METRICS = (
@@ -34,8 +34,8 @@ RESERVED_METRICS = (
     "step_seconds",
 )
 
-# On a resume these may differ from the first run: they set how long, how often, on what or what
-# is done about failures. A prefix of a key stands for all keys that begin with it.
+# Keys that may change on a resume: they set how long the run is, how often something happens, on
+# which devices, or how failures are handled. A trailing dot stands for all keys with that prefix.
 RESUMABLE = (
     "num_steps",
     "num_epochs",
@@ -50,10 +50,10 @@ RESUMABLE = (
     "replica_check_every_steps",
     "early_stop.",
     "summaries.",
-    # Of a fresh run only.
+    # Only a fresh run reads these.
     "init_from",
     "init_map",
-    # These give the same numbers: docs/numbers.md.
+    # These do not change the numbers: docs/numbers.md.
     "lift",
     "state_sharding",
     "reduce",
@@ -62,110 +62,122 @@ RESUMABLE = (
 )
 
 
-# Every key with a default: its default and what it means. A type stands for "None, or a value of
-# that type". The four blocks that name code (model, loss, data, optimizer) have no default.
+# Every key that has a default: its default and its meaning. A type instead of a default stands for
+# None, or a value of that type. The blocks that name code (model, loss, data, optimizer) have none.
 KEYS: dict[str, tuple[Any, str]] = {
-    "seed": (0, "of the parameters, the order of examples, augmentation and dropout"),
-    "num_epochs": (int, "length of the run in epochs; an epoch's remainder is dropped"),
-    "num_steps": (int, "length of the run in steps; where set, it wins over `num_epochs`"),
-    "stop_at_step": (int, "stop early; schedules still span the whole run"),
-    "global_batch_size": (int, "examples a step, over all devices; must divide by them"),
-    "steps_per_call": (1, "steps in one dispatch; all `every_steps` round up to a whole call"),
-    "lift": ("pmap", '"pmap", "shard_map" or "vmap"; "vmap:8" simulates 8 chips on one'),
+    "seed": (0, "seeds the parameters, the order of examples, augmentation and dropout"),
+    "num_epochs": (int, "length of the run in epochs; the remainder of an epoch is dropped"),
+    "num_steps": (int, "length of the run in steps; overrides `num_epochs`"),
+    "stop_at_step": (int, "stop after this step; schedules still extend over the full run"),
+    "global_batch_size": (
+        int,
+        "examples per step over all devices; must be divisible by the number of devices",
+    ),
+    "steps_per_call": (
+        1,
+        "steps per dispatch (one `lax.scan`); each `every_steps` is rounded up to a multiple",
+    ),
+    "lift": ("pmap", '"pmap", "shard_map" or "vmap"; "vmap:8" simulates 8 shards on one device'),
     "state_sharding": (
         "replicated",
-        'a whole state on each device, or cut over them: the optimizer\'s ("zero1"), or the params '
-        'too ("fsdp"); `lift="shard_map"` only',
+        'replicate the state on all devices, or shard the optimizer state ("zero1"), or the params '
+        'too ("fsdp"); sharding needs `lift="shard_map"`',
     ),
-    "devices_per_process": (int, "use only so many devices of each process; None: all"),
+    "devices_per_process": (int, "use only this many devices of each process; None: all"),
     "reduce": (
         "auto",
-        'gradients, float state and metrics in one buffer ("flat") or one by one ("leaves"); '
-        '"auto" is flat on CPU',
+        'all-reduce gradients, float state and metrics in one buffer ("flat") or leaf by leaf '
+        '("leaves"); "auto": flat on CPU, leaves elsewhere',
     ),
     "precision": (
         "model",
-        'compute in "bf16" or "fp16" (with a loss scale), or as the model itself does ("model")',
+        'compute in "bf16", in "fp16" (with a dynamic loss scale), or as the model does ("model")',
     ),
     "grad_accum_steps": (
         1,
-        "parts that a device's examples of a step are cut into, to hold one part's activations",
+        "split each device's examples of a step into this many microbatches, to save the memory of "
+        "activations",
     ),
-    "clip_norm": (float, "the largest 2-norm of the gradient, which is scaled down to it"),
-    "ema_decay": (float, "of an average of the params, which is evaluated and saved; 0.999, say"),
-    "mixup": (0.0, "alpha of mixup: examples are blended in pairs, share Beta(alpha, alpha)"),
+    "clip_norm": (float, "clip the gradient to this 2-norm; None: no clipping"),
+    "ema_decay": (
+        float,
+        "decay per step of a moving average of the params (0.999, for example), which is evaluated "
+        "and saved; None: no average",
+    ),
+    "mixup": (0.0, "alpha of mixup, which blends pairs of examples by Beta(alpha, alpha); 0: off"),
     "init_from": (
         str,
-        "a fresh run begins with the params and model state of this run (its folder) or of one of "
-        "its checkpoints (`RUN/best`, `RUN/checkpoints/120`)",
+        "initialise the params and model state of a fresh run from this run (its folder) or from "
+        "one of its checkpoints (`RUN/best`, `RUN/checkpoints/120`)",
     ),
     "init_map": (
         "",
-        "how names there become names here, with commas between: `old->new` renames a part of the "
-        "model, `!part` leaves a part as it is initialised",
+        "renamings for `init_from`, separated by commas: `old->new` renames a part of the model, "
+        "`!part` keeps the fresh initialisation of a part",
     ),
-    "freeze": ("", "parts of the params that are not trained, with commas between: `Dense_0`, say"),
-    "log_every_steps": (100, "steps from one log row to the next"),
-    "model_table": (0, "show the model's modules, so many levels of them, before the first step"),
-    "nan": ("stop", 'a loss or gradient that is not finite: "stop", or "skip" its update'),
-    "nan_limit": (10, "updates that may be skipped in a run"),
+    "freeze": ("", "parts of the params not to train, separated by commas, for example `Dense_0`"),
+    "log_every_steps": (100, "steps between log rows"),
+    "model_table": (0, "print a table of the model's modules, this many levels deep; 0: none"),
+    "nan": ("stop", 'if the loss or gradient is not finite: "stop" the run, or "skip" the update'),
+    "nan_limit": (10, 'how many updates a run may skip under `nan="skip"`'),
     "replica_check_every_steps": (
         1000,
-        "steps from one check that all devices hold the same state to the next; also at each save",
+        "steps between checks that all devices hold the same state; each save checks it too",
     ),
-    "eval.every_steps": (int, "steps from one evaluation to the next; None: once an epoch"),
+    "eval.every_steps": (int, "steps between evaluations; None: one epoch"),
     "eval.batch_size": (
         int,
-        "examples a step of it; None: `global_batch_size`; rounded up to fill the devices",
+        "examples per evaluation step, rounded up to fill all devices; None: `global_batch_size`",
     ),
-    "checkpoint.every_steps": (
-        1000,
-        "steps from one checkpoint to the next; None: only one at the end",
-    ),
+    "checkpoint.every_steps": (1000, "steps between checkpoints; None: one at the end only"),
     "checkpoint.allow": (
         "",
-        "what may differ from what was saved, with commas between: config keys, and shape, dtype, "
-        "missing or extra for leaves of the state",
+        "differences from the checkpoint to accept on a resume, separated by commas: config keys, "
+        "and shape, dtype, missing or extra for leaves of the state",
     ),
-    "checkpoint.max_failures": (5, "saves that may fail in a row before the run stops"),
-    "checkpoint.fast_every_secs": (
-        5.0,
-        "seconds from one copy of the state in the host's memory to the next; 0: no copies",
+    "checkpoint.max_failures": (5, "stop the run after this many failed saves in a row"),
+    "checkpoint.fast_every_secs": (5.0, "seconds between in-memory checkpoints; 0: none"),
+    "checkpoint.fast_max_gb": (
+        16.0,
+        "make no in-memory checkpoints if two of them are larger than this, in GB",
     ),
-    "checkpoint.fast_max_gb": (16.0, "no copies where two of them would take more than this"),
     "checkpoint.fast_dir": (
         "/dev/shm",  # noqa: S108 (what is in it is the user's own, and checked)
-        "where the copies are; a file system in memory",
+        "folder of the in-memory checkpoints, on a file system in memory",
     ),
-    "checkpoint.keep": (3, "how many of the newest to keep"),
-    "checkpoint.best_metric": ("eval/loss", "the tag that decides which state is kept in `best/`"),
-    "checkpoint.best_mode": ("min", '"min" or "max"'),
+    "checkpoint.keep": (3, "how many of the newest checkpoints to keep"),
+    "checkpoint.best_metric": ("eval/loss", "the metric that decides which state `best/` keeps"),
+    "checkpoint.best_mode": ("min", 'whether lower ("min") or higher ("max") is better'),
     "early_stop.patience": (
         int,
-        "evaluations in a row without a better `checkpoint.best_metric` that end the run; None: it "
-        "goes on",
+        "stop after this many evaluations in a row that do not improve `checkpoint.best_metric`; "
+        "None: never",
     ),
-    "early_stop.min_delta": (0.0, "better means better by more than this"),
+    "early_stop.min_delta": (0.0, "the smallest change that counts as an improvement"),
     "summaries.stragglers": (
         False,
-        "at log rows, compare the ranks' own time a step, and name one that holds up the others",
+        "at each log row, compare the time per step of all ranks and name a rank that slows down "
+        "the others",
     ),
     "summaries.histograms_every_steps": (
         int,
-        "steps from one histogram of the params and their gradients to the next; None: none",
+        "steps between histograms of the params and their gradients; None: none",
     ),
-    "summaries.images": (0, "how many held-out examples are shown, at the first evaluation"),
+    "summaries.images": (0, "show this many held-out examples at the first evaluation"),
     "summaries.confusion": (
         False,
-        "at each evaluation, count which class was taken for which (a second pass over the data)",
+        "compute a confusion matrix at each evaluation, in a second pass over the data",
     ),
-    "data.shuffle": (True, "a new order of the training examples each epoch"),
-    "data.prefetch": (int, "batches made ahead in a thread; None: 2, and 0 on CPU"),
+    "data.shuffle": (True, "visit the training examples in a new order each epoch"),
+    "data.prefetch": (
+        int,
+        "batches that a thread prepares ahead; None: 2 on accelerators, 0 on CPU",
+    ),
 }
 
 
 def defaults() -> ConfigDict:
-    """A config with every key that has a default; blocks that name code have none."""
+    """A config with every key that has a default."""
     config = ConfigDict({"metrics": {}})
     for key, (default, _) in KEYS.items():
         *blocks, name = key.split(".")
@@ -179,18 +191,21 @@ def defaults() -> ConfigDict:
 
 
 def with_defaults(config: ConfigDict) -> ConfigDict:
-    """Adds the keys of `defaults()` that `config` lacks, in place, and returns it locked.
+    """Adds the missing keys of `defaults()` to a config and locks it.
 
-    In place, so that references between fields (`config.get_ref`) stay alive and later overrides
-    follow them.
+    It changes the config in place, so that references between fields (`config.get_ref`) stay alive
+    and follow later overrides.
+
+    Returns:
+        The same config.
 
     Raises:
-        UserError: a key is unknown, or its value has another type than its default.
+        UserError: a key is unknown, or a value has another type than its default.
     """
     known = [*defaults(), "model", "loss", "optimizer"]
     for key in config:
         if key not in known:
-            otherwise = "your own settings belong inside config.model, .loss, .data or .optimizer"
+            otherwise = "put settings of your own in config.model, .loss, .data or .optimizer"
             raise UserError(
                 f"config.{key}: no such key", hint_for(key, known, "config.", otherwise)
             )
@@ -207,7 +222,7 @@ def _add_missing(config: ConfigDict, template: ConfigDict, where: str) -> None:
             if key not in config:
                 config[key] = placeholder(expected) if template[key] is None else template[key]
             elif config.get_type(key) is type(None) and may_be_none:
-                config[key] = placeholder(expected)  # so that an override knows its type
+                config[key] = placeholder(expected)  # which gives overrides a type
             elif isinstance(template[key], ConfigDict) and isinstance(config[key], ConfigDict):
                 _add_missing(config[key], template[key], name)
             elif expected is float and type(config[key]) is int:
@@ -219,13 +234,13 @@ def _add_missing(config: ConfigDict, template: ConfigDict, where: str) -> None:
 
 
 def hint_for(name: str, known: Sequence[str], prefix: str, otherwise: str) -> str:
-    """What a mistyped name may have been meant to be."""
+    """A hint for an unknown name: the closest known one, or `otherwise`."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {prefix}{near[0]}?" if near else otherwise
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"model.hidden_size": 10, ...}`: one entry a leaf, in the order of the config."""
+    """`{"model.hidden_size": 10, ...}`: one entry per leaf, in the order of the config."""
     flat: dict[str, Any] = {}
     for key in config:
         value = config[key]

@@ -1,4 +1,4 @@
-"""A checked config: everything about it that can be checked without importing jax."""
+"""The checks of a config that need no jax, and their result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trainer.errors import UserError
 
 @dataclass(frozen=True)
 class Settings:
-    """A checked config. Blocks that name code stay plain dicts, to be built later."""
+    """A checked config. Blocks that name code stay plain dicts; `trainer.step.job` builds them."""
 
     config: ConfigDict
     seed: int
@@ -82,10 +82,13 @@ class Settings:
 
 
 def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
-    """Checks everything about a config that can be checked without importing jax.
+    """Checks a config as far as possible without importing jax.
+
+    Args:
+        config: may leave out every key that has a default; it is not changed.
 
     Raises:
-        UserError: naming the key, its value and what it may be.
+        UserError: names the key, its value and the values it can have.
     """
     config = with_defaults(copy.deepcopy(ConfigDict(config)))
     for block in ("model", "loss", "optimizer", "data"):
@@ -98,7 +101,9 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         if not isinstance(metric, ConfigDict) or "target" not in metric:
             raise UserError(f"config.metrics.{name} has no target")
         if name in RESERVED_METRICS:
-            raise UserError(f"config.metrics.{name}: podlift reports {name} itself", "rename it")
+            raise UserError(
+                f"config.metrics.{name}: podlift itself reports a metric of this name", "rename it"
+            )
     measured = ["eval/loss", *(f"eval/{name}" for name in config.metrics)]
     if config.checkpoint.best_metric not in measured:
         raise UserError(
@@ -127,9 +132,9 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
     def within(where: str, most: float) -> float | None:
         value = flat[where]
         if value is not None and not 0 < value < most:
-            to = "over 0" if math.isinf(most) else f"between 0 and {most:g}"
-            raise UserError(f"config.{where}={value} should be {to}")
-        return value
+            bounds = "greater than 0" if math.isinf(most) else f"between 0 and {most:g}"
+            raise UserError(f"config.{where}={value} should be {bounds}")
+        return None if value is None else float(value)
 
     def one_of(where: str, value: str, choices: tuple[str, ...]) -> str:
         if value not in choices:
@@ -143,12 +148,12 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
     if lift not in LIFTS or (":" in config.lift and not simulated):
         raise UserError(
             f"config.lift={config.lift!r} is not one of {', '.join(LIFTS)}",
-            'or "vmap:8", to simulate 8 chips on one',
+            'or "vmap:8", to simulate 8 shards on one device',
         )
     state_sharding = one_of("state_sharding", config.state_sharding, STATE_SHARDINGS)
     if state_sharding != "replicated" and lift != "shard_map":
         raise UserError(
-            f"config.state_sharding={state_sharding!r} needs the lift shard_map, and "
+            f"config.state_sharding={state_sharding!r} needs the lift shard_map; "
             f"config.lift is {config.lift!r}",
             "add --config.lift=shard_map, or --config.state_sharding=replicated",
         )
@@ -196,8 +201,8 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         early_stop_patience=positive_or_none("early_stop.patience"),
         early_stop_min_delta=not_negative("early_stop.min_delta"),
         init_from=config.init_from or None,
-        init_map=_parts(config.init_map),
-        freeze=_parts(config.freeze),
+        init_map=_split(config.init_map),
+        freeze=_split(config.freeze),
         nan=one_of("nan", config.nan, NANS),
         nan_limit=positive("nan_limit"),
         replica_check_every_steps=positive("replica_check_every_steps"),
@@ -209,22 +214,27 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
     )
 
 
-def _parts(text: str) -> tuple[str, ...]:
-    """What stands between commas."""
+def _split(text: str) -> tuple[str, ...]:
+    """The items of a list with commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _allowed(config: ConfigDict) -> tuple[str, ...]:
-    """The parts of `checkpoint.allow`."""
-    names = _parts(config.checkpoint.allow)
+    """The items of `checkpoint.allow`, checked."""
+    names = _split(config.checkpoint.allow)
     known = [*LEAF_CHANGES]
     for key in flatten(config):
-        parts = key.split(".")
-        known += [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        components = key.split(".")
+        known += [".".join(components[:count]) for count in range(1, len(components) + 1)]
     for name in names:
         if name not in known:
             raise UserError(
-                f"config.checkpoint.allow names {name!r}, which is no key of the config",
-                hint_for(name, known, "", f"keys, or parts of them, and {', '.join(LEAF_CHANGES)}"),
+                f"config.checkpoint.allow: {name!r} is not a key of the config",
+                hint_for(
+                    name,
+                    known,
+                    "",
+                    f"it can be a key, a block, or one of {', '.join(LEAF_CHANGES)}",
+                ),
             )
     return names

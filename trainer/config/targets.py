@@ -1,4 +1,4 @@
-"""`target="package.module:attribute"`: how a config names code."""
+"""Targets: a config names code by import path, `target="package.module:attribute"`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from trainer.errors import UserError
 
 
 def resolve(target: Any, where: str) -> Any:
-    """Imports what a target names.
+    """Imports the object that a target names.
 
     Args:
         target: `"package.module:attribute"`; the attribute may be dotted.
-        where: the config key that holds the target, for error messages.
+        where: the config key of the block, for error messages.
 
     Raises:
         UserError: the target is malformed, or its module or attribute does not exist.
@@ -32,7 +32,7 @@ def resolve(target: Any, where: str) -> Any:
     try:
         found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # Only a missing part of the path itself is a typo; a failing import inside it is not.
+        # A missing module on the path itself is a typo; a failing import inside that module is not.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise UserError(
                 f"{where}.target={target!r}: importing {module_name} needs the module "
@@ -41,7 +41,7 @@ def resolve(target: Any, where: str) -> Any:
         raise UserError(
             f"{where}.target={target!r}: there is no module {error.name!r}",
             _did_you_mean(error.name, _siblings(error.name))
-            or "install it, or run from the folder that holds it",
+            or "install it, or run from the folder that contains it",
         ) from error
     for name in attribute.split("."):
         if not hasattr(found, name):
@@ -54,11 +54,14 @@ def resolve(target: Any, where: str) -> Any:
 
 
 def build(block: Mapping[str, Any], where: str, **offered: Any) -> Any:
-    """Calls what a block's target names, with the rest of the block as keyword arguments.
+    """Calls a block's target with the rest of the block as keyword arguments.
 
-    A value that is itself a block with a `target` is built first. An `offered` argument is
-    passed on only where the callable has a parameter of that name and the block leaves it unset:
-    a schedule that takes `num_steps` is told how long the run is.
+    Args:
+        block: a target and its arguments. A value that is itself a block with a `target` is built
+            first.
+        where: the config key of the block, for error messages.
+        offered: arguments to pass if the callable has a parameter of that name and the block does
+            not set it; so a schedule that takes `num_steps` receives the length of the run.
 
     Raises:
         UserError: the target does not resolve or does not take these arguments.
@@ -68,21 +71,21 @@ def build(block: Mapping[str, Any], where: str, **offered: Any) -> Any:
         _signature(function).bind(**arguments)
     except TypeError as error:
         raise UserError(f"{where}: {block['target']}: {error}") from error
-    except ValueError:  # some C functions tell nothing about themselves
+    except ValueError:  # some C functions have no signature
         pass
     return function(**arguments)
 
 
 def takes(block: Mapping[str, Any], where: str, name: str) -> bool:
-    """Whether what a block's target names has a parameter of this name."""
+    """Whether the callable that a block names has a parameter of this name."""
     try:
         return name in _signature(resolve(block.get("target"), where)).parameters
-    except (TypeError, ValueError):  # some C functions tell nothing about themselves
+    except (TypeError, ValueError):  # some C functions have no signature
         return False
 
 
 def bind(block: Mapping[str, Any], where: str) -> Callable[..., Any]:
-    """The function a block's target names, with the rest of the block already filled in."""
+    """The function that a block names, with the rest of the block bound as keyword arguments."""
     function, arguments = _prepare(block, where, {})
     return functools.partial(function, **arguments) if arguments else function
 
@@ -104,7 +107,7 @@ def _prepare(
     }
     try:
         parameters = _signature(function).parameters
-    except (TypeError, ValueError):  # some C functions tell nothing about themselves
+    except (TypeError, ValueError):  # some C functions have no signature
         return function, arguments
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in arguments:
@@ -121,7 +124,7 @@ def _prepare(
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    """What a call takes; a metaclass, as that of NNX modules, hides what `__init__` does."""
+    """The signature of a call; the metaclass of NNX modules hides that of `__init__`."""
     if isinstance(function, type) and type(function).__call__ is not type.__call__:
         init: Any = inspect.getattr_static(function, "__init__")
         of_init = inspect.signature(init)

@@ -1,4 +1,4 @@
-"""Image augmentation, seeded per example and vectorised."""
+"""Augmentation of image batches, vectorised and seeded per example."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from trainer.data.stream import ExampleRandom, HostBatch
 def flip_and_shift(
     batch: HostBatch, random: ExampleRandom, *, flip: bool = True, shift: int = 0
 ) -> HostBatch:
-    """Mirrors half of the images left to right and moves each by up to `shift` pixels.
+    """Mirrors half of the images left to right and shifts each by up to `shift` pixels.
 
     Args:
         batch: `x` of shape (examples, height, width, channels).
-        random: the examples' random numbers.
+        random: the random numbers of the examples.
         flip: whether to mirror.
-        shift: the largest move in pixels along each axis; what comes in at the edge is 0.
+        shift: the largest shift in pixels along each axis; the image is padded with 0.
     """
     x = batch["x"]
     if flip:

@@ -1,4 +1,4 @@
-"""Files that do not fit in memory, read through grain's random-access data sources."""
+"""Data that does not fit in memory, read through grain's random-access data sources."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,17 +19,16 @@ from trainer.errors import UserError
 class GrainSource:
     """A source over any grain data source or `grain.MapDataset` of records.
 
-    Only the rows a process needs are read. The order is podlift's own, so it does not depend on
-    the number of processes and a resume needs no iterator state.
+    A process reads only the rows it needs. podlift decides the order, so it does not depend on the
+    number of processes, and a resume needs no iterator state.
 
     Args:
-        records: random access to records: `len`, `[i]` and, where it has it, the batched
-            `__getitems__` (as grain's ArrayRecordDataSource).
-        parse: turns one record into a dict of arrays; the records are such dicts where None. Where
-            it has a parameter `random`, it is given an `ExampleRandom` of shape `()` in training
-            and nothing otherwise.
-        num_threads: how many records are parsed at once; where None, one a core and at least 8.
-        name: what to call the record of an index where `parse` raises a UserError.
+        records: random access to records: `len`, `[i]` and, optionally, the batched `__getitems__`
+            (as in grain's ArrayRecordDataSource).
+        parse: turns one record into a dict of arrays; None: the records are such dicts. If it has a
+            parameter `random`, it receives an `ExampleRandom` of shape `()` in training.
+        num_threads: how many records to parse at once; None: one per core, at least 8.
+        name: the name of the record at an index, for a UserError that `parse` raises.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class GrainSource:
         return {name: array.reshape(*shape, *array.shape[1:]) for name, array in batch.items()}
 
     def augmented(self, indices: np.ndarray, random: ExampleRandom) -> HostBatch:
-        """The examples `(examples,)`, from `parse` with random numbers, if it draws any."""
+        """The examples `(examples,)`, parsed with random numbers if `parse` takes any."""
         return self._examples(indices, random if self._draws else None)
 
     def _examples(self, indices: np.ndarray, random: ExampleRandom | None) -> HostBatch:
@@ -75,7 +74,7 @@ class GrainSource:
 
     def _parsed(self, index: int, record: Any, keywords: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._parse is None:
-            return record
+            return cast(Mapping[str, Any], record)
         try:
             return self._parse(record, **keywords)
         except UserError as error:
@@ -88,13 +87,13 @@ def array_records(
     eval: str | None = None,
     num_threads: int | None = None,
 ) -> dict[str, Any]:
-    """ArrayRecord files by glob pattern (`/data/train-*.array_record`).
+    """ArrayRecord files, named by glob patterns (`/data/train-*.array_record`).
 
     Args:
-        train: pattern of the training files.
-        parse: `"package.module:function"` that turns the bytes of a record into a dict of arrays,
-            or a block that builds such a function; see `GrainSource`.
-        eval: pattern of the held-out files, if any.
+        train: the pattern of the training files.
+        parse: `"package.module:function"`, a function that turns the bytes of a record into a dict
+            of arrays, or a block that builds such a function; see `GrainSource`.
+        eval: the pattern of the held-out files, if any.
         num_threads: see `GrainSource`.
 
     Raises:
@@ -124,10 +123,10 @@ def array_records(
 def _takes_random(parse: Callable[..., Any]) -> bool:
     try:
         return "random" in inspect.signature(parse).parameters
-    except (TypeError, ValueError):  # some C functions tell nothing about themselves
+    except (TypeError, ValueError):  # some C functions have no signature
         return False
 
 
 def _cores() -> int:
-    """The cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

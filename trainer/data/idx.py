@@ -10,15 +10,15 @@ from etils import epath
 
 from trainer.errors import UserError
 
-# The third byte of a file says what its numbers are; all are big-endian.
+# The third byte of a file is the code of its dtype.
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
 def read(path: epath.PathLike) -> np.ndarray:
-    """One idx file, gzipped or not.
+    """Reads one idx file, gzipped or not.
 
     Raises:
-        UserError: the file is not in the idx format or is cut short.
+        UserError: the file is not in the idx format, or is truncated.
     """
     raw = epath.Path(path).read_bytes()
     try:
@@ -28,23 +28,25 @@ def read(path: epath.PathLike) -> np.ndarray:
         values = np.frombuffer(data, dtype, int(np.prod(shape)), offset=4 + 4 * ndim)
         return values.reshape(shape)
     except (EOFError, IndexError, KeyError, ValueError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is not a whole idx file: {error}", "fetch it again") from error
+        raise UserError(
+            f"{path} is not a complete idx file: {error}", "download it again"
+        ) from error
 
 
 def load(directory: str, num_train: int | None = None, hint: str = "") -> dict[str, Any]:
     """Images `x` float32 (examples, h, w, 1) in [0, 1] and labels `y` int32 (examples,).
 
     Args:
-        directory: holds `train-images-idx3-ubyte[.gz]`, `train-labels-idx1-ubyte[.gz]` and the
+        directory: contains `train-images-idx3-ubyte[.gz]`, `train-labels-idx1-ubyte[.gz]`, and the
             same with `t10k` for the held-out examples.
-        num_train: keep only the first examples of the training set.
-        hint: how to get the files, shown where they are absent.
+        num_train: use only this many examples of the training set, from its start; None: all.
+        hint: how to get the files, shown if they are missing.
 
     Raises:
-        UserError: a file is absent or damaged.
+        UserError: a file is missing or damaged.
     """
 
-    def part(name: str, limit: int | None = None) -> dict[str, np.ndarray]:
+    def split(name: str, limit: int | None = None) -> dict[str, np.ndarray]:
         images = read(_find(directory, f"{name}-images-idx3-ubyte", hint))[:limit]
         labels = read(_find(directory, f"{name}-labels-idx1-ubyte", hint))[:limit]
         return {
@@ -52,7 +54,7 @@ def load(directory: str, num_train: int | None = None, hint: str = "") -> dict[s
             "y": labels.astype(np.int32),
         }
 
-    return {"train": part("train", num_train), "eval": part("t10k")}
+    return {"train": split("train", num_train), "eval": split("t10k")}
 
 
 def _find(directory: str, name: str, hint: str) -> epath.Path:

@@ -1,11 +1,11 @@
-"""Images of any size, decoded and cut to one size while a batch is made.
+"""Images of any size, decoded, cropped and resized while a batch is prepared.
 
-A record is a label and an encoded image: four bytes, the label as a little-endian int32, and behind
-them the bytes of the image's file. `folder` makes such records of the files of a folder a class;
-`trainer.data.grain_source:array_records`, with `Decode` as `parse`, reads files that hold them.
+A record consists of a label, four bytes (a little-endian int32), and the bytes of an image file.
+`folder` reads such records from one folder per class; `trainer.data.grain_source:array_records`
+reads them from ArrayRecord files, with `Decode` as `parse`.
 
-Images are uint8 as they leave here, for a model that normalises them: floats would be four times
-the bytes to stack, to hold ready and to move to the devices.
+The images of a batch are uint8, and the model normalises them: float32 would take four times the
+memory, and four times the bandwidth to the devices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ATTEMPTS = 10
 
 
 def to_record(label: int, encoded: bytes) -> bytes:
-    """A label, and a file's bytes, as one record."""
+    """Joins a label and the bytes of an image file into one record."""
     return struct.pack("<i", label) + encoded
 
 
@@ -40,15 +40,18 @@ def from_record(record: bytes) -> tuple[int, bytes]:
 class Decode:
     """Turns a record into `x` uint8 (image_size, image_size, 3) and `y` int32 ().
 
-    In training, where there are random numbers, a random part of the image and half of the time its
-    mirror image (Szegedy et al., arXiv:1409.4842, section 6); otherwise the square in its middle.
+    In training it takes a random crop and mirrors half of the images (Szegedy et al.,
+    arXiv:1409.4842, section 6); in evaluation it takes the central square.
 
     Args:
-        image_size: of a side, in pixels.
-        min_area: the smallest part of the image's area that is cut out in training.
-        max_aspect: the largest ratio of one side of what is cut out to the other.
-        central: the side of the square in the middle, as a part of the image's shorter side. 0.875
-            at 224 pixels is the same as to shrink the shorter side to 256 first.
+        image_size: the side of `x` in pixels.
+        min_area: the smallest random crop, as a fraction of the image's area.
+        max_aspect: the largest aspect ratio of a random crop.
+        central: the side of the central square, as a fraction of the image's shorter side. 0.875
+            at 224 pixels corresponds to resizing the shorter side to 256 first.
+
+    Raises:
+        UserError: Pillow is not installed.
     """
 
     def __init__(
@@ -72,12 +75,12 @@ class Decode:
         """Decodes one record.
 
         Raises:
-            UserError: it does not hold a whole image.
+            UserError: it does not contain a complete image.
         """
         label, encoded = from_record(record)
         try:
             with self._pil.open(io.BytesIO(encoded)) as image:
-                # A few of ImageNet's are gray, CMYK, or have an alpha channel.
+                # A few images of ImageNet are gray, CMYK, or have an alpha channel.
                 rgb = image if image.mode == "RGB" else image.convert("RGB")
                 box = random_box(*rgb.size, random, self._min_area, self._max_aspect)
                 x = np.asarray(
@@ -87,10 +90,10 @@ class Decode:
                         box=box or central_box(*rgb.size, self._central),
                     )
                 )
-        # There is no I/O in this: what Pillow raises is about the bytes.
+        # No I/O happens above, so every error of Pillow is about the bytes.
         except (OSError, ValueError, SyntaxError, self._pil.DecompressionBombError) as error:
             raise UserError(
-                f"is not a whole image: {error}", "fetch it again, or take it out"
+                f"is not a complete image: {error}", "download it again, or remove it"
             ) from error
         if random is not None and random.uniform(1)[0] < 0.5:
             x = x[:, ::-1]
@@ -100,10 +103,10 @@ class Decode:
 def random_box(
     width: int, height: int, random: ExampleRandom | None, min_area: float, max_aspect: float
 ) -> tuple[int, int, int, int] | None:
-    """A part of an image, (left, upper, right, lower) in pixels; None if ten draws do not fit.
+    """A random crop (left, upper, right, lower) of an image, in pixels; None if ten draws fail.
 
-    Its area is uniform from `min_area` of the image to all of it, and the logarithm of its aspect
-    ratio is uniform too. Without random numbers it is None.
+    Its area is uniform between `min_area` of the image and the full image, and the logarithm of its
+    aspect ratio is uniform. Without random numbers it is None.
     """
     if random is None:
         return None
@@ -121,25 +124,25 @@ def random_box(
     return left, upper, left + w, upper + h
 
 
-def central_box(width: int, height: int, part: float) -> tuple[float, float, float, float]:
-    """The square in the middle whose side is a part of the shorter side, as `random_box`."""
-    side = part * min(width, height)
+def central_box(width: int, height: int, fraction: float) -> tuple[float, float, float, float]:
+    """The central square, whose side is a fraction of the shorter side, as in `random_box`."""
+    side = fraction * min(width, height)
     left, upper = (width - side) / 2, (height - side) / 2
     return left, upper, left + side, upper + side
 
 
 class Folder:
-    """Records from a folder that has a folder of images for each class.
+    """Records from a folder with one subfolder of images per class.
 
-    A label is the place of the class in the order of the names of `classes`. Names of files are
-    kept as an array of bytes, 30 MB for ImageNet.
+    A label is the index of the class in `classes`. The names of all files are kept in one array of
+    bytes, 30 MB for ImageNet.
 
     Args:
         path: the folder.
-        classes: the names of the folders in it.
+        classes: the names of its subfolders.
 
     Raises:
-        UserError: there is no image in it, or another folder.
+        UserError: it contains no image, or a subfolder that is not in `classes`.
     """
 
     def __init__(self, path: str, classes: list[str]) -> None:
@@ -147,7 +150,9 @@ class Folder:
         self._classes = classes
         for name in folders_in(path):
             if name not in classes:
-                raise UserError(f"{os.path.join(path, name)} is of no class that is trained")
+                raise UserError(
+                    f"{os.path.join(path, name)} is not one of the classes of the training images"
+                )
         names, labels = [np.empty(0, "S1")], [np.empty(0, np.int32)]
         for label, folder in enumerate(classes):
             where = os.path.join(path, folder)
@@ -161,7 +166,7 @@ class Folder:
             labels.append(np.full(len(files), label, np.int32))
         self._names, self._labels = np.concatenate(names), np.concatenate(labels)
         if not len(self):
-            raise UserError(f"the folders in {path} hold no image ({', '.join(_SUFFIXES)})")
+            raise UserError(f"the folders in {path} contain no image ({', '.join(_SUFFIXES)})")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -171,13 +176,13 @@ class Folder:
             return to_record(self._labels[index], file.read())
 
     def path(self, index: int) -> str:
-        """The file of an example."""
+        """The path of an example's file."""
         folder = self._classes[self._labels[index]]
         return os.path.join(self._path, folder, os.fsdecode(bytes(self._names[index])))
 
 
 def folders_in(path: str) -> list[str]:
-    """The names of the folders in a folder, sorted."""
+    """The names of the subfolders of a folder, sorted."""
     with os.scandir(path) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
@@ -193,39 +198,39 @@ def folder(
     max_aspect: float = 4 / 3,
     central: float = 0.875,
 ) -> dict[str, Any]:
-    """Images in one folder a class: `DIRECTORY/train/CLASS/*.JPEG`, `DIRECTORY/val/CLASS/*.JPEG`.
+    """Images in one folder per class: `DIRECTORY/train/CLASS/*.JPEG`, `DIRECTORY/val/CLASS/*.JPEG`.
 
     Args:
-        directory: holds the two folders.
-        image_size: of a side, in pixels.
-        num_classes: how many classes there should be; None for any number.
-        train: the folder of the training images.
-        eval: the folder of the held-out images.
+        directory: contains the two folders.
+        image_size: the side of an image in a batch, in pixels.
+        num_classes: the expected number of classes; None: any.
+        train: the name of the folder of the training images.
+        eval: the name of the folder of the held-out images.
         num_threads: see `GrainSource`.
-        min_area: see `Decode`, as for the next two; all three 1.0 take square images whole.
+        min_area: see `Decode`. With 1.0 for this and the next two, square images are not cropped.
         max_aspect: see `Decode`.
         central: see `Decode`.
 
     Raises:
-        UserError: a folder is absent, or does not hold what it should.
+        UserError: a folder is missing or has unexpected contents.
     """
     directory = os.path.expanduser(directory)
     decode = Decode(image_size, min_area, max_aspect, central)
-    paths = [os.path.join(directory, part) for part in (train, eval)]
+    paths = [os.path.join(directory, name) for name in (train, eval)]
     for path in paths:
         if not os.path.isdir(path) or not folders_in(path):
             raise UserError(
                 f"config.data.directory={directory!r} has no {os.path.basename(path)}/ with a "
                 "folder of images for each class",
-                "--config.data.directory=DIR; docs/imagenet.md says how the files have to lie, and "
-                "ImageNet's are to be had from image-net.org",
+                "--config.data.directory=DIR; docs/imagenet.md describes the folders and how to "
+                "get ImageNet from image-net.org",
             )
     classes = folders_in(paths[0])
     if num_classes not in (None, len(classes)):
         raise UserError(
-            f"{paths[0]} holds {len(classes)} folders, one a class, and config.data.num_classes is "
-            f"{num_classes}",
-            f"--config.model.num_classes={len(classes)}, which it follows",
+            f"{paths[0]} contains {len(classes)} folders, one per class, but "
+            f"config.data.num_classes is {num_classes}",
+            f"--config.model.num_classes={len(classes)}, which config.data.num_classes follows",
         )
 
     def source(path: str) -> GrainSource:

@@ -1,4 +1,4 @@
-"""Batches made and moved to the devices ahead of time, by one thread."""
+"""Prefetching: a thread prepares batches and moves them to the devices ahead of time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any
 
 
 def depth_for(asked: int | None, platform: str) -> int:
-    """How many batches to make ahead, where that was left open.
+    """How many batches to prepare ahead.
 
-    A thread hides input behind an accelerator; on CPU it competes with the step.
+    With an accelerator, a thread hides the time of the input. On CPU it competes with the step.
+
+    Args:
+        asked: `config.data.prefetch`; None chooses by platform.
+        platform: "cpu", "gpu" or "tpu".
     """
     if asked is not None:
         return asked
@@ -19,14 +23,14 @@ def depth_for(asked: int | None, platform: str) -> int:
 
 
 def prefetch(make: Callable[[Any], Any], keys: Iterable[Any], depth: int) -> Generator[Any]:
-    """Yields `make(key)` for each key, in order, made up to `depth` ahead in a thread.
+    """Yields `make(key)` for each key, in order, computed up to `depth` ahead in a thread.
 
-    What `make` raises is raised here. Closing the iterator stops the thread.
+    Exceptions of `make` are raised here. Closing the iterator stops the thread.
 
     Args:
         make: called in the thread, one key at a time.
-        keys: what to make.
-        depth: how many to hold ready; 0 makes each when it is asked for, without a thread.
+        keys: the arguments of `make`.
+        depth: how many results to keep ready; 0 computes each on demand, without a thread.
     """
     if depth == 0:
         yield from map(make, keys)
@@ -48,7 +52,7 @@ def prefetch(make: Callable[[Any], Any], keys: Iterable[Any], depth: int) -> Gen
                     return
                 put((True, make(key)))
             put((False, None))
-        except BaseException as error:  # handed to the consumer, whatever it is
+        except BaseException as error:  # raised by the consumer
             put((False, error))
 
     threading.Thread(target=work, name="podlift-prefetch", daemon=True).start()

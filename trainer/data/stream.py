@@ -1,15 +1,16 @@
 """The order of examples: a pure function of (seed, step).
 
-No process and no device count enters it, and nothing has to be saved to resume. Positions count
-examples from the start of training: step s holds the positions [s * B, (s + 1) * B), epoch e the
-positions [e * E, (e + 1) * E) with E a whole number of batches (an epoch's remainder is dropped).
+It does not depend on the number of processes or devices, and a resume needs no saved iterator.
+Positions count examples from the start of training. With batches of B examples, step s covers the
+positions [s * B, (s + 1) * B). Epoch e covers [e * E, (e + 1) * E), where E is the largest multiple
+of B that the data allows (the remainder of an epoch is dropped).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
@@ -22,15 +23,15 @@ SourceAugment = Callable[[np.ndarray, "ExampleRandom"], HostBatch]
 
 
 class Source(Protocol):
-    """Examples that can be gathered by index.
+    """Random access to examples.
 
-    A source may also have `augmented(indices, random)`, for `indices` of shape `(examples,)` and an
-    `ExampleRandom` of their positions: the same examples, changed at random where that has to be
-    done before they are of one size. Training then asks for those, evaluation never.
+    A source may also have a method `augmented(indices, random)`, for `indices` of shape
+    `(examples,)` and an `ExampleRandom` of their positions. It returns the same examples, augmented
+    before they are brought to one size. Training then calls it instead; evaluation never does.
     """
 
     def __len__(self) -> int:
-        """How many examples there are."""
+        """The number of examples."""
 
     def __getitem__(self, indices: np.ndarray, /) -> HostBatch:
         """The examples of an integer array; each value has shape `indices.shape + (...)`."""
@@ -57,18 +58,26 @@ class ArraySource:
 
 
 def _gather(array: Any, indices: np.ndarray) -> Any:
-    # In less than half the time that indexing takes; of another layout it would copy all first.
+    # Takes less than half the time of indexing; but with another layout it copies the full array.
     if isinstance(array, np.ndarray) and array.flags.c_contiguous:
         return array.take(indices, axis=0)
     return array[indices]
 
 
 def as_source(value: Any, where: str) -> Source:
-    """Wraps what a data target returned."""
+    """Turns what a data target returned into a source.
+
+    Args:
+        value: a dict of arrays, or a source.
+        where: what to call it in an error message.
+
+    Raises:
+        UserError: it is neither.
+    """
     if isinstance(value, Mapping):
         return ArraySource(value)
     if hasattr(value, "__len__") and hasattr(value, "__getitem__"):
-        return value
+        return cast(Source, value)
     raise UserError(
         f"{where} is a {type(value).__name__}",
         "return a dict of arrays, or an object with len() and [indices]",
@@ -76,7 +85,7 @@ def as_source(value: Any, where: str) -> Source:
 
 
 class ExampleRandom:
-    """Random numbers that depend on the seed and each example's position, and on nothing else.
+    """Random numbers that depend only on the seed and the position of each example.
 
     They come from the output function of SplitMix64 (Steele, Lea and Flood, "Fast splittable
     pseudorandom number generators", OOPSLA 2014), evaluated at all positions at once.
@@ -87,22 +96,22 @@ class ExampleRandom:
         self._draws = 0
 
     def uniform(self, count: int) -> np.ndarray:
-        """Fresh floats in [0, 1), float64, of shape `positions.shape + (count,)`."""
-        return (self._words(count) >> np.uint64(11)) * 2.0**-53
+        """New float64 numbers in [0, 1), of shape `positions.shape + (count,)`."""
+        return cast(np.ndarray, (self._words(count) >> np.uint64(11)) * 2.0**-53)
 
     def split(self) -> list[ExampleRandom]:
-        """One for each position, for threads that take an example each; their shape is `()`."""
-        parts = []
+        """One generator of shape `()` per position, for threads that process one example each."""
+        generators = []
         for key in self._words(1).ravel():
-            part = copy.copy(self)
-            part._keys, part._draws = key, 0
-            parts.append(part)
-        return parts
+            generator = copy.copy(self)
+            generator._keys, generator._draws = key, 0
+            generators.append(generator)
+        return generators
 
     def _words(self, count: int) -> np.ndarray:
         draws = np.arange(self._draws + 1, self._draws + count + 1, dtype=np.uint64)
         self._draws += count
-        return _mix(self._keys[..., None] + draws * _GAMMA)
+        return cast(np.ndarray, _mix(self._keys[..., None] + draws * _GAMMA))
 
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -117,15 +126,18 @@ def _mix(z: Any) -> Any:
 
 
 class TrainStream:
-    """Training batches: `f(seed, step)` for the global batch, of which a process takes its rows.
+    """Training batches: `f(seed, step)` is the global batch; each process takes its rows of it.
 
     Args:
         source: the examples.
-        global_batch_size: rows of one step, over all processes and devices.
-        seed: of the order and of the augmentation.
-        shuffle: draw a new permutation each epoch. An epoch of a single batch that holds every
-            example keeps its order: no update can depend on it.
+        global_batch_size: rows per step, over all processes and devices.
+        seed: seeds the order and the augmentation.
+        shuffle: draw a new permutation each epoch. If one batch holds all examples, their order is
+            kept, because no update depends on it.
         augment: `(batch, ExampleRandom) -> batch` on arrays `(examples, ...)`.
+
+    Raises:
+        UserError: there are fewer examples than `global_batch_size`.
     """
 
     def __init__(
@@ -153,13 +165,13 @@ class TrainStream:
         self._orders: dict[int, np.ndarray] = {}
 
     def batch_at(self, step: int, rows: slice | np.ndarray = slice(None)) -> HostBatch:
-        """The given rows of the global batch of one step, each array `(rows, ...)`."""
+        """The given rows of the global batch of one step; each array is `(rows, ...)`."""
         return {name: array[0] for name, array in self.batches_at(step, 1, rows).items()}
 
     def batches_at(
         self, step: int, steps: int, rows: slice | np.ndarray = slice(None)
     ) -> HostBatch:
-        """The same for several steps at once, each array `(steps, rows, ...)`."""
+        """The given rows for several consecutive steps; each array is `(steps, rows, ...)`."""
         size = self.global_batch_size
         positions = step * size + np.arange(steps * size).reshape(steps, size)[:, rows]
         indices = self._indices(positions)
@@ -167,14 +179,14 @@ class TrainStream:
             return self.source[indices]
         shape, indices = positions.shape, indices.ravel()
         random = ExampleRandom(self._seed, positions.ravel())
-        # One after the other they draw from the same numbers, so no number is drawn twice.
+        # Both augmentations draw from one generator, so they share no random number.
         batch = self._augmented(indices, random) if self._augmented else self.source[indices]
         if self._augment is not None:
             batch = self._augment(batch, random)
         return {name: array.reshape(*shape, *array.shape[1:]) for name, array in batch.items()}
 
     def shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shapes and dtypes of a batch of so many rows."""
+        """The shapes and dtypes of a batch with this many rows."""
         return {
             name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
             for name, array in self.batch_at(0, slice(0, 1)).items()
@@ -204,12 +216,12 @@ class TrainStream:
 def eval_batches(
     source: Source, batch_size: int, rows: slice | np.ndarray = slice(None)
 ) -> Iterator[HostBatch]:
-    """Every example once, in order; the last batch is padded, and `mask` is 0.0 on the padding.
+    """Yields every example once, in order; `mask` is 0.0 for the padding of the last batch.
 
     Args:
         source: the examples.
-        batch_size: rows of one batch, over all processes and devices.
-        rows: which of them to yield.
+        batch_size: rows per batch, over all processes and devices.
+        rows: which of these rows to yield.
     """
     for start in range(0, len(source), batch_size):
         positions = (start + np.arange(batch_size))[rows]

@@ -1,4 +1,4 @@
-"""Images out of nothing: to see a model train, or how fast it does, where the real ones are not."""
+"""Random images, to test or time a model without the real data."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from trainer.data.stream import HostBatch
 
 
 class Noise:
-    """Random images, a few of them over and over again.
+    """A pool of random images, repeated.
 
-    Image `i` is number `i % pool` of the pool, and its label hangs on that number only, so a model
-    can learn them by heart.
+    Example `i` is image `i % pool`, and its label depends on that number only, so a model can
+    memorise them.
 
     Args:
-        length: how many examples there are.
+        length: the number of examples.
         images: the pool, uint8 `(pool, height, width, 3)`.
-        num_classes: labels are below it.
+        num_classes: labels are less than this.
     """
 
     def __init__(self, length: int, images: np.ndarray, num_classes: int) -> None:
@@ -44,16 +44,16 @@ def images(
 ) -> dict[str, Any]:
     """Images `x` uint8 (examples, image_size, image_size, 3) and labels `y` int32 (examples,).
 
-    Training and evaluation show the same images: good evaluation means that the model was trained,
-    not that it has learned to see.
+    Training and evaluation use the same images, so a good evaluation shows that training works, and
+    nothing about generalisation.
 
     Args:
-        seed: of the images.
-        num_train: training examples; the default is ImageNet's.
-        num_eval: examples to evaluate on; the default is ImageNet's.
-        image_size: of a side, in pixels.
-        num_classes: labels are below it.
-        pool: how many images there are in truth; 64 of 224 x 224 pixels take 10 MB.
+        seed: the seed of the images.
+        num_train: training examples; the default is that of ImageNet.
+        num_eval: examples to evaluate on; the default is that of ImageNet.
+        image_size: the side of an image, in pixels.
+        num_classes: labels are less than this.
+        pool: the number of different images; 64 of 224 x 224 pixels take 10 MB.
     """
     random = np.random.default_rng(seed)
     noise = random.integers(0, 256, (pool, image_size, image_size, 3), np.uint8)

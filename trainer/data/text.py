@@ -1,4 +1,4 @@
-"""Text as characters: the prose of Python's own `pydoc_data.topics`, or any file."""
+"""Text as characters: Python's own `pydoc_data.topics`, or any file."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ def characters(
     stride: int | None = None,
     held_out_fraction: float = 0.1,
 ) -> dict[str, Any]:
-    """Windows of text: `x` uint8 (examples, length) and `y`, the same one character on.
+    """Windows of text: `x` uint8 (examples, length), and `y`, shifted by one character.
 
-    Characters are numbered by frequency, and the rarest beyond `vocab_size - 1` share the last
-    number, so that the size of a model does not hang on the Python version that holds the text.
+    Characters are numbered by frequency. The rarest, beyond `vocab_size - 1`, share the last
+    number, so the size of a model does not depend on the Python version that the text comes from.
 
     Args:
-        length: characters a window.
-        vocab_size: how many numbers there are, 256 at most.
-        path: a text file in UTF-8; where None, the topics of `pydoc_data` (about 465,000
-            characters of English prose and code, in every Python).
-        stride: characters from one training window to the next; `length` where None.
-        held_out_fraction: of the text, from its end, for evaluation.
+        length: characters per window.
+        vocab_size: how many numbers there are, at most 256.
+        path: a text file in UTF-8; None: the topics of `pydoc_data` (about 465,000 characters of
+            English prose and code, in every Python).
+        stride: characters from one training window to the next; None: `length`.
+        held_out_fraction: the fraction of the text, at its end, to keep for evaluation.
+
+    Raises:
+        UserError: the file cannot be read, or an argument is out of range.
     """
     if not 2 <= vocab_size <= 256:
         raise UserError(f"config.data.vocab_size={vocab_size} should be 2 to 256")
@@ -55,9 +58,9 @@ def characters(
             f"config.data.length={length}: the text of {len(tokens)} characters is too short"
         )
 
-    def windows(part: np.ndarray, step: int) -> dict[str, np.ndarray]:
-        # A view: no window is copied before it is gathered into a batch.
-        view = np.lib.stride_tricks.sliding_window_view(part, length + 1)[::step]
+    def windows(tokens: np.ndarray, step: int) -> dict[str, np.ndarray]:
+        # A view, so that only the windows of a batch are ever copied.
+        view = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::step]
         return {"x": view[:, :-1], "y": view[:, 1:]}
 
     return {

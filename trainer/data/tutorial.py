@@ -1,4 +1,4 @@
-"""The made-up data of the tutorial configs."""
+"""The synthetic data of the tutorial configs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 def linear(
     seed: int, num_examples: int = 128, num_features: int = 5, noise: float = 0.1
 ) -> dict[str, Any]:
-    """`Y = X W + b` with X ~ U(0, 1), observed through X plus noise.
+    """`Y = X W + b` with X ~ U(0, 1), where X is observed with noise.
 
     Args:
-        seed: of X, W, b and the noise.
+        seed: the seed of X, W, b and the noise.
         num_examples: rows of X and Y.
-        num_features: columns of X; Y has one.
-        noise: standard deviation of the normal noise added to X after Y was computed.
+        num_features: columns of X; Y has one column.
+        noise: standard deviation of the normal noise, added to X after Y is computed.
     """
     random = np.random.default_rng(seed)
     x = random.uniform(size=(num_examples, num_features))
@@ -27,5 +27,5 @@ def linear(
 
 
 def ones(num_examples: int = 3, num_features: int = 4) -> dict[str, Any]:
-    """The guide's `dummy_input`: all ones."""
+    """The `dummy_input` of Flax's guide: all ones."""
     return {"train": {"x": np.ones((num_examples, num_features), np.float32)}}

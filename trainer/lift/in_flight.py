@@ -1,4 +1,4 @@
-"""Calls of the step that are dispatched and not yet read: at most 16 at once."""
+"""Bounds how many calls of the step are in flight: dispatched, with metrics not yet read."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 
-# XLA:CPU deadlocks with more than 32 computations in flight on several devices (jax 0.10), and a
-# window of 16 was measured to cost nothing.
+# XLA:CPU deadlocks with more than 32 computations in flight on several devices (jax 0.10). A limit
+# of 16 costs nothing measurable.
 MAX_IN_FLIGHT = 16
 
 
 class InFlight:
-    """Calls that were dispatched and whose metrics have not been read.
+    """A queue of dispatched calls whose metrics have not been read.
 
-    Reading a call's metrics waits for it, so holding at most `limit` bounds how far the host runs
-    ahead of the devices without ever waiting for the newest call.
+    Reading the metrics of a call waits for it. Keeping at most `limit` calls bounds how far the
+    host runs ahead of the devices, without ever waiting for the newest call.
+
+    Args:
+        read: turns the metrics on the devices into numpy arrays.
+        limit: how many calls may be in flight.
     """
 
     def __init__(self, read: Callable[[Any], np.ndarray], limit: int = MAX_IN_FLIGHT) -> None:
@@ -26,12 +30,12 @@ class InFlight:
         self._calls: deque[tuple[Any, Any]] = deque()
 
     def push(self, key: Any, values: Any) -> list[tuple[Any, Any]]:
-        """Adds a call; returns those that had to be read to keep within the limit."""
+        """Adds a call; returns the calls, with their metrics, that the limit made it read."""
         self._calls.append((key, values))
         return self._pop(self._limit)
 
     def drain(self) -> list[tuple[Any, Any]]:
-        """Reads all that is left."""
+        """Reads all calls that are left."""
         return self._pop(0)
 
     def _pop(self, left: int) -> list[tuple[Any, Any]]:

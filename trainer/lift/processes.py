@@ -1,11 +1,11 @@
-"""The processes of a run, and what they tell each other beside the steps: always all at once."""
+"""Communication between the processes of a run, beside the steps; all of them take part at once."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-# Of a state that one process gives to the others, at a time: the devices hold no more of it twice.
+# A state is broadcast in pieces of this size, which bounds the extra memory on the devices.
 _BROADCAST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Processes:
     """The processes that the devices of a mesh belong to.
+
+    Every process must call `gather` and the broadcasts at the same point.
 
     Attributes:
         mesh: the devices.
@@ -34,7 +36,7 @@ class Processes:
 
     @property
     def writes(self) -> bool:
-        """Whether this process is the one that writes what the processes share."""
+        """Whether this process writes the files that all processes share: it is process 0."""
         return jax.process_index() == 0
 
     @property
@@ -43,24 +45,22 @@ class Processes:
         return jax.process_index()
 
     def gather(self, numbers: Any) -> list[Any]:
-        """What each process gives, in order of rank, to agree on what only files can tell.
-
-        All processes must call it at the same point.
+        """Gathers one value per process, in the order of ranks.
 
         Args:
             numbers: an int, or an array of the same shape in all processes; of 32 bits.
         """
         if self.num_processes == 1:
-            return np.array(numbers)[None].tolist()
-        return multihost_utils.process_allgather(np.array(numbers)).tolist()
+            return cast(list[Any], np.array(numbers)[None].tolist())
+        return cast(list[Any], multihost_utils.process_allgather(np.array(numbers)).tolist())
 
     def broadcast_text(self, text: str, source: int = 0) -> str:
-        """The text of one process, in all of them; called by all at the same point."""
+        """Returns the text of the process `source` in all processes."""
         if self.num_processes == 1:
             return text
         data = np.frombuffer(text.encode(), np.uint8)
         size = self.gather(data.size)[source]
-        padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)  # compiles seldom
+        padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)  # few compilations
         if self.process == source:
             padded[:size] = data
         return _broadcast(padded, self.process == source)[:size].tobytes().decode()
@@ -68,12 +68,12 @@ class Processes:
     def broadcast_arrays(
         self, leaves: Mapping[str, np.ndarray] | None, like: Mapping[str, Any], source: int
     ) -> dict[str, np.ndarray]:
-        """Named arrays of one process, bit for bit in all of them; called by all at the same point.
+        """Returns the named arrays of the process `source` in all processes, bit for bit.
 
         Args:
-            leaves: the arrays, where this is the process that has them.
-            like: their shapes and dtypes, the same in all processes.
-            source: the process that has them.
+            leaves: the arrays; ignored in all processes but `source`.
+            like: their shapes and dtypes, equal in all processes.
+            source: the rank of the process that has them.
         """
         here = self.process == source
         if self.num_processes == 1:
@@ -94,8 +94,8 @@ class Processes:
                 data[places[name]] = flat.view(np.uint8)
             start += size
         for start in range(0, data.size, _BROADCAST_BYTES):
-            part = slice(start, start + _BROADCAST_BYTES)
-            data[part] = _broadcast(data[part], here)
+            piece = slice(start, start + _BROADCAST_BYTES)
+            data[piece] = _broadcast(data[piece], here)
         return {
             name: data[places[name]].copy().view(jnp.dtype(leaf.dtype)).reshape(leaf.shape)
             for name, leaf in like.items()
@@ -103,9 +103,10 @@ class Processes:
 
 
 def _broadcast(data: np.ndarray, is_source: bool) -> np.ndarray:
-    """Bytes of one process, in all of them; a multiple of four.
+    """Broadcasts bytes, a multiple of four.
 
-    It is a sum over the processes, so of integers: a sum of floats would lose a -0.0.
+    jax implements it as a sum over the processes, so it must be one of integers: a sum of floats
+    would turn -0.0 into 0.0.
     """
     words = multihost_utils.broadcast_one_to_all(data.view(np.uint32), is_source)
     return np.array(words, np.uint32).view(np.uint8)

@@ -1,4 +1,4 @@
-"""Whether all devices hold the same state, and what is in it: checksums, NaN and infinity."""
+"""Replica checks: whether all devices hold the same state, and whether it is finite."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from trainer.step.task import AXIS
 
 @dataclass(frozen=True)
 class ReplicaReport:
-    """What was found in a state.
+    """The result of a replica check.
 
     Attributes:
         checksums: of every leaf, by name.
-        not_finite: the leaves with a NaN or an infinity in them.
+        not_finite: the leaves that contain a NaN or an infinity.
     """
 
     checksums: dict[str, int]
@@ -32,30 +32,30 @@ class ReplicaReport:
 
     @property
     def unusable(self) -> list[str]:
-        """Those of them that no run can go on from; an optimizer may hold infinities."""
+        """The non-finite leaves that no run can resume from; an optimizer may hold infinities."""
         return [name for name in self.not_finite if name.startswith(("params/", "model_state/"))]
 
 
 def check_replicas(lift: Lift, state: Any) -> ReplicaReport:
-    """Looks at every leaf, after checking that all devices hold the same bits.
+    """Checks that all devices hold the same bits, and computes checksums and finiteness.
 
-    `jax` cannot tell: an output declared replicated whose shards differ raises nothing and says
-    `is_fully_replicated`. All processes call this at the same point.
+    `jax` itself does not notice: an output declared replicated whose copies differ raises nothing
+    and claims `is_fully_replicated`. All processes call this at the same point.
 
     Raises:
-        ReplicasDiffer: naming the first leaf whose copies differ, and the devices.
+        ReplicasDiffer: names the first leaf whose copies differ, and the devices.
     """
     leaves = name_leaves(lift.to_global(state))
-    cut = {name: leaf for name, leaf in leaves.items() if not leaf.is_fully_replicated}
-    found = _check_replicated(lift, {n: leaf for n, leaf in leaves.items() if n not in cut})
-    if not cut:
-        return found
-    sums, finite = lift.read(_inspect_sharded(lift)(list(cut.values())))
-    checksums_of = found.checksums | dict(zip(cut, sums.tolist(), strict=True))
-    not_finite = [name for name, good in zip(cut, finite, strict=True) if not good]
+    sharded = {name: leaf for name, leaf in leaves.items() if not leaf.is_fully_replicated}
+    report = _check_replicated(lift, {n: leaf for n, leaf in leaves.items() if n not in sharded})
+    if not sharded:
+        return report
+    sums, finite = lift.read(_inspect_sharded(lift)(list(sharded.values())))
+    checksum_of = report.checksums | dict(zip(sharded, sums.tolist(), strict=True))
+    not_finite = [name for name, good in zip(sharded, finite, strict=True) if not good]
     return ReplicaReport(
-        {name: checksums_of[name] for name in leaves},
-        [name for name in leaves if name in {*found.not_finite, *not_finite}],
+        {name: checksum_of[name] for name in leaves},
+        [name for name in leaves if name in {*report.not_finite, *not_finite}],
     )
 
 
@@ -83,13 +83,15 @@ def _check_replicated(lift: Lift, leaves: dict[str, jax.Array]) -> ReplicaReport
 
 @functools.cache
 def _inspect_replicated(lift: Lift) -> Callable[[Any], Any]:
-    def look(tree: Any) -> Any:
+    """Checksums of each device's copy, `(devices, leaves)`, and finiteness, `(leaves,)`."""
+
+    def inspect(tree: Any) -> Any:
         return jax.lax.all_gather(checksums(tree), AXIS), are_finite(tree)
 
-    return jax.jit(lift.shard_map(look, P(), P()))
+    return jax.jit(lift.shard_map(inspect, P(), P()))
 
 
 @functools.cache
 def _inspect_sharded(lift: Lift) -> Callable[[Any], Any]:
-    """The same checksums of leaves that no device has whole: the compiler adds them up."""
+    """Checksums and finiteness of sharded leaves, both `(leaves,)`; the compiler adds up shards."""
     return lift.compile_replicated(lambda tree: (checksums(tree), are_finite(tree)))

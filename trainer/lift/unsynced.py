@@ -1,4 +1,4 @@
-"""Which state of a model each shard would compute for itself, so that numbers depend on shards."""
+"""Finds model state that is not synchronised over the axis, before any step runs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from trainer.step.task import AXIS, Task
 
 
 def unsynced_state(task: Task, state: TrainState, batch: Any, num_shards: int) -> list[str]:
-    """Names of model state that each shard would compute from its own examples only.
+    """Names of model state that each shard computes from its own examples only.
 
-    Found by tracing the model under `trainer.lift.lift.abstract_shard_map`; nothing is compiled.
+    Its value then depends on the number of shards. It is found by tracing the model under
+    `trainer.lift.lift.abstract_shard_map`; nothing is compiled or run.
 
     Args:
-        task: whose model is traced.
+        task: the model belongs to it.
         state: a state, or its shapes.
         batch: a host batch, of which only shapes matter.
-        num_shards: of the axis.
+        num_shards: the size of the axis.
     """
     found: list[str] = []
 
@@ -38,6 +39,7 @@ def unsynced_state(task: Task, state: TrainState, batch: Any, num_shards: int) -
 
 
 def _varies(leaf: jax.Array) -> bool:
+    """Whether a traced value varies over the axis."""
     kind: Any = jax.typeof(leaf)
     if hasattr(kind, "manual_axis_type"):  # jax 0.10 and later
         return AXIS in kind.manual_axis_type.varying

@@ -1,4 +1,4 @@
-"""The step of a run as it is compiled: the config's own, lifted over the config's axis."""
+"""The compiled step of a run: the update step that a config describes, lifted over its axis."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ from trainer.step.update import apply_gradients, make_update_step, stack_metrics
 def lift_update_step(
     settings: Settings, job: Job, lift: Lift, state: Any, platform: str | None = None
 ) -> Callable[[Any, Any], Any]:
-    """`(state, batch) -> (state, rows)` over all devices; it compiles at its first call.
+    """Builds `(state, batch) -> (state, stacked metrics)` over all devices.
+
+    It compiles at its first call.
 
     Args:
-        settings: how to reduce, how many steps in a call, and what is done about NaN.
-        job: what is trained.
-        lift: how the batch axis is laid over devices.
+        settings: of the run.
+        job: what to train.
+        lift: over which devices, and how.
         state: a state, or its shapes.
-        platform: whose habits to follow; that of the devices where None.
+        platform: the platform to choose defaults for; None: that of the devices.
 
     Raises:
-        UserError: the optimizer cannot work with a state that is cut.
+        UserError: the optimizer does not work with a sharded state.
     """
     platform = platform or lift.platform
     scan = settings.steps_per_call > 1
@@ -57,7 +59,7 @@ def lift_update_step(
 def make_job_step(
     settings: Settings, job: Job, platform: str, *, unroll: bool = False
 ) -> Callable[[Any, Batch], tuple[Any, Any]]:
-    """The step of one shard, `(state, batch) -> (state, metrics as one array)`."""
+    """Builds a job's step of one shard, `(state, batch) -> (state, stacked metrics)`."""
     recipe = recipe_for(settings, job, platform, unroll=unroll)
     return stack_metrics(make_update_step(job.task, recipe))
 
@@ -65,15 +67,15 @@ def make_job_step(
 def make_sharded_step(
     task: Task, recipe: Recipe, lift: Lift, state: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
-    """The same step where the state is cut over the axis, as a function of whole arrays.
+    """Builds the same step for a sharded state, as a function of global arrays.
 
-    Only the gradients are a matter of the axis. What the optimizer does with them is left to the
-    compiler, which is told how the state lies: so a norm over all leaves is one, wherever they are.
+    Only the gradients are computed per shard. The optimizer's part is left to the compiler, guided
+    by sharding constraints; so a norm over all leaves is right, wherever their shards are.
 
     Args:
         task: what to train.
-        recipe: how.
-        lift: which says what is cut.
+        recipe: how to take a step.
+        lift: says which fields of the state are sharded.
         state: a state, or its shapes.
     """
     trainable = task.trainable(state.params)
@@ -83,9 +85,9 @@ def make_sharded_step(
         grad_dimensions=shard_dimensions(trainable, lift.num_shards),
         shards_params="params" in lift.sharded,
     )
-    sharded_specs = lift.specs(state, SHARDED_FIELDS["fsdp"])
     specs = lift.specs(state)
-    gradients = lift.shard_map(
+    fsdp_specs = lift.specs(state, SHARDED_FIELDS["fsdp"])
+    gradient_step = lift.shard_map(
         make_gradient_step(task, recipe, sharding=sharding),
         (dataclasses.replace(specs, opt_state=P(), ema=P()), P(AXIS)),
         Gradients(lift.specs_of(trainable), P(), cast(Any, P())),
@@ -95,15 +97,14 @@ def make_sharded_step(
         with jax.named_scope(GATHER_SCOPE):
             return all_gather(params, AXIS, sharding, flat=recipe.flat)
 
-    gather_params = lift.shard_map(gather, (sharded_specs.params,), P())
+    gather_params = lift.shard_map(gather, (fsdp_specs.params,), P())
 
     def update_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
-        found = gradients(dataclasses.replace(state, opt_state=(), ema=None), batch)
-        # Each device updates its own part, also of params that it has whole.
-        updated, metrics = apply_gradients(
-            task, recipe, lift.constrain(state, sharded_specs), found
-        )
-        updated = lift.constrain(updated, sharded_specs)
+        gradients = gradient_step(dataclasses.replace(state, opt_state=(), ema=None), batch)
+        # Each device updates only its own shard of the params, even if they are replicated.
+        sharded = lift.constrain(state, fsdp_specs)
+        updated, metrics = apply_gradients(task, recipe, sharded, gradients)
+        updated = lift.constrain(updated, fsdp_specs)
         if not sharding.shards_params:
             updated = dataclasses.replace(updated, params=gather_params(updated.params))
         return lift.constrain(updated, specs), metrics
@@ -112,23 +113,24 @@ def make_sharded_step(
 
 
 def recipe_for(settings: Settings, job: Job, platform: str, *, unroll: bool) -> Recipe:
-    """The job's recipe with what a platform likes."""
+    """The job's recipe with the choices that depend on the platform."""
     flat = settings.reduce == "flat" or (settings.reduce == "auto" and platform == "cpu")
     return dataclasses.replace(job.recipe, flat=flat, unroll=unroll)
 
 
 def _check_optimizer(settings: Settings, task: Task, state: Any) -> None:
-    """Raises a UserError if the optimizer needs the axis, outside of which it is to run."""
+    """Raises a UserError if the optimizer uses the axis: a sharded step runs it outside."""
     args = task.trainable(state.params), state.opt_state, state.params
     try:
         jax.eval_shape(task.optimizer.update, *args)
     except NameError as error:
-        # Of a name that is bound neither here nor there, the step itself will tell.
+        # If the name is unbound with the axis too, the step itself raises the better error.
         with contextlib.suppress(NameError):
             jax.make_jaxpr(task.optimizer.update, axis_env=[(AXIS, 1)])(*args)
             raise UserError(
                 f"config.optimizer.target={settings.optimizer['target']!r} uses the axis {AXIS!r} "
-                f"itself, which it cannot under config.state_sharding={settings.state_sharding!r}",
-                "its gradients are means over the axis already: leave that to podlift, or "
-                "--config.state_sharding=replicated",
+                f"itself, which is not possible under "
+                f"config.state_sharding={settings.state_sharding!r}",
+                "the gradients it receives are already means over the axis: take no mean in the "
+                "optimizer, or use --config.state_sharding=replicated",
             ) from error

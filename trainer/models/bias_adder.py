@@ -10,11 +10,11 @@ import jax.numpy as jnp
 class BiasAdderWithRunningMean(nn.Module):
     """Adds a trained bias to a running mean of its inputs.
 
-    The mean names no axis, so each shard moves it by the mean of its own examples; on several
-    devices it is right because the update step averages float state over the shards.
+    The mean names no axis, so each shard updates it with the mean of its own examples. With several
+    devices it is still right, because the update step averages float state over the shards.
 
-    Unlike the guide's, the running mean keeps its shape (there it grows from `(features,)` to
-    `(1, features)` at its first update, which recompiles the step and breaks checkpoints).
+    The running mean keeps its shape. In the guide it grows from `(features,)` to `(1, features)` at
+    its first update, which recompiles the step and breaks checkpoints.
     """
 
     momentum: float = 0.9

@@ -1,12 +1,12 @@
-"""NNX modules, as Linen modules whose variables are plain arrays with plain names.
+"""NNX modules as Linen modules, whose variables are plain arrays with plain names.
 
-`nnx.bridge.ToLinen` makes the module anew in each call, keeps Flax's boxes in the state, and knows
-nothing of training and evaluation. Here the module is described once (`nnx.split`) and put together
-from the variables in each call (`nnx.merge`).
+`nnx.bridge.ToLinen` creates the module again in each call, keeps Flax's boxes in the state, and
+does not distinguish training from evaluation. Here `nnx.split` describes the module once, and each
+call merges that description with the variables (`nnx.merge`).
 
-A `Param` is a parameter, and every other variable is state of the collection that Flax names for
-its type, as `batch_stats`. Random keys and their counts are not kept: each call begins them anew
-from the key it is given, as Linen's dropout does.
+An `nnx.Param` becomes a parameter. Every other variable becomes state in the collection that Flax
+names for its type, such as `batch_stats`. Random keys and their counts are not part of the state:
+each call derives them from the key it receives, as Linen's dropout does.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Path = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Description:
-    """What does not change of an NNX module.
+    """The static part of an NNX module.
 
     Attributes:
-        make: makes the module.
-        graphs: the graph in evaluation and in training, in this order.
-        leaves: all variables, with shapes for values, by path.
-        takes_train: whether a call takes `train`.
+        make: creates the module.
+        graphs: its graph in evaluation mode and in training mode, in this order.
+        leaves: all its variables by path, with shapes instead of values.
+        takes_train: whether its call has a parameter `train`.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
@@ -44,14 +44,14 @@ class Description:
 
 
 def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], where: str) -> nn.Module:
-    """The Linen module that does what an NNX module does.
+    """Wraps an NNX module in a Linen module.
 
     Args:
-        make: makes the module; nothing of it is run here.
-        where: the config key that names it, for error messages.
+        make: creates the module; it is only traced here.
+        where: the config key that names the module, for error messages.
 
     Raises:
-        UserError: it makes something else, or holds what a step cannot keep.
+        UserError: `make` creates something else, or a module whose state a step cannot keep.
     """
 
     def modes(module: nnx.Module) -> tuple[Any, Any]:
@@ -63,13 +63,14 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], where: str) -> nn.Module:
     module = nnx.eval_shape(lambda: _made(make, nnx.Rngs(0)))
     if not isinstance(module, nnx.Module):
         raise UserError(
-            f"{where}: its target takes rngs and makes a {type(module).__name__}, not an NNX module"
+            f"{where}: its target takes rngs but builds a {type(module).__name__}, not an NNX "
+            "module"
         )
     leaves = _leaves(module)
     for path, leaf in leaves.items():
         if _collection(leaf) and jnp.issubdtype(_value(leaf).dtype, jax.dtypes.prng_key):
             raise UserError(
-                f"{where}: {'/'.join(map(str, path))} holds random keys", "keep them in nnx.Rngs"
+                f"{where}: {'/'.join(map(str, path))} contains random keys", "keep them in nnx.Rngs"
             )
     takes_train = "train" in inspect.signature(type(module).__call__).parameters
     return FromNNX(Description(make, modes(module), leaves, takes_train))
@@ -98,19 +99,20 @@ class FromNNX(nn.Module):
         for path, leaf in after.items():
             if path not in known and not isinstance(leaf, nnx.Intermediate):
                 raise UserError(
-                    f"the model's state {'/'.join(map(str, path))} is made by a call of the model",
-                    "make it in __init__",
+                    f"the model's state {'/'.join(map(str, path))} is created by a call of the "
+                    "model",
+                    "create it in __init__",
                 )
             if isinstance(leaf, nnx.Param) and _value(leaf) is not before[path]:
                 raise UserError(
                     f"a call of the model changes its parameter {'/'.join(map(str, path))}",
-                    "only the optimizer may; what a call changes should be another nnx.Variable",
+                    "only the optimizer may change it; use another type of nnx.Variable",
                 )
         self._put({path: _value(leaf) for path, leaf in after.items() if path in known})
         return outputs
 
     def _values(self) -> dict[Path, Any]:
-        """What the variables hold, and keys drawn from the call's own."""
+        """The values of all variables, with random keys derived from that of the call."""
         flat = traverse_util.flatten_dict(dict(self.variables))
         key = self.make_rng("dropout") if self.has_rng("dropout") else jax.random.key(0)
         values = {}
@@ -137,7 +139,7 @@ class FromNNX(nn.Module):
 
 
 def _made(make: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs) -> Any:
-    # Annotations of a sharding are for meshes with axes that there are none of here.
+    # A module's own sharding annotations name mesh axes that do not exist here.
     with nnx.use_eager_sharding(False):
         return make(rngs)
 
@@ -155,7 +157,7 @@ def _with_value(leaf: Any, value: Any) -> Any:
 
 
 def _collection(leaf: Any) -> str:
-    """Where Linen would keep a variable; empty where it is not kept."""
+    """The Linen collection of a variable; empty if it is not part of the state."""
     if isinstance(leaf, nnx.Param):
         return "params"
     if isinstance(leaf, nnx.RngState):

@@ -1,4 +1,4 @@
-"""The MLP with batch normalisation of Flax's guide on managing parameters and state."""
+"""The MLP of Flax's guide on managing parameters and state, and one without normalisation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 
 
 class MLP(nn.Module):
-    """Dense, BatchNorm, relu, `depth` times, then Dense; statistics over the axis "batch"."""
+    """`depth` times Dense, BatchNorm, relu, then Dense; statistics over the axis "batch"."""
 
     hidden_size: int
     out_size: int
@@ -33,7 +33,7 @@ class MLP(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """Dense and relu with dropout, and no state at all."""
+    """Dense, relu and dropout, without any state."""
 
     hidden_sizes: Sequence[int]
     out_size: int

@@ -35,9 +35,9 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, one block a stage with twice the features each, a mean over space, a Dense.
+    """A stem, stages of blocks whose features double, a mean over space, and a Dense layer.
 
-    With three stages of one block this is ResNet-8: 77,754 parameters at 16 features, one input
+    With three stages of one block it is ResNet-8: 77,754 parameters with 16 features, one input
     channel and 10 classes.
     """
 
@@ -51,7 +51,7 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`(examples, height, width, channels)` to logits `(examples, num_classes)`.
 
-        Images of uint8 are brought to 0 to 1; those of any other type are taken as they are.
+        uint8 images are scaled to [0, 1]; images of any other dtype are used as they are.
         """
         if x.dtype == jnp.uint8:
             x = x.astype(jnp.float32) / 255

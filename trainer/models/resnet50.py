@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al., arXiv:1512.03385), version 1.5: a bottleneck's stride is in its 3x3."""
+"""ResNet-50 (He et al., arXiv:1512.03385), version 1.5: the stride is in the 3x3."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from trainer.errors import UserError
 
-# Of ImageNet's training images, in units of a uint8.
+# Of ImageNet's training images, in units of uint8.
 MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
@@ -19,7 +19,7 @@ STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 class Bottleneck(nn.Module):
     """Convolutions 1x1, 3x3 and 1x1 with batch normalisation and a shortcut.
 
-    `Conv_3` and `BatchNorm_3`, where there are any, are those of the shortcut.
+    `Conv_3` and `BatchNorm_3`, if present, belong to the shortcut.
     """
 
     features: int
@@ -34,7 +34,7 @@ class Bottleneck(nn.Module):
         norm = partial(_norm, train, self.dtype, self.axis_name)
         y = nn.relu(norm()(conv(self.features, (1, 1))(x)))
         y = nn.relu(norm()(conv(self.features, (3, 3), strides=self.strides)(y)))
-        # Zero at first, so that each block begins as its shortcut (arXiv:1706.02677, section 5.1).
+        # Zero, so that each block starts as the identity (arXiv:1706.02677, section 5.1).
         y = norm(scale_init=nn.initializers.zeros)(conv(4 * self.features, (1, 1))(y))
         if x.shape != y.shape:
             x = norm()(conv(4 * self.features, (1, 1), strides=self.strides)(x))
@@ -42,17 +42,17 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """A stem, four stages of bottlenecks with twice the features each, a mean over space, a Dense.
+    """A stem, four stages of bottlenecks whose features double, a mean over space, and a Dense.
 
-    25,557,032 parameters with the defaults. Parameters and the statistics of batch normalisation
-    are float32; between layers, numbers are of `dtype`.
+    25,557,032 parameters with the defaults. Parameters and batch normalisation statistics are
+    float32; activations between layers are of `dtype`.
 
     Attributes:
-        num_classes: logits an image.
-        features: of the stem and of the first stage; a stage puts out four times its features.
-        stage_blocks: bottlenecks in each stage.
+        num_classes: logits per image.
+        features: of the stem and of the first stage; the output of a stage has four times as many.
+        stage_blocks: bottlenecks per stage.
         dtype: "bfloat16" or "float32".
-        axis_name: of the axis over which batches are normalised.
+        axis_name: the axis over which batches are normalised.
     """
 
     num_classes: int = 1000
@@ -65,13 +65,13 @@ class ResNet50(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`(examples, height, width, 3)` to float32 logits `(examples, num_classes)`.
 
-        Images of uint8 are normalised here; those of any other type are taken as they are.
+        uint8 images are normalised here; images of any other dtype are used as they are.
         """
         if self.dtype not in ("bfloat16", "float32"):
             raise UserError(f"config.model.dtype={self.dtype!r} is not one of bfloat16, float32")
         dtype = jnp.dtype(self.dtype)
         if x.dtype == jnp.uint8:
-            # On the device: to it an image travels as bytes, a quarter of what its floats take.
+            # On the device, because as bytes an image takes a quarter of the bandwidth to it.
             x = (x.astype(jnp.float32) - jnp.array(MEAN_RGB)) / jnp.array(STDDEV_RGB)
         x = nn.Conv(
             self.features, (7, 7), strides=2, padding=[(3, 3), (3, 3)], use_bias=False, dtype=dtype
@@ -96,7 +96,7 @@ def _norm(
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
-        dtype=dtype,  # of what it puts out; means and variances are taken and kept in float32
+        dtype=dtype,  # of the output; means and variances are float32
         axis_name=axis_name,
         scale_init=scale_init,
     )

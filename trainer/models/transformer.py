@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ class Block(nn.Module):
         x = x + nn.Dropout(self.dropout, deterministic=not train)(y)
         y = nn.LayerNorm()(x)
         y = nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(y)))
-        return x + nn.Dropout(self.dropout, deterministic=not train)(y)
+        return cast(jax.Array, x + nn.Dropout(self.dropout, deterministic=not train)(y))
 
 
 class Transformer(nn.Module):

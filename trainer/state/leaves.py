@@ -1,9 +1,9 @@
-"""The leaves of a state by name, such as "params/Dense_0/kernel"."""
+"""Leaves of a tree by name, such as "params/Dense_0/kernel"."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -19,8 +19,8 @@ def name_leaves(tree: Any) -> dict[str, Any]:
 
 
 def from_flat(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Named leaves as nested dicts, whatever nodes they come from (for a file)."""
-    return traverse_util.unflatten_dict(dict(leaves), sep="/")
+    """Named leaves as nested dicts, whatever nodes they come from; the form of a checkpoint."""
+    return cast(dict[str, Any], traverse_util.unflatten_dict(dict(leaves), sep="/"))
 
 
 def with_leaves(template: Any, leaves: Mapping[str, Any]) -> Any:
@@ -30,11 +30,11 @@ def with_leaves(template: Any, leaves: Mapping[str, Any]) -> Any:
     )
 
 
-def fill_in(whole: Any, part: Any) -> Any:
-    """`whole` with the leaves that `part` has, by name, in place of its own."""
-    return with_leaves(whole, name_leaves(whole) | name_leaves(part))
+def fill_in(tree: Any, subset: Any) -> Any:
+    """`tree` with those leaves replaced that `subset` has, by name."""
+    return with_leaves(tree, name_leaves(tree) | name_leaves(subset))
 
 
 def count_params(params: Any) -> int:
-    """How many numbers the parameters hold."""
+    """The number of parameters: elements of all leaves."""
     return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(params))

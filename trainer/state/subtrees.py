@@ -1,4 +1,4 @@
-"""Parts of a model by their path, such as "encoder/Dense_0": a whole name, or whole parts of it."""
+"""Subtrees of a model by path, such as "encoder/Dense_0": complete components of leaf names."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import difflib
 from collections.abc import Iterable
 
 
-def is_within(name: str, part: str) -> bool:
-    """Whether a leaf belongs to a part of the model; "" is the whole of it."""
-    return not part or name == part or name.startswith(f"{part}/")
+def is_within(name: str, subtree: str) -> bool:
+    """Whether a leaf belongs to a subtree; the path "" names the entire tree."""
+    return not subtree or name == subtree or name.startswith(f"{subtree}/")
 
 
-def hint_for(part: str, names: Iterable[str]) -> str:
-    """What a part that is not there may have been meant to be.
+def hint_for(path: str, names: Iterable[str]) -> str:
+    """A hint for a path that matches no leaf: similar paths, or the outermost ones.
 
     Args:
-        part: as it was written.
-        names: of the leaves that there are.
+        path: the path that matches nothing.
+        names: the names of all leaves.
     """
-    parts: dict[str, None] = {}  # a set in order
+    known: dict[str, None] = {}  # an ordered set
     for name in names:
-        pieces = name.split("/")
-        parts |= dict.fromkeys("/".join(pieces[:count]) for count in range(1, len(pieces) + 1))
-    near = difflib.get_close_matches(part, parts, n=3)
+        components = name.split("/")
+        known |= dict.fromkeys(
+            "/".join(components[:count]) for count in range(1, len(components) + 1)
+        )
+    near = difflib.get_close_matches(path, known, n=3)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    outermost = [name for name in parts if "/" not in name]
+    outermost = [name for name in known if "/" not in name]
     more = ", ..." if outermost[8:] else ""
     return f"there are {', '.join(outermost[:8])}{more}"

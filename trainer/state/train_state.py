@@ -1,4 +1,4 @@
-"""The state of a run: everything a step changes, and nothing else."""
+"""The training state: everything that a step changes, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from flax import struct
 
 @struct.dataclass
 class TrainState:
-    """The training state: equal on every device, but for what `state_sharding` cuts over them.
+    """The training state: replicated on all devices, except for the fields that are sharded.
 
     Attributes:
-        step: steps taken so far, int32, shape ().
-        params: what the optimizer changes.
+        step: the number of steps taken, int32, shape ().
+        params: the parameters, which the optimizer updates.
         model_state: all other collections of the model, such as `batch_stats`.
         opt_state: the state of the optax optimizer.
-        rng: raw key data of the run, uint32. It never changes: each step folds its number in.
-        ema: an average of the params over the steps, if the config asks for one.
-        loss_scale: of a run in float16, `trainer.step.precision.LossScale`.
+        rng: the run's raw key data, uint32. It never changes: each step folds its number in.
+        ema: an exponential moving average of the params; None without `config.ema_decay`.
+        loss_scale: a `trainer.step.precision.LossScale` in a float16 run, otherwise None.
     """
 
     step: jax.Array
@@ -32,5 +32,5 @@ class TrainState:
 
     @property
     def eval_params(self) -> Any:
-        """The params that are evaluated: their average, where there is one."""
+        """The params to evaluate: their average if there is one."""
         return self.params if self.ema is None else self.ema

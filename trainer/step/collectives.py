@@ -56,7 +56,8 @@ def global_norm(tree: Any, *, flat: bool) -> jax.Array:
             reduces that buffer, with one kernel instead of one per leaf.
     """
     if flat:
-        return jnp.linalg.norm(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)]))
+        buffer = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+        return cast(jax.Array, jnp.linalg.norm(buffer))
     return cast(jax.Array, optax.tree.norm(tree))
 
 

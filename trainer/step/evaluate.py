@@ -1,4 +1,4 @@
-"""The evaluation step of one shard: sums and counts over the axis."""
+"""The evaluation step, written for one shard: sums and counts over the axis."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ import jax
 from jax import lax
 
 from trainer.state.train_state import TrainState
-from trainer.step.gradients import metric_sums, per_example, sums_of
+from trainer.step.per_example import metric_sums, per_example, sum_and_count
 from trainer.step.task import AXIS, Batch, Task
 
 
 def make_eval_step(
     task: Task, *, axis: str | None = AXIS
 ) -> Callable[[TrainState, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
-    """Builds `eval_step(state, batch) -> {name: (numerator, count)}`, summed over the axis.
+    """Builds `eval_step(state, batch) -> {name: (sum, count)}`, summed over the axis.
 
-    The model runs with `train=False`; what it would write to its state is thrown away. Examples
-    whose `mask` is 0 count for nothing, so the sums of a padded last batch are exact.
+    The model runs with `train=False`, and its state updates are discarded. Examples whose `mask` is
+    0 do not count, so the sums of a padded last batch are exact.
+
+    Args:
+        task: the model, its loss and metrics.
+        axis: the name of the axis over the shards; None if there is one shard and no axis.
     """
 
     def eval_step(state: TrainState, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
         rng = jax.random.wrap_key_data(state.rng)
         outputs, _ = task.apply(state.eval_params, state.model_state, batch, train=False, rng=rng)
         losses = per_example(task.loss, outputs, batch, "config.loss")
-        sums = {"loss": sums_of(losses, batch)} | metric_sums(task, outputs, batch)
+        sums = {"loss": sum_and_count(losses, batch)} | metric_sums(task, outputs, batch)
         return sums if axis is None else lax.psum(sums, axis)
 
     return eval_step

@@ -1,8 +1,8 @@
 """Floating-point operations of a function, counted from its jaxpr: matmuls and convolutions.
 
-The count does not depend on a compiler, and loops are multiplied out (XLA's own analysis counts the
-body of a loop once, and knows nothing of what a GPU library computes). Everything else a step does
-is bound by memory, and is left out.
+The count is independent of the compiler and includes every iteration of a loop. (XLA's own analysis
+counts the body of a loop once, and does not see what GPU libraries compute.) All other operations
+of a step are bound by memory bandwidth and are not counted.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from trainer.step.task import AXIS
 
 
 def count_flops(jaxpr: Any) -> Counter[str]:
-    """Operations of one call by the dtype of what is multiplied; a product and its sum are two.
+    """Operations of one call by the dtype of the factors; a multiply-add counts as two.
 
     Args:
-        jaxpr: closed or not. A `cond` counts as its largest branch, a `while` as one iteration.
+        jaxpr: closed or open. A `cond` counts as its largest branch, a `while` as one iteration.
     """
     total: Counter[str] = Counter()
     for (dtype, _), count in _count(jaxpr, "", "").items():
@@ -32,7 +32,13 @@ def count_flops(jaxpr: Any) -> Counter[str]:
 
 
 def count_flops_by_scope(jaxpr: Any, mark: str) -> Counter[str]:
-    """The same by the innermost `jax.named_scope` whose name begins with a mark, without it."""
+    """Operations of one call by scope.
+
+    Args:
+        jaxpr: as for `count_flops`.
+        mark: a prefix. An operation counts for the innermost `jax.named_scope` whose name begins
+            with it; the keys of the result are those names without the prefix.
+    """
     total: Counter[str] = Counter()
     for (_, scope), count in _count(jaxpr, mark, "").items():
         total[scope] += count
@@ -40,7 +46,7 @@ def count_flops_by_scope(jaxpr: Any, mark: str) -> Counter[str]:
 
 
 def _count(jaxpr: Any, mark: str, scope: str) -> Counter[tuple[str, str]]:
-    """By dtype and scope; `scope` is that of the equation that holds this jaxpr."""
+    """Operations by dtype and scope; `scope` is that of the equation that contains this jaxpr."""
     total: Counter[tuple[str, str]] = Counter()
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
@@ -68,10 +74,10 @@ def _scope_of(equation: Any, mark: str) -> str | None:
 def flops_of_step(
     step: Callable[[Any, Any], Any], state: Any, batch: Mapping[str, jax.ShapeDtypeStruct]
 ) -> Counter[str]:
-    """The same of a step of one shard, traced on shapes: nothing is compiled or run.
+    """`count_flops` of a per-shard step, traced on shapes; nothing is compiled or run.
 
     Args:
-        step: written for one shard, as for `Lift.__call__`.
+        step: `(state, batch) -> any`, written for one shard.
         state: a state, or its shapes.
         batch: the shapes of one shard of a batch.
     """
@@ -81,7 +87,7 @@ def flops_of_step(
 
 
 def _inner(params: Any) -> list[Any]:
-    """The jaxprs in the parameters of an equation, whatever they are called."""
+    """All jaxprs among the parameters of an equation."""
     found = []
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -93,11 +99,15 @@ def _inner(params: Any) -> list[Any]:
 def _dot(equation: Any) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[d] for d in contracted)
+    outputs, depth = (
+        math.prod(equation.outvars[0].aval.shape),
+        math.prod(left[d] for d in contracted),
+    )
+    return 2 * int(outputs * depth)
 
 
 def _convolution(equation: Any) -> int:
-    """Only products of a real input with a real kernel value: none with padding or with holes."""
+    """Counts products of an input with a kernel value, none with padding or dilation holes."""
     params = equation.params
     numbers = params["dimension_numbers"]
     image, kernel = (variable.aval.shape for variable in equation.invars[:2])
@@ -114,9 +124,9 @@ def _convolution(equation: Any) -> int:
         )
         for axis in range(len(image) - 2)
     )
-    # The kernel's input features are those of one group, and so are the batches of one.
+    # The kernel's shape holds the input features of one group only.
     outer = out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]]
-    return 2 * pairs * outer
+    return 2 * pairs * int(outer)
 
 
 def _products(
@@ -128,7 +138,7 @@ def _products(
     dilation: int,
     kernel_dilation: int,
 ) -> int:
-    """Along one axis: pairs of an output and a kernel place that meet an input value."""
+    """Along one axis: pairs of an output and a kernel position that meet an input value."""
     places = np.arange(out)[:, None] * stride - padding[0]
     places = places + np.arange(kernel)[None, :] * kernel_dilation
     inside = (places >= 0) & (places < (size - 1) * dilation + 1)

@@ -1,8 +1,9 @@
-"""Parts of the params that stay as they are, by path.
+"""Freezing subtrees of the params, named by path.
 
-A step takes the gradient of the others only (`Task.trainable`): what only the gradient of frozen
-leaves needs is not computed, and they are not in the mean over the axis, in `train/grad_norm` or in
-`clip_norm`. The optimizer does not see them, so it decays none and keeps no memory of any.
+A step differentiates only with respect to the other params (`Task.trainable`). Gradients of frozen
+leaves are not computed, and do not enter the mean over the axis, `train/grad_norm` or `clip_norm`.
+The optimizer does not see frozen leaves either: it applies no weight decay to them and keeps no
+state for them.
 """
 
 from __future__ import annotations
@@ -19,20 +20,18 @@ from trainer.state.subtrees import hint_for, is_within
 
 
 def without_frozen(tree: Any, frozen: tuple[str, ...]) -> Any:
-    """Params, or what is shaped like them, without frozen leaves.
-
-    In place of each is `optax.MaskedNode()`, which has no leaves: optimizers know it.
+    """Replaces each frozen leaf with `optax.MaskedNode()`, a node without leaves.
 
     Args:
-        tree: nested as the params are; frozen leaves may be left out already.
-        frozen: parts of it, by path.
+        tree: the params, or a tree of the same structure; frozen leaves may be masked already.
+        frozen: paths of subtrees.
     """
     if not frozen:
         return tree
 
     def keep(path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return optax.MaskedNode() if any(is_within(name, part) for part in frozen) else leaf
+        return optax.MaskedNode() if any(is_within(name, subtree) for subtree in frozen) else leaf
 
     return jax.tree_util.tree_map_with_path(keep, tree)
 
@@ -40,17 +39,17 @@ def without_frozen(tree: Any, frozen: tuple[str, ...]) -> Any:
 def freeze(
     optimizer: optax.GradientTransformation, frozen: tuple[str, ...]
 ) -> optax.GradientTransformation:
-    """An optimizer for the params that are not frozen; the updates of the others change nothing.
+    """Restricts an optimizer to the params that are not frozen; the others receive no update.
 
-    Unlike `optax.masked` it keeps the structure of the optimizer's state, so that leaves of parts
-    that are trained have the same names whatever else is frozen.
+    Unlike `optax.masked` it keeps the structure of the optimizer's state, so the names of its
+    leaves do not depend on what is frozen.
 
     Args:
         optimizer: for all params.
-        frozen: parts of them, by path.
+        frozen: paths of subtrees of the params.
 
     Raises:
-        UserError: at `init`, if there is no such part, or nothing would be trained.
+        UserError: at `init`, if a path matches nothing, or nothing is left to train.
     """
     if not frozen:
         return optimizer
@@ -65,19 +64,19 @@ def freeze(
         changes, state = optimizer.update(
             without_frozen(updates, frozen), state, without_frozen(params, frozen), **extra
         )
-        # Not 0.0: adding that turns a -0.0 into 0.0.
-        still = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), params)
-        return fill_in(still, changes), state
+        # -0.0, because adding 0.0 would turn a param of -0.0 into 0.0.
+        unchanged = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), params)
+        return fill_in(unchanged, changes), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check(names: list[str], frozen: tuple[str, ...]) -> None:
-    for part in frozen:
-        if not any(is_within(name, part) for name in names):
+    for subtree in frozen:
+        if not any(is_within(name, subtree) for name in names):
             raise UserError(
-                f"config.freeze names {part!r}, which is no part of the params",
-                hint_for(part, names),
+                f"config.freeze: {subtree!r} matches no part of the params",
+                hint_for(subtree, names),
             )
-    if all(any(is_within(name, part) for part in frozen) for name in names):
+    if all(any(is_within(name, subtree) for subtree in frozen) for name in names):
         raise UserError("config.freeze leaves nothing to train", "freeze fewer parts")

@@ -1,23 +1,23 @@
-"""The part of a step that is written for one shard of the batch: gradients and their means.
+"""Gradients of one shard of the batch, and their mean over the axis.
 
-What it returns is the same on all shards, or cut over them (`trainer.state.partition`); what
-follows it knows of no axis.
+Everything that happens per shard happens here. What `gradient_step` returns is the same on all
+shards, or sharded over them (`trainer.state.partition`), so the optimizer needs no axis.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from trainer.errors import UserError
-from trainer.state.leaves import fill_in, name_leaves
+from trainer.state.leaves import fill_in
 from trainer.state.partition import ParamSharding
 from trainer.state.train_state import TrainState
+from trainer.step.accumulation import accumulate, check_shapes
 from trainer.step.collectives import (
     all_gather,
     global_norm,
@@ -27,17 +27,23 @@ from trainer.step.collectives import (
     slice_shard,
 )
 from trainer.step.mixup import mix
-from trainer.step.task import AXIS, PLAIN, Batch, Metrics, PerExample, Recipe, Task
+from trainer.step.per_example import (
+    loss_reduction,
+    mask_of,
+    metric_sums,
+    per_example,
+    sum_and_count,
+)
+from trainer.step.task import AXIS, PLAIN, Batch, Metrics, Recipe, Task
 from trainer.step.tracing import rematerialises
 
-# What profiles and plans call the step's own collectives.
+# Profiles and plans show the step's own collectives under these names.
 MEAN_SCOPE = "mean_over_axis"
 GATHER_SCOPE = "gather_over_axis"
 
-
-# What the backward pass does anew: putting params together, and what a layer makes of them before
-# it multiplies.
-_NOT_KEPT = frozenset(
+# What the backward pass recomputes: the all-gather, and what layers do with params before they
+# multiply.
+_RECOMPUTED = frozenset(
     ("all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim")
 )
 
@@ -45,12 +51,12 @@ Apply = Callable[..., tuple[Any, Any]]
 
 
 class Gradients(NamedTuple):
-    """What all shards together have found in a batch.
+    """The result of a step before the optimizer.
 
     Attributes:
-        grads: of the mean loss over all examples, in the structure of the params.
+        grads: of the mean loss over the global batch, in the structure of the trainable params.
         model_state: after the step.
-        metrics: `loss`, `grad_norm`, and those of the task.
+        metrics: `loss`, `grad_norm` and the metrics of the task.
     """
 
     grads: Any
@@ -69,9 +75,9 @@ def make_gradient_step(
 
     Args:
         task: what to train.
-        recipe: how.
-        axis: the name of the axis over the shards; None where there is only one and no axis.
-        sharding: how the gradients are cut, and whether the params are; whole where None.
+        recipe: how to take a step.
+        axis: the name of the axis over the shards; None if there is one shard and no axis.
+        sharding: how gradients, and params if any, are sharded; None: both are replicated.
     """
     flat = recipe.flat
 
@@ -79,13 +85,13 @@ def make_gradient_step(
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         if axis is not None:
             rng = jax.random.fold_in(rng, lax.axis_index(axis))
-        params, apply = _whole(task, recipe, axis, sharding, state.params)
-        grads, model_state, sums = _gradients(
+        params, apply = _gather_params(task, recipe, axis, sharding, state.params)
+        grads, model_state, sums = _shard_gradients(
             task, recipe, axis, apply, dataclasses.replace(state, params=params), batch, rng
         )
-        _same_shapes(state.model_state, model_state)
-        # The mean of float model state is free where the layers already synchronise it (XLA sees
-        # equal values) and is what makes a plain running mean right where they do not.
+        check_shapes(state.model_state, model_state)
+        # The mean of float model state costs nothing where the layers synchronise it themselves
+        # (XLA sees equal values), and makes a plain running mean right where they do not.
         with jax.named_scope(MEAN_SCOPE):
             if sharding is None or flat:
                 grads, model_state, sums = mean_over_axis(
@@ -108,16 +114,65 @@ def make_gradient_step(
     return gradient_step
 
 
-def _whole(
+def _shard_gradients(
+    task: Task,
+    recipe: Recipe,
+    axis: str | None,
+    apply: Apply,
+    state: TrainState,
+    batch: Batch,
+    rng: jax.Array,
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A shard's gradients, its new model state, and the sums and counts of loss and metrics."""
+    partners, ratio = None, jnp.ones(())
+    if recipe.mixup:
+        batch, partners, ratio = mix(batch, recipe.mixup, jax.random.fold_in(rng, 1))
+    reduce_loss = loss_reduction(batch, axis)
+
+    def gradients(model_state: Any, rng: jax.Array, batch: Batch, partners: Batch | None) -> Any:
+        def objective(trainable: Any) -> tuple[jax.Array, Any]:
+            params = fill_in(state.params, trainable)
+            outputs, updated = apply(params, model_state, batch, train=True, rng=rng)
+            losses = per_example(task.loss, outputs, batch, "config.loss")
+            if partners is not None:
+                second = per_example(task.loss, outputs, partners, "config.loss")
+                losses = ratio * losses + (1 - ratio) * second
+            total = reduce_loss(losses, mask_of(batch))
+            if state.loss_scale is not None:
+                total = total * state.loss_scale.scale
+            return total, (outputs, updated, losses)
+
+        grads, (outputs, updated, losses) = jax.grad(objective, has_aux=True)(
+            task.trainable(state.params)
+        )
+        sums = {"loss": sum_and_count(losses, batch)} | metric_sums(task, outputs, batch)
+        return grads, updated, sums
+
+    if recipe.accum_steps == 1:
+        return cast(
+            tuple[Any, Any, dict[str, Any]], gradients(state.model_state, rng, batch, partners)
+        )
+    return accumulate(
+        gradients,
+        state.model_state,
+        rng,
+        batch,
+        partners,
+        steps=recipe.accum_steps,
+        unroll=recipe.unroll,
+    )
+
+
+def _gather_params(
     task: Task, recipe: Recipe, axis: str | None, sharding: ParamSharding | None, params: Any
 ) -> tuple[Any, Apply]:
-    """Params to differentiate by, and how the model is applied to them.
+    """The params to differentiate with respect to, and the function that applies the model.
 
-    Cut params are put together for the forward pass and, so that they need not be held in between,
-    once more for the backward pass, whose gradients come out cut and summed over the shards. That
-    is done once and for both where one buffer is cheaper, and where the model has a
-    `jax.checkpoint` of its own: jax asks the outermost policy alone what is kept, and it would keep
-    all that the model means to compute anew.
+    Sharded params are all-gathered for the forward pass and once more for the backward pass, so
+    that they are not kept in between; their gradients then arrive summed and scattered. There are
+    two cases with a single all-gather. With a flat buffer it is cheaper. And if the model uses
+    `jax.checkpoint` itself, jax consults only the outermost policy, which would keep everything
+    that the model means to recompute.
     """
     if sharding is None or not sharding.shards_params:
         return params, task.apply
@@ -128,173 +183,18 @@ def _whole(
     def gathered(params: Any, model_state: Any, batch: Batch, rng: Any) -> tuple[Any, Any]:
         with jax.named_scope(GATHER_SCOPE):
             params = all_gather(params, axis, sharding, flat=False)
-        return task.apply(params, model_state, batch, train=True, rng=rng)
+        applied = task.apply(params, model_state, batch, train=True, rng=rng)
+        return cast(tuple[Any, Any], applied)
 
-    again = jax.checkpoint(gathered, policy=lambda prim, *_, **__: prim.name not in _NOT_KEPT)
+    recomputed: Apply = jax.checkpoint(
+        gathered, policy=lambda prim, *_, **__: prim.name not in _RECOMPUTED
+    )
 
     def apply(
         params: Any, model_state: Any, batch: Batch, *, train: bool, rng: Any
     ) -> tuple[Any, Any]:
         args = params, model_state, batch, rng
-        return (gathered if rematerialises(gathered, *args) else again)(*args)
+        chosen: Apply = gathered if rematerialises(gathered, *args) else recomputed
+        return chosen(*args)
 
     return params, apply
-
-
-def _gradients(
-    task: Task,
-    recipe: Recipe,
-    axis: str | None,
-    apply: Apply,
-    state: TrainState,
-    batch: Batch,
-    rng: jax.Array,
-) -> tuple[Any, Any, dict[str, Any]]:
-    """A shard's gradients, its new model state, and the sums and counts of loss and metrics."""
-    others, share = None, jnp.ones(())
-    if recipe.mixup:
-        batch, others, share = mix(batch, recipe.mixup, jax.random.fold_in(rng, 1))
-    weight = _weight(batch, axis)
-
-    def part(model_state: Any, rng: jax.Array, batch: Batch, others: Batch | None) -> Any:
-        def objective(trained: Any) -> tuple[jax.Array, Any]:
-            params = fill_in(state.params, trained)
-            outputs, updated = apply(params, model_state, batch, train=True, rng=rng)
-            losses = per_example(task.loss, outputs, batch, "config.loss")
-            if others is not None:
-                second = per_example(task.loss, outputs, others, "config.loss")
-                losses = share * losses + (1 - share) * second
-            total = weight(losses, _mask_of(batch))
-            if state.loss_scale is not None:
-                total = total * state.loss_scale.scale
-            return total, (outputs, updated, losses)
-
-        grads, (outputs, updated, losses) = jax.grad(objective, has_aux=True)(
-            task.trainable(state.params)
-        )
-        sums = {"loss": sums_of(losses, batch)} | metric_sums(task, outputs, batch)
-        return grads, updated, sums
-
-    if recipe.accum_steps == 1:
-        return part(state.model_state, rng, batch, others)
-    return _accumulated(recipe, part, state, batch, others, rng)
-
-
-def _accumulated(
-    recipe: Recipe,
-    part: Callable[..., Any],
-    state: TrainState,
-    batch: Batch,
-    others: Batch | None,
-    rng: jax.Array,
-) -> tuple[Any, Any, dict[str, Any]]:
-    """The same from a shard's parts, one after another; model state goes from each to the next.
-
-    A part holds every `accum_steps`-th example, so that neighbours (of one document, say) are in
-    different ones.
-    """
-    count = recipe.accum_steps
-
-    def cut(leaf: jax.Array) -> jax.Array:
-        return jnp.swapaxes(leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]), 0, 1)
-
-    parts = jax.tree.map(cut, (dict(batch), others))
-
-    def add(carry: Any, numbered: Any) -> tuple[Any, None]:
-        so_far, model_state = carry
-        number, (batch, others) = numbered
-        grads, model_state, sums = part(model_state, jax.random.fold_in(rng, number), batch, others)
-        return (jax.tree.map(jnp.add, so_far, (grads, sums)), model_state), None
-
-    first = jax.tree.map(lambda leaf: leaf[0], parts)
-    shapes = jax.eval_shape(part, state.model_state, rng, *first)
-    _same_shapes(state.model_state, shapes[1])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[2]))
-    ((grads, sums), model_state), _ = lax.scan(
-        add,
-        (zeros, state.model_state),
-        (jnp.arange(count), parts),
-        unroll=True if recipe.unroll else 1,
-    )
-    return grads, model_state, sums
-
-
-def _weight(batch: Batch, axis: str | None) -> Callable[[jax.Array, jax.Array | None], jax.Array]:
-    """How the losses of a shard, or of parts of it, add up to its share of the whole loss.
-
-    The mean of the shards' losses is the mean over all real examples.
-    """
-    mask = _mask_of(batch)
-    examples = batch["x"].shape[0]
-    if mask is None:
-
-        def mean(losses: jax.Array, mask: jax.Array | None) -> jax.Array:
-            if losses.shape[0] == examples:
-                return jnp.mean(losses)
-            return jnp.sum(losses) / examples
-
-        return mean
-    count = jnp.sum(mask)
-    if axis is not None:
-        count = lax.pmean(count, axis)
-
-    def masked(losses: jax.Array, mask: jax.Array | None) -> jax.Array:
-        assert mask is not None
-        return jnp.sum(jnp.where(mask > 0, losses * mask, 0.0)) / jnp.maximum(count, 1e-9)
-
-    return masked
-
-
-def _mask_of(batch: Batch) -> jax.Array | None:
-    mask = batch.get("mask")
-    if mask is None:
-        return None
-    examples = batch["x"].shape[0]
-    if mask.shape != (examples,):
-        raise UserError(f"the data's mask has shape {mask.shape} for {examples} examples a shard")
-    return mask.astype(jnp.float32)  # a count of another type would not be summed over the shards
-
-
-def sums_of(values: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The sum and the count of values, (examples,), of a shard; masked ones are left out."""
-    mask = _mask_of(batch)
-    if mask is None:
-        return jnp.sum(values), jnp.asarray(values.size, jnp.float32)
-    return jnp.sum(jnp.where(mask > 0, values * mask, 0.0)), jnp.sum(mask)
-
-
-def metric_sums(task: Task, outputs: Any, batch: Batch) -> dict[str, Any]:
-    """A shard's numerator and count of each metric of a task."""
-    return {
-        name: sums_of(per_example(metric, outputs, batch, f"config.metrics.{name}"), batch)
-        for name, metric in task.metrics.items()
-    }
-
-
-def per_example(function: PerExample, outputs: Any, batch: Batch, where: str) -> jax.Array:
-    """Calls a loss or metric, which is to return one value an example.
-
-    Raises:
-        UserError: it returns something else; `where` says what it is.
-    """
-    values = function(outputs, batch)
-    examples = batch["x"].shape[0]
-    if jnp.shape(values) != (examples,):
-        raise UserError(
-            f"{where} returned shape {jnp.shape(values)} for {examples} examples a shard",
-            f"return one value per example, shape ({examples},): take the mean over other axes",
-        )
-    return values.astype(jnp.float32) if values.dtype != jnp.float64 else values
-
-
-def _same_shapes(before: Any, after: Any) -> None:
-    """State that changes its shape would recompile the step and break its checkpoints."""
-    old, new = name_leaves(before), name_leaves(after)
-    for name in [*old, *(name for name in new if name not in old)]:
-        shapes = [jnp.shape(leaves[name]) if name in leaves else None for leaves in (old, new)]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"the model's state {name} has shape {shapes[0]} after init and {shapes[1]} after "
-                "a step",
-                "state must keep its shape; keepdims=True in a mean and sown values change it",
-            )

@@ -1,4 +1,4 @@
-"""A new training state: variables initialised, split into params and model state."""
+"""Initialisation of a training state."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from trainer.step.task import AXIS, PLAIN, Recipe, Task
 
 
 def init_state(task: Task, seed: int, example: jax.Array, recipe: Recipe = PLAIN) -> TrainState:
-    """Initialises variables and splits them into params and state. Jit it: eager init is slow.
+    """Initialises the model's variables and splits them into params and model state.
+
+    Call it under `jax.jit`: eager initialisation is slow.
 
     Args:
-        task: the task.
-        seed: of the parameters and of every later random number in a step.
+        task: what to train.
+        seed: seeds the params and every random number of later steps.
         example: one example of `batch["x"]`, without a batch axis; its values do not matter.
-        recipe: of the steps, which may keep state of their own.
+        recipe: says which optional fields the state has.
     """
     params_key, run_key = jax.random.split(jax.random.key(seed))
 
-    # Inside an axis of size one, so that a model may use the axis while it initialises.
+    # An axis of size one, because a model may use the axis during initialisation.
     init = jax.vmap(functools.partial(task.init, params_key), axis_name=AXIS)
     variables = init(example[None, None])
     variables = jax.tree.map(lambda leaf: leaf[0], variables)
@@ -35,7 +37,7 @@ def init_state(task: Task, seed: int, example: jax.Array, recipe: Recipe = PLAIN
         model_state=model_state,
         opt_state=task.optimizer.init(params),
         rng=jax.random.key_data(run_key),
-        # Of its own, or donation would give one buffer away twice.
+        # A copy, because a buffer must not be donated twice.
         ema=None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params),
         loss_scale=LossScale.initial() if recipe.scale_loss else None,
     )

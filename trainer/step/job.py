@@ -1,4 +1,4 @@
-"""From checked settings to the parts of a run: data, task, and how long it is."""
+"""Builds a job from checked settings: data, task, recipe and length of the run."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from trainer.step.task import Recipe, Task
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on what, for how long.
+    """What to train, on which data, for how long.
 
     Attributes:
         task: model, loss, metrics and optimizer.
         stream: the training batches.
         held_out: the examples to evaluate on, if any.
-        recipe: how a step is taken.
-        num_steps: the length of the run, which schedules are told.
+        recipe: how to take a step.
+        num_steps: the length of the run, over which schedules extend.
         stop: the step to stop at, `num_steps` or earlier.
     """
 
@@ -45,19 +45,19 @@ class Job:
 
 
 def make_init(job: Job, seed: int) -> Callable[[], TrainState]:
-    """Gives the function that initialises a job's state, compiled: eager init is slow."""
+    """The compiled function that initialises a job's state; eager initialisation is slow."""
     first = job.stream.source[np.zeros(1, np.int64)]["x"][0]
     init = functools.partial(init_state, job.task, seed, recipe=job.recipe)
     return functools.partial(jax.jit(init), first)
 
 
 def build_job(settings: Settings) -> Job:
-    """Imports and calls the code a config names.
+    """Imports and calls the code that a config names.
 
     Raises:
         UserError: a target does not resolve or does not take its arguments.
     """
-    # Targets are resolved before data is loaded: a typo should not wait for a download.
+    # Before data is loaded, so that a typo in a target does not wait for a download.
     loss = bind(settings.loss, "config.loss")
     metrics = {
         name: bind(block, f"config.metrics.{name}") for name, block in settings.metrics.items()
@@ -67,13 +67,13 @@ def build_job(settings: Settings) -> Job:
     if not isinstance(sources, Mapping) or "train" not in sources:
         raise UserError(
             f"config.data.target={settings.data['target']!r} returned no training data",
-            'return {"train": source, "eval": source}, where "eval" may be absent',
+            'return {"train": source, "eval": source}; "eval" is optional',
         )
     augment: Callable[..., Any] | None = None
     if settings.augment is not None:
         augment = bind(settings.augment, "config.data.augment")
     stream = TrainStream(
-        as_source(sources["train"], 'config.data: what it returned as "train"'),
+        as_source(sources["train"], 'config.data: its "train" source'),
         settings.global_batch_size,
         settings.seed,
         shuffle=settings.shuffle,
@@ -81,13 +81,13 @@ def build_job(settings: Settings) -> Job:
     )
     held_out = None
     if sources.get("eval") is not None:
-        held_out = as_source(sources["eval"], 'config.data: what it returned as "eval"')
+        held_out = as_source(sources["eval"], 'config.data: its "eval" source')
         if not len(held_out):
-            raise UserError("config.data: there is no example to evaluate on", 'leave "eval" out')
+            raise UserError('config.data: its "eval" source has no examples', 'leave "eval" out')
     if held_out is None and settings.early_stop_patience is not None:
         raise UserError(
-            "config.early_stop.patience is set, and there are no examples to evaluate on",
-            'let config.data.target return some as "eval", or leave it out',
+            "config.early_stop.patience is set, but there are no examples to evaluate on",
+            'return an "eval" source from config.data.target, or leave config.early_stop out',
         )
     num_steps = settings.num_steps or (settings.num_epochs or 0) * stream.steps_per_epoch
     optimizer, learning_rate = _build_optimizer(settings.optimizer, num_steps)
@@ -127,7 +127,7 @@ def _build_model(block: Mapping[str, Any]) -> nn.Module:
         raise UserError(
             f"config.model.target={block['target']!r} built a {type(model).__name__}, not a Linen "
             "module",
-            "name its class; what is NNX takes rngs, and podlift makes it",
+            "name a class of Linen modules, or one of NNX modules, whose __init__ takes rngs",
         )
     return model
 
@@ -135,7 +135,7 @@ def _build_model(block: Mapping[str, Any]) -> nn.Module:
 def _build_optimizer(
     block: Mapping[str, Any], num_steps: int
 ) -> tuple[optax.GradientTransformation, Any]:
-    """The optimizer, and its learning rate (a number or a schedule) where it names one."""
+    """The optimizer, and its learning rate (a number or a schedule); NaN if it names none."""
     rate = block.get("learning_rate")
     if isinstance(rate, Mapping):
         rate = build(rate, "config.optimizer.learning_rate", num_steps=num_steps)

@@ -1,4 +1,4 @@
-"""What is trained, and how a step is taken: the terms that everything per shard is written in."""
+"""The vocabulary of a step: `Task` (what to train), `Recipe` (how to take a step), the axis."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ AXIS = "batch"
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: a model, its loss and metrics, and the optimizer.
+    """What to train: a model, its loss and metrics, and the optimizer.
 
     Attributes:
-        model: a Flax Linen module (`trainer.models.from_nnx` makes one of an NNX module), called
-            with `batch["x"]` and, where it takes it, `train`.
+        model: a Flax Linen module (`trainer.models.from_nnx` turns an NNX module into one), called
+            with `batch["x"]` and, if it has such a parameter, `train`.
         loss: `(outputs, batch) -> (examples,)`, the loss of each example.
         optimizer: an optax transformation.
         learning_rate: a number or a schedule, for reporting only.
-        metrics: more functions of the form of `loss`, by name.
-        dtype: what the model computes in, bfloat16 or float16; its own choice where None.
-        frozen: parts of the params that are not trained, by path; the optimizer is one that
-            `trainer.step.freezing.freeze` has made for them.
+        metrics: functions with the signature of `loss`, by name.
+        dtype: the model computes in bfloat16 or float16; None: the model decides.
+        frozen: paths of the subtrees of the params that are not trained; the optimizer must come
+            from `trainer.step.freezing.freeze` with the same paths.
     """
 
     model: nn.Module
@@ -46,11 +46,11 @@ class Task:
     frozen: tuple[str, ...] = ()
 
     def trainable(self, params: Any) -> Any:
-        """Params, or what is shaped like them, without the frozen leaves."""
+        """Params, or a tree of the same structure, without the frozen leaves."""
         return without_frozen(params, self.frozen)
 
     def apply(self, params: Any, model_state: Any, batch: Batch, *, train: bool, rng: Any) -> Any:
-        """Runs the model; returns (outputs, new model state), both without 16-bit casts in them."""
+        """Applies the model; returns (outputs, new model state), cast back to float32."""
         outputs, updated = self.model.apply(
             {"params": to_dtype(params, self.dtype), **model_state},
             to_dtype(batch["x"], self.dtype),
@@ -61,7 +61,7 @@ class Task:
         return to_float32(outputs, self.dtype), to_float32(updated, self.dtype)
 
     def init(self, rng: Any, x: jax.Array) -> Any:
-        """Initialises the model's variables on a batch `x` of any values."""
+        """Initialises the model's variables on a batch `x`, of which the values do not matter."""
         return self.model.init({"params": rng, "dropout": rng}, x, **self._train_keyword(False))
 
     def _train_keyword(self, train: bool) -> dict[str, Any]:
@@ -71,20 +71,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a step is taken, beside its task. The defaults are those of a plain step.
+    """How to take a step. The defaults are those of a plain step.
 
     Attributes:
         flat: see `trainer.step.collectives.mean_over_axis`.
-        skip_nonfinite: leave everything but the step's number as it is where the loss or the
-            gradient is not finite. All shards decide alike: both are means over the axis.
-        accum_steps: parts that a shard's examples are cut into, one after another, so that only one
-            part's activations are in memory.
-        unroll: write the parts out one by one. XLA:CPU runs convolutions inside loops 15-20x
+        skip_nonfinite: if the loss or the gradient is not finite, change nothing but the step
+            number. All shards decide alike, because both are means over the axis.
+        accum_steps: the number of microbatches into which a shard's examples are split. Only one
+            microbatch's activations are in memory at a time.
+        unroll: unroll the loop over microbatches. XLA:CPU runs convolutions inside loops 15-20x
             slower.
-        clip_norm: the largest 2-norm of the gradient; it is scaled down to it. None: any.
-        ema_decay: of the average of the params, a step; None: there is none.
-        mixup: alpha of `trainer.step.mixup.mix`; 0: examples are not blended.
-        scale_loss: by a factor that follows the gradients, for float16.
+        clip_norm: the largest 2-norm of the gradient, which is scaled down to it; None: no limit.
+        ema_decay: the decay per step of an average of the params; None: keep no average.
+        mixup: alpha of `trainer.step.mixup.mix`; 0: no mixup.
+        scale_loss: multiply the loss by a dynamic scale, for float16.
     """
 
     flat: bool = False

@@ -1,1 +1,1 @@
-"""A package of the user's own: two interleaved spirals, to be told apart."""
+"""An example of a package of your own: a model that separates two interleaved spirals."""

@@ -2,7 +2,7 @@ import numpy as np
 
 
 def load(seed: int, num_examples: int = 2000, noise: float = 0.05):
-    """`seed` is the run's, handed over by podlift because this function has such a parameter."""
+    """podlift passes the run's `seed`, because this function has a parameter of that name."""
     random = np.random.default_rng(seed)
     label = random.integers(2, size=num_examples) * 2 - 1
     angle = 3 * np.pi * np.sqrt(random.uniform(size=num_examples))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 
 
 def hinge(scores, batch, margin: float = 1.0) -> jax.Array:
-    """(examples,) scores to (examples,) losses; `margin` comes from the config."""
+    """Scores `(examples,)` to losses `(examples,)`; `margin` comes from the config."""
     return jnp.maximum(0.0, margin - scores * batch["y"])
 
 

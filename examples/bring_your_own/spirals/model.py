@@ -3,9 +3,9 @@ import jax
 
 
 class SpiralNet(nn.Module):
-    """A module as one would write it for one chip.
+    """A module as you would write it for one chip.
 
-    `axis_name="batch"` is what makes its statistics those of the global batch, wherever it runs.
+    `axis_name="batch"` makes its statistics those of the global batch, wherever it runs.
     """
 
     width: int = 64
