@@ -225,7 +225,7 @@ def test_what_a_rank_has_started_goes_with_it(begin, tmp_path):
 def test_a_rank_that_exits_without_a_word(run, tmp_path):
     code, _, err = run(tmp_path / "run", *TWO, "--config.data.kind=exit")
     assert code == 1
-    assert err.startswith("error: rank 1 exited with code 3 without a word, around step 4")
+    assert err.startswith("error: rank 1 exited with code 3 and no error message, around step 4")
 
 
 @pytest.mark.slow

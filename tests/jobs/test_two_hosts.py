@@ -103,6 +103,6 @@ def test_a_cut_link_ends_the_job_with_a_clear_report(begin, hosts, tmp_path, sid
         _, err = process.communicate(timeout=30)
         assert process.returncode == 42, err
         assert f"error: {lost}" in err
-        assert "no sign of life for" in err
+        assert "no heartbeat for" in err
     assert time.monotonic() - cut < 3 + AT_ONCE
     assert processes_of(tmp_path / "run") == []
