@@ -1,6 +1,6 @@
-"""What the exit code tells a shell, a scheduler or a supervisor."""
+"""Exit codes, for a shell, a scheduler or the supervisor."""
 
 DONE = 0
-FAILED = 1  # the program raised; a retry would most likely do the same
-USAGE = 2  # flags, config or workdir: a person has to change something
-RETRY = 42  # asked to stop and saved, or stopped from outside: start it again to go on
+FAILED = 1  # the program raised; a retry would most likely fail too
+USAGE = 2  # wrong flags, config or workdir: the user has to change something
+RETRY = 42  # asked to stop and saved, or ended from outside: the same command resumes

@@ -59,7 +59,8 @@ def fetch_attribute(
             time.sleep(pause)
         try:
             with opener.open(request, timeout=timeout) as response:
-                return response.read().decode()
+                text: str = response.read().decode()
+                return text
         except HTTPError as error:
             error.close()
             if error.code < 500:

@@ -1,7 +1,7 @@
-"""What a launcher hands to a worker, and what a worker hands back.
+"""What a launcher passes to a worker, and what the worker passes back.
 
-Three open files go with a worker: its assignment (JSON), the page of its progress, and a pipe for
-its outcome (one line of JSON). Nothing is pickled and nothing has a name on disk.
+A worker inherits three open files: its assignment (JSON), its progress page, and a pipe for its
+outcome (one line of JSON). Nothing is pickled, and none of the files has a name on disk.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ class Assignment:
     """One worker's part in one attempt.
 
     Attributes:
-        rank: of the worker, jax's process id.
-        num_processes: in the job.
-        coordinator: `HOST:PORT` where jax's coordinator is to listen; None for one process.
-        address: of this machine towards the other ranks; CPU collectives listen there.
-        local_device_ids: which of the visible accelerators it takes; None for all.
-        heartbeat_timeout_secs: after which silence jax gives a peer up.
-        start_timeout_secs: how long jax waits for its peers.
-        shutdown_timeout_secs: how long it waits for them to leave.
+        rank: jax's process id.
+        num_processes: number of processes in the job.
+        coordinator: `HOST:PORT` of jax's coordinator; None for a job of one process.
+        address: the address of this machine that the other ranks reach; CPU collectives listen
+            there.
+        local_device_ids: indices into the visible accelerators; None for all of them.
+        heartbeat_timeout_secs: seconds of silence after which a peer is lost.
+        start_timeout_secs: seconds that jax waits for its peers at the start.
+        shutdown_timeout_secs: seconds that jax waits for its peers at the end.
         workdir: the run's folder.
-        local_dir: where what needs a local folder goes if that is remote; None for the default.
+        local_dir: parent of the run's local folder, if the workdir is remote; None for the default.
         config: the resolved config, as `trainer.config.config_json.config_to_json` writes it.
-        profile: which steps to trace, as `START:STEPS`; None: none.
-        attempt: counted from 1 over the life of the workdir.
-        parent: the launcher's process id; the worker dies with it.
-        smoke: whether it only tries whether the run would work.
+        profile: the steps to trace, as `START:STEPS`; None for none.
+        attempt: its number, from 1 over the life of the workdir.
+        parent: process id of the launcher; the worker ends when it is gone.
+        smoke: whether this is a smoke test.
     """
 
     rank: int
@@ -53,14 +54,14 @@ class Assignment:
     smoke: bool
 
     def write(self, file: BinaryIO) -> None:
-        """Puts the assignment into an empty file and rewinds it."""
+        """Writes the assignment into an empty file and rewinds it."""
         file.write(json.dumps(asdict(self)).encode())
         file.flush()
         file.seek(0)
 
     @classmethod
     def read(cls, descriptor: int) -> Assignment:
-        """The inverse, in the worker."""
+        """Reads the assignment from an inherited descriptor, and closes it."""
         with os.fdopen(descriptor, "rb") as file:
             values = json.load(file)
         ids = values.pop("local_device_ids")
@@ -69,14 +70,14 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process of the run ended.
+    """How a worker ended.
 
     Attributes:
         exit_code: one of `launcher.exit_codes`.
-        message: for a person; empty where all went well.
-        trace: the traceback, where it is the program's own fault.
-        step: at which it ended, if known.
-        lost_peer: whether this looks like the consequence of another process's end.
+        message: for the user; empty after success.
+        trace: the traceback, where the program raised.
+        step: the step at which it ended, if known.
+        lost_peer: whether this looks like a consequence of another process's end.
     """
 
     exit_code: int
@@ -87,17 +88,17 @@ class Outcome:
 
     @property
     def is_failure(self) -> bool:
-        """Whether it ended neither by finishing nor by stopping when asked to."""
+        """Whether it neither finished nor stopped on request."""
         return self.exit_code not in (exit_codes.DONE, exit_codes.RETRY)
 
     def to_line(self) -> bytes:
-        """As one line of JSON, of bounded length; the whole story is in the log."""
+        """One line of JSON of bounded length; the log holds the full text."""
         values = {**asdict(self), "message": _shorten(self.message), "trace": _shorten(self.trace)}
         return json.dumps(values).encode() + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> Outcome:
-        """The inverse."""
+        """The inverse of `to_line`."""
         return cls(**json.loads(line))
 
 

@@ -1,4 +1,4 @@
-"""Failures of ranks: which of several came first, how it is told, and `failure.json`."""
+"""Failures of ranks: how likely each is the cause, how it reads, and `failure.json`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from trainer.workdir.paths import write_whole
 
 @dataclass(frozen=True)
 class Failure:
-    """The end of one rank that ended the job.
+    """The end of one rank, which ends the job.
 
     Attributes:
-        rank: which.
-        host: where it ran; empty on this machine alone.
-        exit_code: what the job ends with.
-        message: what happened, for a person.
-        trace: its traceback, if the program raised.
-        step: at which, if known.
+        rank: which rank.
+        exit_code: the exit code of the job.
+        message: what happened, for the user.
+        host: where it ran; empty for this machine.
+        trace: the traceback, if the program raised.
+        step: the step at which it failed, if known.
         log: path of the rank's log.
-        weight: how likely it is the cause rather than a consequence: 0 the likeliest.
-        wants_stacks: whether all ranks' stacks belong into their logs.
-        count: of a rank that hangs, how often it has told of progress; else None.
+        weight: `CAUSE`, `ABORT` or `CONSEQUENCE`; the lower, the likelier it is the root cause.
+        wants_stacks: whether all ranks should write their stacks into their logs.
+        count: of a rank that hangs, how often it has reported progress; None for other failures.
     """
 
     rank: int
@@ -50,23 +50,23 @@ class Failure:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Failure:
-        """The inverse; what another version may have added is left out."""
+        """The inverse of `to_json`; ignores fields that another version may have added."""
         return cls(
             **{field.name: values[field.name] for field in fields(cls) if field.name in values}
         )
 
-    def tell(self, *, brief: bool = False) -> str:
-        """The failure as a person reads it, with its traceback before it unless `brief`."""
+    def to_text(self, *, with_trace: bool = True) -> str:
+        """The failure for the terminal: the traceback, the error, and the path of the log."""
         where = f" (host {self.host})" if self.host else ""
         log = f"\n  full log: {self.log}{where}" if self.log else ""
-        return f"{'' if brief else self.trace}error: {self.message}{log}"
+        return f"{self.trace if with_trace else ''}error: {self.message}{log}"
 
 
 CAUSE, ABORT, CONSEQUENCE = 0, 1, 2
 
 
 def failure_from_outcome(outcome: Outcome, rank: int, log: str) -> Failure:
-    """What a worker has told of itself."""
+    """The failure that a worker has reported itself."""
     return Failure(
         rank,
         outcome.exit_code,
@@ -78,35 +78,37 @@ def failure_from_outcome(outcome: Outcome, rank: int, log: str) -> Failure:
     )
 
 
-# Signals that only the program itself brings about.
-_FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGSYS", "SIGTRAP")
-# jax's last words before it aborts a process whose peer is gone.
-_FATAL_WORDS = "distributed service detected fatal errors"
+# Signals of a crash in the program itself.
+_CRASHES = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGSYS", "SIGTRAP")
+# jax logs this before it aborts a process whose peer is gone.
+_JAX_LOST_PEER = "distributed service detected fatal errors"
 
 
 def failure_from_exit(
     returncode: int, rank: int, step: int, log: str, log_tail: str, out_of_memory: bool
 ) -> Failure:
-    """What is known of a worker that ended without a word.
+    """The failure of a worker that ended without reporting an outcome.
 
     Args:
-        returncode: as `subprocess` gives it, negative for a signal.
+        returncode: of `subprocess`: negative for a signal.
         rank: of the worker.
-        step: the last it told.
+        step: the last step it reported.
         log: path of its log.
-        log_tail: the end of it.
-        out_of_memory: whether the kernel has killed something for memory since it started.
+        log_tail: the last lines of its log.
+        out_of_memory: whether the kernel has killed a process for memory since the start.
     """
     weight = CAUSE
     if returncode >= 0:
         code = exit_codes.FAILED
-        message = f"rank {rank} exited with code {returncode} without a word, around step {step}"
+        message = (
+            f"rank {rank} exited with code {returncode} and no error message, around step {step}"
+        )
     else:
         try:
             name = signal.Signals(-returncode).name
         except ValueError:
             name = f"signal {-returncode}"
-        code = exit_codes.FAILED if name in _FAULTS else exit_codes.RETRY
+        code = exit_codes.FAILED if name in _CRASHES else exit_codes.RETRY
         message = f"rank {rank} was killed by {name} around step {step}"
         if name == "SIGKILL" and out_of_memory:
             message += ": the kernel ran out of memory"
@@ -114,14 +116,14 @@ def failure_from_exit(
             message += ": out of memory?"
         if name == "SIGABRT":
             weight = ABORT
-            if _FATAL_WORDS in log_tail:
+            if _JAX_LOST_PEER in log_tail:
                 code, weight = exit_codes.RETRY, CONSEQUENCE
-                message = f"rank {rank} gave up around step {step}: jax lost contact to its peers"
+                message = f"rank {rank} aborted around step {step}: jax lost contact with its peers"
     return Failure(rank, code, message, step=step, log=log, weight=weight)
 
 
-# Messages of jax, gloo and NCCL when another process went away or does not answer.
-_LOST_PEER = (
+# In messages of jax, gloo and NCCL about a process that is gone or does not answer.
+_LOST_PEER_WORDS = (
     "gloo all",
     "gloo context",
     "gloo collective",
@@ -137,8 +139,8 @@ _LOST_PEER = (
 
 
 def is_lost_peer_error(message: str) -> bool:
-    """By the words: jax raises several types for it, ValueError among them."""
-    return any(sign in message.lower() for sign in _LOST_PEER)
+    """Judges by the words: jax raises several types for a lost peer, ValueError among them."""
+    return any(words in message.lower() for words in _LOST_PEER_WORDS)
 
 
 def write_failure(
@@ -160,5 +162,5 @@ def write_failure(
 
 
 def clear_failure(folder: Path) -> None:
-    """Removes `failure.json` of an earlier attempt."""
+    """Removes the `failure.json` of an earlier attempt, if there is one."""
     (folder / "failure.json").unlink(missing_ok=True)

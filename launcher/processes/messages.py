@@ -1,7 +1,7 @@
-"""What a launcher tells the person who started it.
+"""The launcher's terminal: lines that a thread writes, and the hint on how to resume.
 
-A thread writes, so that a terminal that does not take more (Ctrl-S, `less`) holds up neither the
-watch over the workers nor the other launchers.
+With a thread, a terminal that blocks (Ctrl-S, `less`) holds up neither the supervision of the
+workers nor the other launchers.
 """
 
 from __future__ import annotations
@@ -15,35 +15,39 @@ from typing import TextIO
 
 from etils import epath
 
-# Of lines that the terminal has not taken yet; what comes then is only in the logs.
-_LONGEST_QUEUE = 10_000
+# Lines that the terminal has not accepted yet. Further ones are dropped; the logs have them.
+_MAX_PENDING = 10_000
 
-_lines: queue.Queue[tuple[bool, str]] = queue.Queue(_LONGEST_QUEUE)
+_lines: queue.Queue[tuple[bool, str]] = queue.Queue(_MAX_PENDING)
 _writer: threading.Thread | None = None
 
 
-def show(text: str, *, is_error: bool = True) -> None:
-    """Writes whole lines to the terminal, soon; what nobody reads is no reason to stop."""
+def print_out(text: str) -> None:
+    """Writes whole lines to stdout, soon."""
+    _enqueue(text, is_error=False)
+
+
+def print_err(text: str) -> None:
+    """Writes whole lines to stderr, soon."""
+    _enqueue(text, is_error=True)
+
+
+def flush(seconds: float = 2.0) -> None:
+    """Waits until every line is written, or until the time is over."""
+    with _lines.all_tasks_done:
+        _lines.all_tasks_done.wait_for(lambda: not _lines.unfinished_tasks, seconds)
+
+
+def _enqueue(text: str, *, is_error: bool) -> None:
     global _writer
     if _writer is None:
-        _writer = threading.Thread(target=_write, name="podlift-terminal", daemon=True)
+        _writer = threading.Thread(target=_write_lines, name="podlift-terminal", daemon=True)
         _writer.start()
     with contextlib.suppress(queue.Full):
         _lines.put_nowait((is_error, text))
 
 
-def print_out(text: str) -> None:
-    """Writes a line to stdout."""
-    show(text, is_error=False)
-
-
-def flush(seconds: float = 2.0) -> None:
-    """Waits until all is written, but no longer than that."""
-    with _lines.all_tasks_done:
-        _lines.all_tasks_done.wait_for(lambda: not _lines.unfinished_tasks, seconds)
-
-
-def _write() -> None:
+def _write_lines() -> None:
     while True:
         is_error, text = _lines.get()
         _write_to(sys.stderr if is_error else sys.stdout, f"{text}\n")
@@ -51,7 +55,7 @@ def _write() -> None:
 
 
 def _write_to(stream: TextIO | None, text: str) -> None:
-    """In one piece: other launchers may write to the same place."""
+    """Writes in one piece, since other launchers may write to the same terminal."""
     with contextlib.suppress(OSError, ValueError):  # closed, or `| head`
         if stream is not None:
             encoding = stream.encoding or "utf-8"
@@ -60,11 +64,11 @@ def _write_to(stream: TextIO | None, text: str) -> None:
 
 
 def how_to_resume(workdir: str, *, smoke: bool = False, in_memory: bool = False) -> str:
-    """One line: the newest checkpoint, and the command that goes on from it.
+    """One line: the newest checkpoint, and the command that resumes from it.
 
     Args:
         workdir: the run's folder.
-        smoke: whether it only tried whether the run would work.
+        smoke: whether this is a smoke test.
         in_memory: whether the run may have left an in-memory checkpoint.
     """
     if smoke:
@@ -75,8 +79,8 @@ def how_to_resume(workdir: str, *, smoke: bool = False, in_memory: bool = False)
         steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
     if not steps and in_memory:
         return (
-            "HINT: there is no checkpoint yet: the same command goes on from a copy in memory if "
-            "one was made, or starts at step 0"
+            "HINT: there is no checkpoint yet: the same command resumes from an in-memory "
+            "checkpoint if one was saved, or starts at step 0"
         )
     if not steps:
         return (
@@ -84,4 +88,4 @@ def how_to_resume(workdir: str, *, smoke: bool = False, in_memory: bool = False)
             "config.checkpoint.every_steps says how often to save"
         )
     again = shlex.quote(f"--workdir={workdir}")
-    return f"HINT: the same command with {again} goes on from step {max(steps)}"
+    return f"HINT: the same command with {again} resumes from step {max(steps)}"

@@ -1,7 +1,7 @@
-"""How far a worker is, told to its launcher through a page of memory that both have mapped.
+"""A worker's progress, in a page of memory that it shares with its launcher.
 
-Writing it is a store into memory, well under a microsecond, so a step costs no more with a
-launcher that watches than without. The page outlives a worker that was killed.
+A worker writes it with one store into memory, well under a microsecond, so supervision adds nothing
+to a step. The page survives a worker that is killed.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import mmap
 import struct
 from dataclasses import dataclass
 
-# In the order of a run; the number of a phase is its place here.
+# In the order of a run. The page holds the index.
 PHASES = ("spawn", "start", "compile", "train", "wait", "evaluate", "save")
 _RECORD = struct.Struct("<qqq")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a worker said last.
+    """A worker's last report.
 
     Attributes:
-        count: how often it has said something.
+        count: number of reports.
         step: steps taken.
-        phase: what it went on to do, one of `PHASES`.
+        phase: what the worker has begun since, one of `PHASES`.
     """
 
     count: int
@@ -31,7 +31,7 @@ class Progress:
 
 
 class ProgressPage:
-    """The page of one worker, in an open file that its launcher made and hands down.
+    """The page of one worker, in an open file that the worker inherits from its launcher.
 
     Args:
         descriptor: of the file.
@@ -42,11 +42,11 @@ class ProgressPage:
         self._count = 0
 
     def write(self, step: int, phase: str) -> None:
-        """For the worker: it has taken so many steps, and goes on to `phase`."""
+        """Reports the steps taken and the phase that begins; for the worker."""
         self._count += 1
         _RECORD.pack_into(self._memory, 0, self._count, step, PHASES.index(phase))
 
     def read(self) -> Progress:
-        """For the launcher: what was said last."""
+        """The last report; for the launcher."""
         count, step, phase = _RECORD.unpack_from(self._memory)
         return Progress(count, step, PHASES[phase])

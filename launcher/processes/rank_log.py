@@ -22,7 +22,7 @@ def next_attempt(folder: Path) -> int:
     """The number of the next attempt in a run's local folder, from 1.
 
     Raises:
-        UserError: there can be no logs.
+        UserError: `logs` is a file.
     """
     logs = folder / "logs"
     if logs.exists() and not logs.is_dir():
@@ -36,29 +36,30 @@ def next_attempt(folder: Path) -> int:
 
 
 def claim_attempt(folder: Path) -> int:
-    """Makes the folder of the next attempt's logs, which nobody else makes; returns its number.
+    """Creates the log folder of the next attempt and returns its number.
 
-    A disk that takes no logs is no reason not to train: then the number may not be the only one.
+    No other launcher gets the same number, unless the folder cannot be created: training does not
+    fail because its logs cannot be written.
     """
     while True:
         number = next_attempt(folder)
         try:
             (folder / "logs" / f"attempt-{number}").mkdir(parents=True)
         except FileExistsError:
-            continue  # another run has come first; one of them will be refused
+            continue  # another run was faster; one of the two will be refused
         except OSError:
             return number
         return number
 
 
 class RankFile:
-    """The log of one worker, kept by its launcher, line by line with the time of each.
+    """The log of one worker, which its launcher writes: each line with its time.
 
-    A log that cannot be written is left out; training goes on.
+    Training continues without a log that cannot be written.
 
     Args:
         folder: the run's local folder.
-        attempt: its number.
+        attempt: number of the attempt.
         rank: of the worker.
     """
 
@@ -87,35 +88,35 @@ class RankFile:
         return "\n".join(self._tail)
 
     def close(self) -> None:
-        """Closes the file; also one that could not be written."""
+        """Closes the file, also one that cannot be written."""
         with contextlib.suppress(OSError):
             if self._file is not None:
                 self._file.close()
 
 
 def remove_logs(files: Iterable[RankFile]) -> None:
-    """Takes back logs, and their folders as far as nothing else is in them.
+    """Removes logs, and their folders if nothing else is in them.
 
-    A refused command leaves nothing behind.
+    A command that is refused leaves nothing behind.
     """
     for file in files:
         with contextlib.suppress(OSError):
             file.path.unlink()
-            for place in list(file.path.parents)[:3]:  # attempt-K, logs, the run's folder
-                place.rmdir()
+            for folder in list(file.path.parents)[:3]:  # attempt-K, logs, the run's folder
+                folder.rmdir()
 
 
 class RankLog(logging.Handler):
-    """Writes log records to the rank's file, once the run has claimed its folder.
+    """Writes log records of a run in place to the rank's file, once the run owns its folder.
 
-    Records are held back until then, so that a run that is refused leaves nothing behind.
+    Records are buffered until then, so that a run that is refused leaves nothing behind.
 
     Args:
         workdir: the run's folder.
         folder: its local folder.
 
     Attributes:
-        attempt: its number, once the file is there.
+        attempt: its number, once the file exists.
     """
 
     def __init__(self, workdir: str, folder: Path) -> None:
@@ -123,34 +124,34 @@ class RankLog(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", _STAMP))
         self._workdir = workdir
         self._folder = folder
-        self._held: list[str] = []
+        self._buffered: list[str] = []
         self._path: Path | None = None
         self.attempt = 1
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Takes one record, as logging.Handler says."""
-        self._held.append(self.format(record) + "\n")
+        """Writes or buffers one record."""
+        self._buffered.append(self.format(record) + "\n")
         if self._path is not None or is_held(self._workdir):
             try:
                 self.open()
-            except (OSError, UserError):  # a full disk is no reason to stop training
-                del self._held[:-1000]
+            except (OSError, UserError):  # training continues on a full disk
+                del self._buffered[:-1000]
 
-    def last_words(self, line: str) -> None:
-        """Writes to the file, if there is one, from a signal handler: past the locks of logging."""
+    def write_from_handler(self, line: str) -> None:
+        """Writes a line from a signal handler, past the locks of logging, if the file exists."""
         if self._path is not None:
             with contextlib.suppress(OSError), self._path.open("ab", buffering=0) as file:
                 file.write(f"{time.strftime(_STAMP)} {line}\n".encode())
 
     def open(self) -> Path:
-        """Makes the file if need be, writes what was held back, and returns its path."""
+        """Creates the file if it does not exist, writes the buffer, and returns the path."""
         if self._path is None:
             self.attempt = next_attempt(self._folder)
             folder = self._folder / "logs" / f"attempt-{self.attempt}"
             folder.mkdir(parents=True)
             self._path = folder / "rank-0.log"
-        if self._held:
+        if self._buffered:
             with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(self._held)
-            self._held.clear()
+                file.writelines(self._buffered)
+            self._buffered.clear()
         return self._path

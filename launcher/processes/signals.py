@@ -1,7 +1,7 @@
-"""Being asked to stop, and how all processes of a job come to stop at the same step.
+"""Requests to stop, and how all processes of a job agree on the step at which they stop.
 
-SIGTERM, SIGUSR1 (what schedulers and mpirun pass on), SIGINT and SIGHUP (a closed terminal) all ask
-for the same: save and stop.
+SIGTERM, SIGUSR1 (which schedulers and mpirun send), SIGINT and SIGHUP (a closed terminal) all mean:
+save, then stop.
 """
 
 from __future__ import annotations
@@ -15,65 +15,66 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-# The stacks of all threads go to stderr, and so to the rank's log, even while the process is inside
-# a collective.
+# All threads write their stacks to stderr, and so to the rank's log, even while the process is
+# inside a collective.
 STACKS_SIGNAL = signal.SIGUSR2
 
 STOPPED_AT_ONCE = "stopped at once; not saved"
 
 
 class StopRequest:
-    """Remembers that this process was asked to stop. Call it to ask whether it was.
+    """Whether this process was asked to stop; call it to find out.
 
     Args:
-        last_words: where a person may press Ctrl-C; the first is answered with a line, the second
-            does not wait, and is told here, out of a signal handler.
+        on_exit: only where a user may press Ctrl-C: the first prints a line, the second ends the
+            process at once, after a call of this from the signal handler.
     """
 
-    def __init__(self, last_words: Callable[[str], None] | None = None) -> None:
+    def __init__(self, on_exit: Callable[[str], None] | None = None) -> None:
         self._requested = False
-        self._last_words = last_words
+        self._on_exit = on_exit
 
     def __call__(self, step: int, phase: str) -> bool:
         """Whether the process was asked to stop."""
         return self._requested
 
     def install(self) -> None:
-        """Takes over the signals for the rest of the process."""
+        """Handles the stop signals for the rest of the process."""
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self._requested = self._requested, True
-        if number == signal.SIGINT and self._last_words is not None:
+        if number == signal.SIGINT and self._on_exit is not None:
             if again:
                 write_from_handler(f"{_show_cursor()}{STOPPED_AT_ONCE}")
-                self._last_words(STOPPED_AT_ONCE)
+                self._on_exit(STOPPED_AT_ONCE)
                 os._exit(128 + signal.SIGINT)
             write_from_handler("SIGINT: saving, then stopping; Ctrl-C again to stop at once")
 
 
 def write_from_handler(line: str) -> None:
-    """Writes a line to stderr out of a signal handler, which may have interrupted a `print`.
+    """Writes a line to stderr from a signal handler, which may have interrupted a `print`.
 
-    Ctrl-C also ends a `tee` that stderr goes to: nobody there to read is no reason not to save.
+    Errors are ignored: Ctrl-C also ends a `tee` that reads stderr, and the run must save all the
+    same.
     """
     with contextlib.suppress(OSError):
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{line}\n".encode())
 
 
 def _show_cursor() -> str:
-    """What gives a terminal back the cursor that the live view has hidden (ECMA-48, DECTCEM)."""
+    """The sequence that shows the cursor, which the live view hides (ECMA-48, DECTCEM)."""
     return "\x1b[?25h" if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""
 
 
 class SyncPoint:
-    """Whether all processes of the job are to stop now, after any of them was asked to.
+    """Whether all processes of the job stop now, because any of them was asked to.
 
-    jax notices SIGTERM itself (it replaces Python's handler when it joins a cluster) and lets the
-    processes agree on a number that none of them has reached yet. The number counts the calls, not
-    the steps: in an evaluation the step stands still. It takes about a second.
+    jax catches SIGTERM itself (it replaces Python's handler in `jax.distributed.initialize`) and
+    lets the processes agree on a number that none of them has reached yet, in about a second. The
+    number counts calls, not steps, because the step does not change during an evaluation.
     """
 
     def __init__(self) -> None:
@@ -81,7 +82,7 @@ class SyncPoint:
         self._reached = False
 
     def __call__(self, step: int, phase: str) -> bool:
-        """To be asked by all processes at the same points of the run, but when they "wait"."""
+        """To be called by all processes at the same points of the run, except in phase "wait"."""
         if phase == "wait":
             return self._reached
         from jax.experimental import multihost_utils
@@ -93,13 +94,16 @@ class SyncPoint:
 
 
 def reset_signals() -> None:
-    """For a forked child of user code: what ends it must not ask a run to save."""
+    """Restores the default handlers, in a forked child of user code: a signal ends it at once."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
 def forward_to_jax(request: StopRequest) -> None:
-    """After jax has taken over SIGTERM: passes on what arrived before, and the other signals."""
+    """Turns other stop signals, and one that arrived earlier, into SIGTERM, which jax handles.
+
+    To be called after `jax.distributed.initialize`.
+    """
     for number in STOP_SIGNALS:
         if number != signal.SIGTERM and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
@@ -108,12 +112,12 @@ def forward_to_jax(request: StopRequest) -> None:
 
 
 def with_progress(
-    stop_requested: Callable[[int, str], bool], tell: Callable[[int, str], None]
+    stop_requested: Callable[[int, str], bool], report: Callable[[int, str], None]
 ) -> Callable[[int, str], bool]:
-    """`stop_requested`, telling each time how far the run is."""
+    """`stop_requested` that first reports step and phase at each call."""
 
-    def ask(step: int, phase: str) -> bool:
-        tell(step, phase)
+    def report_and_ask(step: int, phase: str) -> bool:
+        report(step, phase)
         return stop_requested(step, phase)
 
-    return ask
+    return report_and_ask

@@ -1,12 +1,12 @@
-"""Where the launchers of a job meet: before jax is asked to, and for as long as the job lasts.
+"""The rendezvous of a job's launchers: before jax starts, and for as long as the job lasts.
 
-jax aborts a process whose peers do not come and names nobody, and lets a job whose processes were
-told different things run on. So the launcher of rank 0 listens at an address that all can derive,
-waits for the others with a timeout, compares what they bring, and names a free port for jax. The
-connections stay: through them a failure anywhere ends the job everywhere, with one story.
-
-Messages are lines of JSON. What arrives is data: an unknown message is ignored, a malformed one
-ends its connection.
+jax aborts a process whose peers are missing and names none of them, and runs on where processes got
+different configs. So the launcher of rank 0 (the server) listens at an address that all launchers
+can derive, waits with a timeout for the others (the clients), compares their hellos, and names a
+free port for jax's coordinator. The connections stay open: a failure anywhere ends the job
+everywhere, with one root cause. Messages are lines of JSON; an unknown message is ignored, and a
+malformed one ends its connection. `open_rendezvous` makes the `Rendezvous` of one attempt, which
+reports to a `Listener`; `root_cause.RootCause` decides which of several failures came first.
 """
 
 from launcher.rendezvous.open import open_rendezvous

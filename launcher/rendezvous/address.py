@@ -12,10 +12,10 @@ def join_address(host: str, port: int) -> str:
 
 
 def hold_port(address: str) -> socket.socket:
-    """A free port of an address, kept from everyone but jax while the socket is open.
+    """Reserves a free port of an address for jax, while the socket is open.
 
-    The socket is bound and does not listen. The kernel gives its port to nobody else, but lets
-    another socket of the same user in that also sets SO_REUSEPORT, as gRPC does.
+    The socket is bound and does not listen. The kernel gives its port to nobody else, except to a
+    socket of the same user that also sets SO_REUSEPORT, as gRPC does.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     held = socket.socket(family, socket.SOCK_STREAM)
@@ -26,10 +26,10 @@ def hold_port(address: str) -> socket.socket:
 
 
 def own_address(host: str) -> str:
-    """The address under which others reach this machine as `host`; empty if that is not known.
+    """The address at which others reach this machine as `host`; empty if unknown.
 
-    A name that resolves to a loopback address only here (as Debian's installer writes into
-    /etc/hosts) is of no use to others.
+    A name that resolves to a loopback address (as Debian's installer writes into /etc/hosts) does
+    so on this machine only.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)

@@ -1,4 +1,4 @@
-"""The meeting, for the launchers of all ranks but 0."""
+"""The rendezvous of every launcher except that of rank 0."""
 
 from __future__ import annotations
 
@@ -15,108 +15,109 @@ from launcher.rendezvous.protocol import HEARTBEAT_SECS, PROTOCOL, Hello, Listen
 
 
 class Client:
-    """The meeting, as the launcher of any other rank takes part in it.
+    """The side of a launcher that connects to rank 0's.
 
     Args:
         loop: of this launcher.
-        card: its own.
+        hello: its own.
         host: of rank 0.
-        port: where its launcher listens.
-        listener: whom to tell.
+        port: where the launcher of rank 0 listens.
+        listener: gets the events.
         rendezvous_timeout: seconds until rank 0 must have answered.
-        heartbeat_timeout: seconds of silence after which it is lost.
-        patience_secs: for its answer to a report, after which this launcher decides alone.
+        heartbeat_timeout: seconds of silence after which rank 0 is lost.
+        answer_timeout: seconds until rank 0 must have answered a reported failure; then the failure
+            ends this launcher.
     """
 
     def __init__(
         self,
         loop: EventLoop,
-        card: Hello,
+        hello: Hello,
         host: str,
         port: int,
         listener: Listener,
         rendezvous_timeout: float,
         heartbeat_timeout: float,
-        patience_secs: float,
+        answer_timeout: float,
     ) -> None:
         self._loop = loop
-        self._card = card
+        self._hello = hello
         self._target = (host, port)
         self._listener = listener
         self._rendezvous_timeout = rendezvous_timeout
         self._heartbeat_timeout = heartbeat_timeout
-        self._patience_secs = patience_secs
+        self._answer_timeout = answer_timeout
         self._began = loop.time()
-        self._link: Connection | None = None
+        self._connection: Connection | None = None
         self._has_started = self._is_over = self._is_done = False
         self._reason = ""
         loop.call_later(HEARTBEAT_SECS, self._beat)
         loop.call_later(10, self._remind)
 
     def open(self) -> None:
-        """Calls rank 0, again and again until it answers."""
+        """Connects to rank 0, and tries again until it answers."""
         if self._is_over:
             return
         waited = self._loop.time() - self._began
         if waited > self._rendezvous_timeout:
             message = (
-                f"rank 0 does not answer at {join_address(*self._target)} for {waited:.0f} s "
+                f"rank 0 has not answered at {join_address(*self._target)} for {waited:.0f} s "
                 f"({self._reason})\n  HINT: was it started, and can this host reach it there?"
             )
-            return self._end(Failure(self._card.rank, RETRY, message))
+            return self._end(Failure(self._hello.rank, RETRY, message))
         try:
-            connection = socket.create_connection(self._target, timeout=2.0)
+            connected = socket.create_connection(self._target, timeout=2.0)
         except OSError as error:
             self._reason = error.strerror or str(error)
             self._loop.call_later(min(2.0, 0.1 + waited / 10), self.open)
             return None
-        self._address = connection.getsockname()[0]
-        self._link = Connection(self._loop, connection, self._take, self._lost)
-        self._link.send("join", protocol=PROTOCOL, card=asdict(self._card))
+        self._address = connected.getsockname()[0]
+        self._connection = Connection(self._loop, connected, self._handle, self._on_loss)
+        self._connection.send("hello", protocol=PROTOCOL, hello=asdict(self._hello))
         return None
 
     def report(self, failure: Failure) -> None:
-        """Tells rank 0's launcher, which decides whose failure is the story; unless it cannot."""
-        if self._link is None:
+        """Reports a failure to rank 0's launcher, which decides on the root cause."""
+        if self._connection is None:
             self._end(failure)
             return
-        self._link.send("failed", failure=failure.to_json())
-        self._loop.call_later(self._patience_secs, lambda: self._end(failure))
+        self._connection.send("failed", failure=failure.to_json())
+        self._loop.call_later(self._answer_timeout, lambda: self._end(failure))
 
     def abandon(self, failure: Failure) -> None:
-        """This launcher ends now; the others end for this reason."""
+        """Ends the job for the others; this launcher ends now."""
         self._is_over = True
-        if self._link is not None:
-            self._link.send("abandoned", failure=failure.to_json())
+        if self._connection is not None:
+            self._connection.send("abandoned", failure=failure.to_json())
 
     def stopping(self, line: str) -> None:
-        """Tells everyone that this launcher was asked to stop."""
-        if self._link is not None:
-            self._link.send("stopping", line=line)
+        """Tells the others that this launcher was asked to stop."""
+        if self._connection is not None:
+            self._connection.send("stopping", line=line)
 
     def done(self) -> None:
-        """This launcher's workers have ended as they should."""
+        """Tells rank 0 that the workers of this launcher have ended as they should."""
         self._is_done = True
-        if self._link is not None:
-            self._link.send("bye")
+        if self._connection is not None:
+            self._connection.send("bye")
 
     @property
     def all_done(self) -> bool:
-        """Whether rank 0's launcher has said goodbye, which it does last."""
+        """Whether rank 0's launcher has said bye, which it does last."""
         return self._is_over
 
     def leave(self) -> None:
-        """Closes the connection, without a goodbye unless all went as it should."""
+        """Closes the connection."""
         self._is_over = True
-        if self._link is not None:
-            self._link.close()
+        if self._connection is not None:
+            self._connection.close()
 
     def _end(self, failure: Failure) -> None:
         if not self._is_over:
             self._is_over = True
             self._listener.on_end(failure)
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def _handle(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "start":
             self._has_started = True
@@ -130,13 +131,13 @@ class Client:
         elif kind == "bye" and self._is_done:
             self._is_over = True
 
-    def _lost(self, reason: str) -> None:
+    def _on_loss(self, reason: str) -> None:
         if self._has_started or self._is_over:
             host = join_address(*self._target)
             self._end(Failure(0, RETRY, f"lost rank 0 at {host}: {reason}", host=host))
             return
-        # A proxy in front of a pod that is not up yet, or something else that listens there.
-        self._link = None
+        # It may be a proxy in front of a pod that is not up yet: try again.
+        self._connection = None
         self._reason = reason
         self._loop.call_later(1.0, self.open)
 
@@ -144,15 +145,15 @@ class Client:
         if not self._has_started and not self._is_over:
             waited = self._loop.time() - self._began
             where = join_address(*self._target)
-            what = f"the other ranks at {where}" if self._link else f"rank 0 at {where}"
-            because = f": {self._reason}" if self._link is None else ""
+            what = f"the other ranks at {where}" if self._connection else f"rank 0 at {where}"
+            because = f": {self._reason}" if self._connection is None else ""
             self._listener.on_wait(f"waiting for {what} ({waited:.0f} s{because})")
             self._loop.call_later(10, self._remind)
 
     def _beat(self) -> None:
         if self._is_over:
             return
-        if self._link is not None:
-            self._link.send("beat")
-            self._link.check(self._heartbeat_timeout)
+        if self._connection is not None:
+            self._connection.send("heartbeat")
+            self._connection.check(self._heartbeat_timeout)
         self._loop.call_later(HEARTBEAT_SECS, self._beat)

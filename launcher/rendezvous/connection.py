@@ -10,87 +10,96 @@ from typing import Any
 
 from launcher.processes.event_loop import EventLoop
 
-_LONGEST_LINE = 1 << 20
+_MAX_LINE_BYTES = 1 << 20
+_NO_LAUNCHER = "what it sends is not the protocol of a launcher"
 
 
 class Connection:
-    """One connection: lines of JSON in both directions, and a beat to show that it is alive."""
+    """Lines of JSON in both directions, with heartbeats.
+
+    Args:
+        loop: of this launcher.
+        connected: the socket, which this takes over.
+        on_message: gets every message but heartbeats.
+        on_loss: gets the reason, once, if the connection ends by anything but `close`.
+    """
 
     def __init__(
         self,
         loop: EventLoop,
-        connection: socket.socket,
+        connected: socket.socket,
         on_message: Callable[[dict[str, Any]], None],
         on_loss: Callable[[str], None],
     ) -> None:
         self._loop = loop
-        self._connection = connection
+        self._socket = connected
         self._on_message = on_message
         self._on_loss = on_loss
         self._received = b""
         self._unsent = b""
         self._is_open = True
-        self.heard = loop.time()
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        loop.add_reader(connection, self._read)
+        self._last_heard = loop.time()
+        connected.setblocking(False)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        loop.add_reader(connected, self._read)
 
     def send(self, kind: str, **values: Any) -> None:
-        """Sends one message. What the network does not take at once follows with the next."""
+        """Sends one message. What the socket does not accept goes out with the next one."""
         if not self._is_open:
             return
         self._unsent += json.dumps({"kind": kind, **values}).encode() + b"\n"
         try:
-            self._unsent = self._unsent[self._connection.send(self._unsent) :]
+            self._unsent = self._unsent[self._socket.send(self._unsent) :]
         except BlockingIOError:
             pass
         except OSError as error:
             self._lose(error.strerror or "the connection broke")
 
     def close(self) -> None:
-        """Ends it, after a last try to send what is left."""
+        """Closes the connection, after a last attempt to send what is left."""
         if not self._is_open:
             return
         self._is_open = False
-        self._loop.remove_reader(self._connection)
+        self._loop.remove_reader(self._socket)
         with contextlib.suppress(OSError):
             if self._unsent:
-                self._connection.settimeout(1.0)
-                self._connection.sendall(self._unsent)
-        self._connection.close()
+                self._socket.settimeout(1.0)
+                self._socket.sendall(self._unsent)
+        self._socket.close()
 
     def check(self, timeout: float) -> None:
-        """Gives it up after so many seconds of silence."""
-        silent = self._loop.time() - self.heard
+        """Drops the connection after `timeout` seconds without a message."""
+        silent = self._loop.time() - self._last_heard
         if self._is_open and silent > timeout:
-            self._lose(f"no sign of life for {silent:.0f} s")
+            self._lose(f"no heartbeat for {silent:.0f} s")
 
     def _lose(self, reason: str) -> None:
         if self._is_open:
             self._is_open = False
-            self._loop.remove_reader(self._connection)
-            self._connection.close()
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
             self._on_loss(reason)
 
     def _read(self) -> None:
         try:
-            data = self._connection.recv(1 << 16)
+            data = self._socket.recv(1 << 16)
         except BlockingIOError:
             return
         except OSError as error:
             return self._lose(error.strerror or "the connection broke")
         if not data:
             return self._lose("its launcher is gone")
-        self.heard = self._loop.time()
+        self._last_heard = self._loop.time()
         *lines, self._received = (self._received + data).split(b"\n")
-        if len(self._received) > _LONGEST_LINE:
-            return self._lose("it does not speak as a launcher does")
+        if len(self._received) > _MAX_LINE_BYTES:
+            return self._lose(_NO_LAUNCHER)
         for line in lines:
             try:
                 message = json.loads(line)
-                if message["kind"] != "beat" and self._is_open:
+                if message["kind"] != "heartbeat" and self._is_open:
                     self._on_message(message)
-            # What a stranger may bring about; a disk that is full, for example, is not its fault.
+            # Malformed messages only: an error of this launcher, such as a full disk, has to reach
+            # the loop.
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                return self._lose("it does not speak as a launcher does")
+                return self._lose(_NO_LAUNCHER)
         return None

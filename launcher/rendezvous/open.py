@@ -1,4 +1,4 @@
-"""The meeting that a plan asks for."""
+"""The rendezvous that a launch needs: as server, as client, or alone."""
 
 from __future__ import annotations
 
@@ -24,57 +24,66 @@ from trainer.version import __version__
 
 
 def open_rendezvous(
-    plan: LaunchSpec,
+    spec: LaunchSpec,
     loop: EventLoop,
     listener: Listener,
-    make_verdict: MakeRootCause,
+    make_root_cause: MakeRootCause,
     watch_secs: float,
 ) -> Rendezvous:
-    """Makes the meeting of one attempt; `Rendezvous.open` begins it.
+    """Makes the rendezvous of one attempt; `Rendezvous.open` begins it.
 
     Args:
-        plan: what is run.
+        spec: what to run.
         loop: of this launcher.
-        listener: whom to tell.
-        make_verdict: of what decides which failure is the story, where that is decided here.
-        watch_secs: how often launchers look at their workers.
+        listener: gets the events.
+        make_root_cause: makes what decides which failure came first, if this launcher decides.
+        watch_secs: seconds between two checks of a launcher on its workers.
 
     Raises:
-        UserError: the port where the ranks are to meet is taken.
+        UserError: the port of the rendezvous is taken.
     """
-    placement = plan.placement
+    placement = spec.placement
     if placement is None:
-        number = claim_attempt(plan.local_dir)
-        return SingleLauncher(number, plan.num_processes, listener, make_verdict)
-    card = _card_of(plan, placement)
-    limits = plan.limits
-    times = (limits.rendezvous_timeout_secs, float(limits.heartbeat_timeout_secs))
-    if card.rank != 0:
-        patience = watch_secs + 5 * HEARTBEAT_SECS
-        return Client(loop, card, placement.host, placement.port, listener, *times, patience)
+        number = claim_attempt(spec.local_dir)
+        return SingleLauncher(number, spec.num_processes, listener, make_root_cause)
+    hello = _make_hello(spec, placement)
+    limits = spec.limits
+    timeouts = (limits.rendezvous_timeout_secs, float(limits.heartbeat_timeout_secs))
+    if hello.rank != 0:
+        answer_timeout = watch_secs + 5 * HEARTBEAT_SECS
+        return Client(
+            loop, hello, placement.host, placement.port, listener, *timeouts, answer_timeout
+        )
     address = own_address(placement.host)
-    number_attempt = functools.partial(claim_attempt, plan.local_dir)
+    number_attempt = functools.partial(claim_attempt, spec.local_dir)
     try:
         return Server(
-            loop, card, placement.port, address, number_attempt, listener, make_verdict, *times
+            loop,
+            hello,
+            placement.port,
+            address,
+            number_attempt,
+            listener,
+            make_root_cause,
+            *timeouts,
         )
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
         by_hand = placement.cluster == "by hand"
-        knob = "--coordinator_address" if by_hand else "PODLIFT_COORDINATOR_ADDRESS"
+        setting = "--coordinator_address" if by_hand else "PODLIFT_COORDINATOR_ADDRESS"
         raise UserError(
-            f"port {placement.port} of {card.host}, where the ranks are to meet, is taken",
-            f"by another job, or by another rank 0 of this one? {knob}=HOST:PORT, the same "
+            f"port {placement.port} of {hello.host}, for the rendezvous of the ranks, is taken",
+            f"by another job, or by another rank 0 of this one? {setting}=HOST:PORT, the same "
             "for all ranks, names another port",
         ) from error
 
 
 def code_version(folder: str = ".") -> list[str]:
-    """The commit that is checked out in a folder, and what was changed since; empty without git.
+    """The git commit of a folder and a digest of the changes since; empty without git.
 
     Args:
-        folder: where users have their own code: the current one.
+        folder: the current one, where users keep their own code.
     """
 
     def git(*arguments: str) -> bytes:
@@ -91,8 +100,8 @@ def code_version(folder: str = ".") -> list[str]:
     return [f"code {commit}{changed}"]
 
 
-def _card_of(plan: LaunchSpec, placement: Placement) -> Hello:
-    import importlib.metadata  # 30 ms, which a launcher alone has no use for
+def _make_hello(spec: LaunchSpec, placement: Placement) -> Hello:
+    import importlib.metadata  # takes 30 ms, which a single launcher does not need
 
     packages = ("jax", "jaxlib", "flax", "optax")
     versions = [f"podlift {__version__}", f"Python {platform.python_version()}"]
@@ -103,8 +112,8 @@ def _card_of(plan: LaunchSpec, placement: Placement) -> Hello:
         size=placement.num_processes,
         host=socket.gethostname(),
         job=placement.job,
-        config=plan.config,
+        config=spec.config,
         versions=", ".join(versions),
-        workdir=plan.workdir,
-        sees_run=plan.folder.exists,
+        workdir=spec.workdir,
+        sees_run=spec.folder.exists,
     )

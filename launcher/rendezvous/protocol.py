@@ -1,4 +1,4 @@
-"""What passes between the launchers of a job, and between a meeting and its launcher."""
+"""What the launchers of a job send each other, and what a rendezvous tells its launcher."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Protocol
 
 from launcher.processes.failure import Failure
 
-# Raised when launchers could no longer understand older ones.
-PROTOCOL = 1
+# To be raised with every change that older launchers do not understand.
+PROTOCOL = 2
 HEARTBEAT_SECS = 1.0
 
 
 @dataclass(frozen=True)
 class Hello:
-    """What a launcher says of itself when it comes.
+    """How a launcher introduces itself.
 
     Attributes:
         rank: of its worker.
-        size: how many ranks it was told there are.
+        size: number of ranks that it expects.
         host: where it runs.
-        job: which job it belongs to.
-        config: as JSON.
-        versions: of what computes, as one line.
+        job: identifies the job.
+        config: the config, as JSON.
+        versions: of the packages and the code, as one line.
         workdir: the run's folder.
         sees_run: whether it finds a run there.
     """
@@ -40,12 +40,12 @@ class Hello:
 
 @dataclass(frozen=True)
 class Start:
-    """What rank 0's launcher answers when all are there.
+    """What the server sends when all ranks have joined.
 
     Attributes:
-        coordinator: `HOST:PORT` for jax's coordinator.
+        coordinator: `HOST:PORT` for jax's coordinator; empty for a job of one process.
         attempt: the number of this attempt.
-        address: this launcher's own address towards rank 0.
+        address: this launcher's own address, as rank 0 sees it.
     """
 
     coordinator: str
@@ -55,13 +55,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Listener:
-    """What a meeting tells its launcher.
+    """Callbacks of a rendezvous into its launcher.
 
     Attributes:
-        on_start: all are there.
+        on_start: all ranks have joined.
         on_end: the job is over, for this reason.
-        on_stopping: another launcher was asked to stop; called with a line that says which.
-        on_wait: called now and then while ranks are missing, with a line that names them.
+        on_stopping: another launcher was asked to stop; gets a line that says which.
+        on_wait: ranks are missing; gets a line that names them, every ten seconds.
     """
 
     on_start: Callable[[Start], None]
@@ -71,26 +71,26 @@ class Listener:
 
 
 class Rendezvous(Protocol):
-    """What a launcher can say to the others."""
+    """A launcher's side of the rendezvous of one attempt."""
 
     @property
     def all_done(self) -> bool:
         """Whether every launcher may leave."""
 
     def open(self) -> None:
-        """Begins; `Listener.on_start` follows when all are there."""
+        """Begins; `Listener.on_start` follows when all ranks have joined."""
 
     def report(self, failure: Failure) -> None:
-        """A failure was seen here; `Listener.on_end` follows, with this one or with its cause."""
+        """Reports a failure; `Listener.on_end` follows, with this one or with its root cause."""
 
     def abandon(self, failure: Failure) -> None:
-        """This launcher ends now and waits for nothing; the others end for this reason."""
+        """Ends the job for the others; this launcher ends now and waits for nothing."""
 
     def stopping(self, line: str) -> None:
-        """This launcher was asked to stop."""
+        """Tells the others that this launcher was asked to stop."""
 
     def done(self) -> None:
-        """This launcher's workers have ended as they should."""
+        """Tells the others that the workers of this launcher have ended as they should."""
 
     def leave(self) -> None:
-        """Closes everything; to be called last."""
+        """Closes everything; the last call."""

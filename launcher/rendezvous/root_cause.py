@@ -1,4 +1,4 @@
-"""Which of several failures is the story."""
+"""Which of several failures is the root cause."""
 
 from __future__ import annotations
 
@@ -9,73 +9,73 @@ from launcher.exit_codes import RETRY
 from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import CONSEQUENCE, Failure
 
-# What a rank's end does to the others is seen within milliseconds of it.
+# The consequences of a rank's end show within milliseconds.
 _SETTLE_SECS = 0.1
 
 
 class RootCause:
-    """Takes failures as they are seen, and after a while says which came first.
+    """Collects failures, and decides after a short while which came first.
 
     Args:
         loop: to wait with.
-        on_verdict: called once, with the story.
-        consequence_secs: how long to wait for the cause where only a consequence was seen.
-        hang_secs: how long to wait for other reports of a hang: launchers look now and then, and
+        on_decision: called once, with the root cause.
+        consequence_secs: how long to wait for the cause where only consequences were reported.
+        hang_secs: how long to wait for other reports of a hang. Launchers check at intervals, and
             the rank that is furthest behind is the one that holds up the others.
     """
 
     def __init__(
         self,
         loop: EventLoop,
-        on_verdict: Callable[[Failure], None],
+        on_decision: Callable[[Failure], None],
         *,
         consequence_secs: float,
         hang_secs: float,
     ) -> None:
         self._loop = loop
-        self._on_verdict = on_verdict
+        self._on_decision = on_decision
         self._consequence_secs = consequence_secs
         self._hang_secs = hang_secs
-        self._seen: list[Failure] = []
-        self._is_over = False
+        self._failures: list[Failure] = []
+        self._is_decided = False
 
     def add(self, failure: Failure) -> None:
-        """Takes a failure."""
-        self._seen.append(failure)
-        if len(self._seen) == 1:
-            self._loop.call_later(_SETTLE_SECS, self._weigh)
+        """Adds a failure, in the order of arrival."""
+        self._failures.append(failure)
+        if len(self._failures) == 1:
+            self._loop.call_later(_SETTLE_SECS, self._decide_or_wait)
         elif failure.weight < CONSEQUENCE and failure.count is None:
             self._loop.call_later(_SETTLE_SECS, self._decide)  # a plain cause, after all
 
-    def _weigh(self) -> None:
-        story = self._first()
-        if story.weight == CONSEQUENCE:
+    def _decide_or_wait(self) -> None:
+        likeliest = self._likeliest()
+        if likeliest.weight == CONSEQUENCE:
             self._loop.call_later(self._consequence_secs, self._decide)
-        elif story.count is not None:
+        elif likeliest.count is not None:
             self._loop.call_later(self._hang_secs, self._decide)
         else:
             self._decide()
 
     def _decide(self) -> None:
-        if self._is_over:
+        if self._is_decided:
             return
-        self._is_over = True
-        story = self._first()
-        if story.weight == CONSEQUENCE and story.exit_code != RETRY:
-            # Nobody has failed that we know of: the connection has.
-            message = story.message.splitlines()[0][:300]
-            story = replace(
-                story,
+        self._is_decided = True
+        cause = self._likeliest()
+        if cause.weight == CONSEQUENCE and cause.exit_code != RETRY:
+            # No rank is known to have failed: the network has, so a retry may succeed.
+            message = cause.message.splitlines()[0][:300]
+            cause = replace(
+                cause,
                 exit_code=RETRY,
                 trace="",
-                message=f"rank {story.rank} lost contact to its peers ({message})",
+                message=f"rank {cause.rank} lost contact with its peers ({message})",
             )
-        self._on_verdict(story)
+        self._on_decision(cause)
 
-    def _first(self) -> Failure:
-        """The likeliest cause; of hangs, the rank with the least progress; else the first seen."""
-        return min(self._seen, key=lambda failure: (failure.weight, failure.count or 0))
+    def _likeliest(self) -> Failure:
+        """The lowest weight; of hangs, the rank with the least progress; else the first."""
+        return min(self._failures, key=lambda failure: (failure.weight, failure.count or 0))
 
 
-# Given what to call with the story.
+# Takes the callback for the decision.
 MakeRootCause = Callable[[Callable[[Failure], None]], RootCause]

@@ -1,4 +1,4 @@
-"""The meeting of a launcher that is the only one."""
+"""The rendezvous of a job with one launcher."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from launcher.rendezvous.root_cause import MakeRootCause
 
 
 class SingleLauncher:
-    """Starts at once, and decides alone.
+    """Starts at once, and decides alone on the root cause.
 
     Args:
         attempt: the number of this attempt.
-        num_processes: in the job; with one, jax needs no coordinator.
-        listener: whom to tell.
-        make_verdict: of what decides.
+        num_processes: number of processes in the job; a single one needs no coordinator.
+        listener: gets the events.
+        make_root_cause: makes what decides which failure came first.
     """
 
     all_done = True
 
     def __init__(
-        self, attempt: int, num_processes: int, listener: Listener, make_verdict: MakeRootCause
+        self, attempt: int, num_processes: int, listener: Listener, make_root_cause: MakeRootCause
     ) -> None:
         self._attempt = attempt
-        self._verdict = make_verdict(listener.on_end)
+        self._root_cause = make_root_cause(listener.on_end)
         self._listener = listener
         self._held_port: socket.socket | None = None
         if num_processes > 1:
             self._held_port = hold_port("127.0.0.1")
 
     def open(self) -> None:
-        """Begins at once."""
+        """Starts at once."""
         coordinator = ""
         if self._held_port is not None:
             coordinator = f"127.0.0.1:{self._held_port.getsockname()[1]}"
         self._listener.on_start(Start(coordinator, self._attempt, "127.0.0.1"))
 
     def report(self, failure: Failure) -> None:
-        """A failure was seen here."""
-        self._verdict.add(failure)
+        """Reports a failure."""
+        self._root_cause.add(failure)
 
     def abandon(self, failure: Failure) -> None:
-        """Nobody is to be told."""
+        """Does nothing: there are no others."""
 
     def stopping(self, line: str) -> None:
-        """Nobody is to be told."""
+        """Does nothing: there are no others."""
 
     def done(self) -> None:
-        """Nobody waits."""
+        """Does nothing: there are no others."""
 
     def leave(self) -> None:
-        """Lets go of the port."""
+        """Releases the port."""
         if self._held_port is not None:
             self._held_port.close()

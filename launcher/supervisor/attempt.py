@@ -1,7 +1,7 @@
-"""One attempt of a job: the workers of this launcher from their start to their end.
+"""One attempt of a job: the workers of this launcher, from their start to their end.
 
-What happens arrives as callbacks of the loop. A failure is reported to the meeting, which comes
-back with the story that ends the attempt (`_close_with`); everything else ends well (`_all_done`).
+Everything arrives as a callback of the event loop. A failure goes to the rendezvous, which returns
+the root cause; `_fail_with` then ends the attempt. Without a failure, `_finish` ends it.
 """
 
 from __future__ import annotations
@@ -13,37 +13,43 @@ import os
 import signal
 import socket
 import subprocess
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from launcher import exit_codes
-from launcher.launch.spec import LaunchSpec
+from launcher.launch.spec import LaunchSpec, WorkerSpec
 from launcher.processes.assignment import Assignment, Outcome
 from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import Failure, failure_from_exit, failure_from_outcome
-from launcher.processes.messages import show
+from launcher.processes.messages import print_err, print_out
 from launcher.processes.rank_log import RankFile, remove_logs
 from launcher.processes.signals import STACKS_SIGNAL, STOPPED_AT_ONCE
 from launcher.rendezvous import Listener, Rendezvous, Start, open_rendezvous
 from launcher.rendezvous.protocol import HEARTBEAT_SECS
 from launcher.rendezvous.root_cause import MakeRootCause, RootCause
+from launcher.supervisor import failures
 from launcher.supervisor.children import (
     Child,
     is_suspended,
     kill_orphans,
     out_of_memory_kills,
-    signals_held_back,
+    signals_blocked,
 )
 from launcher.supervisor.watchdog import Watchdog
 from trainer.errors import UserError
 
-# After all is said, until a worker must be gone, and the other launchers must be done.
+# From a worker's outcome to its exit, and from the last worker's exit to that of the other
+# launchers.
 _EXIT_SECS = 30.0
-# For the stacks to arrive.
+# For the workers to write their stacks.
 _STACKS_SECS = 0.7
-# Of jax's C++ parts, on every rank, about what podlift reports itself; kept in the logs.
+# Between SIGCHLD and the last read of a worker's pipes.
+_DRAIN_SECS = 0.05
+# Lines of jax's C++ parts, on every rank, about what podlift reports itself. The logs have them.
 _NOISE = ("[Gloo] Rank ", "Expected number of connected peer ranks", "preemption_notifier.cc")
+
+
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,11 @@ class AttemptResult:
     """How an attempt ended.
 
     Attributes:
-        exit_code: of `launcher.exit_codes`, or 130.
-        message: for a person, where it ended as asked.
-        failure: what went wrong, if anything did.
-        asked_to_stop: whether anyone had asked it to stop.
-        number: of the attempt, counted over the life of the workdir; 0 if it never began.
+        exit_code: of `launcher.exit_codes`, or 130 after a second Ctrl-C.
+        message: for the user, if the attempt stopped on request.
+        failure: the root cause, if the attempt failed.
+        asked_to_stop: whether any launcher was asked to stop.
+        number: the attempt, counted over the life of the workdir; 0 if it never started.
     """
 
     exit_code: int
@@ -66,160 +72,142 @@ class AttemptResult:
 
 
 class Attempt:
-    """Runs the workers of a plan once.
+    """Runs the workers of a launch once.
 
     Args:
-        plan: what is run.
-        loop: entered.
+        spec: what to run.
+        loop: the event loop.
         environ: the launcher's environment.
-        other_children: children of this process that are none of its workers' making.
+        other_children: process ids of children that the attempt must not kill.
     """
 
     def __init__(
         self,
-        plan: LaunchSpec,
+        spec: LaunchSpec,
         loop: EventLoop,
         environ: Mapping[str, str],
         other_children: set[int],
     ) -> None:
-        self._plan = plan
-        self._limits = plan.limits
+        self._spec = spec
+        self._limits = spec.limits
         self._loop = loop
         self._environ = environ
         self._other_children = other_children
-        self._rank = plan.workers[0].rank
+        self._rank = spec.workers[0].rank
+        self._launcher = f"the launcher of rank {self._rank} on {socket.gethostname()}"
         self._number = 0
         self._children: list[Child] = []
-        self._files: dict[int, RankFile] = {}
-        self._meeting: Rendezvous | None = None
+        self._logs: dict[int, RankFile] = {}
+        self._rendezvous: Rendezvous | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._reaped: set[int] = set()
-        self._watchdog = Watchdog(plan.limits.hang_timeout_secs)
+        self._watchdog = Watchdog(spec.limits.hang_timeout_secs)
         self._asked_to_stop = False
-        self._is_closing = False  # it has failed: what workers say is only logged
-        self._ending: AttemptResult | None = None
+        self._is_closing = False  # from here on the output of workers is only logged
+        self._result: AttemptResult | None = None
         self._oom_kills = out_of_memory_kills()
 
     def run(self) -> AttemptResult:
-        """Starts everything and returns when nothing of it is left.
+        """Starts the workers, and returns when no process of theirs is left.
 
         Raises:
-            UserError: the place where the ranks are to meet is not to be had.
+            UserError: the port of the rendezvous is taken.
         """
         try:
-            self._meeting = self._make_meeting()
+            self._rendezvous = self._make_rendezvous()
             try:
-                self._meeting.open()
-                self._loop.run(lambda: self._ending is not None)
-            except UserError as error:  # found by the launcher itself: the others are to know
+                self._rendezvous.open()
+                self._loop.run(lambda: self._result is not None)
+            except UserError as error:  # raised here, but the other launchers report it too
                 self._report(Failure(self._rank, exit_codes.USAGE, str(error)))
-                self._loop.run(lambda: self._ending is not None)
+                self._loop.run(lambda: self._result is not None)
             except Exception as error:
-                message = f"{type(error).__name__} in the launcher of rank {self._rank}: {error}"
-                trace = traceback.format_exc()
-                self._report(Failure(self._rank, exit_codes.FAILED, message, trace=trace))
-                self._loop.run(lambda: self._ending is not None)
+                self._report(failures.launcher_raised(self._rank, error))
+                self._loop.run(lambda: self._result is not None)
         finally:
             self._clean_up()
-        assert self._ending is not None
-        return self._ending
+        assert self._result is not None
+        return self._result
 
-    # The start
+    # Start
 
-    def _make_meeting(self) -> Rendezvous:
-        plan, placement = self._plan, self._plan.placement
+    def _make_rendezvous(self) -> Rendezvous:
         listener = Listener(
             on_start=self._start,
-            on_end=self._close_with,
-            on_stopping=self._other_stopping,
-            on_wait=lambda line: show(line, is_error=False),
+            on_end=self._fail_with,
+            on_stopping=self._on_other_stopping,
+            on_wait=print_out,
         )
-        make_verdict: MakeRootCause = functools.partial(
+        is_alone = self._spec.placement is None
+        make_root_cause: MakeRootCause = functools.partial(
             RootCause,
             self._loop,
-            # Longer than another launcher's failure or loss takes to be known here.
-            consequence_secs=0.5 if placement is None else 2 * HEARTBEAT_SECS,
-            hang_secs=0.0 if placement is None else self._watchdog.period + HEARTBEAT_SECS,
+            # Longer than the failure or the loss of another launcher takes to arrive.
+            consequence_secs=0.5 if is_alone else 2 * HEARTBEAT_SECS,
+            hang_secs=0.0 if is_alone else self._watchdog.period + HEARTBEAT_SECS,
         )
-        return open_rendezvous(plan, self._loop, listener, make_verdict, self._watchdog.period)
+        period = self._watchdog.period
+        return open_rendezvous(self._spec, self._loop, listener, make_root_cause, period)
 
     def _start(self, start: Start) -> None:
-        plan = self._plan
+        spec = self._spec
         self._number = start.attempt
-        with signals_held_back():
-            for worker in plan.workers:
-                assignment = Assignment(
-                    rank=worker.rank,
-                    num_processes=plan.num_processes,
-                    coordinator=start.coordinator or None,
-                    address=start.address,
-                    local_device_ids=worker.local_device_ids,
-                    heartbeat_timeout_secs=self._limits.heartbeat_timeout_secs,
-                    start_timeout_secs=max(30, int(self._limits.rendezvous_timeout_secs)),
-                    shutdown_timeout_secs=self._limits.shutdown_timeout_secs,
-                    workdir=plan.workdir,
-                    local_dir=plan.local_base,
-                    config=plan.config,
-                    profile=plan.profile,
-                    attempt=start.attempt,
-                    parent=os.getpid(),
-                    smoke=plan.smoke,
-                )
+        with signals_blocked():
+            for worker in spec.workers:
                 attempt = {"PODLIFT_ATTEMPT": str(start.attempt)}
                 environ = {**self._environ, **worker.environ, **attempt}
-                label = f"rank {worker.rank} of {plan.num_processes}, {plan.workdir}"
-                self._files[worker.rank] = RankFile(plan.local_dir, start.attempt, worker.rank)
-                self._children.append(Child(assignment, environ, label=label))
+                label = f"rank {worker.rank} of {spec.num_processes}, {spec.workdir}"
+                self._logs[worker.rank] = RankFile(spec.local_dir, start.attempt, worker.rank)
+                self._children.append(Child(_assign(spec, worker, start), environ, label=label))
         for child in self._children:
             child.listen(
                 self._loop,
-                functools.partial(self._relay, child),
-                functools.partial(self._heard, child),
+                functools.partial(self._on_line, child),
+                functools.partial(self._on_outcome, child),
             )
-        self._later(self._watchdog.period, self._watch)
+        self._call_later(self._watchdog.period, self._watch)
 
-    def _later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Calls back unless the attempt is over by then."""
+    def _call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Calls back, unless the attempt is over by then."""
         self._timers.append(self._loop.call_later(seconds, callback))
 
-    # What workers say and do
+    # Events of workers
 
-    def _relay(self, child: Child, line: str, is_error: bool) -> None:
-        self._files[child.rank].write(line)
-        shown = self._plan.shown_ranks
+    def _on_line(self, child: Child, line: str, is_error: bool) -> None:
+        self._logs[child.rank].write(line)
+        shown = self._spec.shown_ranks
         if self._is_closing or (shown is not None and child.rank not in shown):
             return
         if any(noise in line for noise in _NOISE):
             return
         prefix = f"[{child.rank}] " if shown is None or len(shown) > 1 else ""
-        show(prefix + line, is_error=is_error)
+        (print_err if is_error else print_out)(prefix + line)
 
-    def _heard(self, child: Child, outcome: Outcome) -> None:
-        """A worker has said how it ended."""
+    def _on_outcome(self, child: Child, outcome: Outcome) -> None:
         if outcome.is_failure:
-            log = self._files[child.rank]
+            log = self._logs[child.rank]
             log.write(f"{outcome.trace}error: {outcome.message}")
             self._report(failure_from_outcome(outcome, child.rank, str(log.path)))
         else:
-            self._later(_EXIT_SECS, child.kill)
+            self._call_later(_EXIT_SECS, child.kill)
 
     def reap(self) -> None:
         """To be called after SIGCHLD."""
         for child in self._children:
             if child.process.poll() is not None and child.rank not in self._reaped:
                 self._reaped.add(child.rank)
-                # Its last words may still be in the pipes.
-                self._later(0.05, functools.partial(self._worker_gone, child))
+                # Its outcome may still be in the pipe.
+                self._call_later(_DRAIN_SECS, functools.partial(self._on_exit, child))
 
-    def _worker_gone(self, child: Child) -> None:
+    def _on_exit(self, child: Child) -> None:
         if self._is_closing:
-            return  # by our hand
+            return  # this launcher has killed it
         returncode = child.process.returncode
         if child.outcome is None and self._asked_to_stop and returncode == -signal.SIGTERM:
-            # It had not even begun to listen.
+            # The request came before the worker had installed its handlers.
             child.outcome = Outcome(exit_codes.RETRY, "asked to stop before the first step")
         if child.outcome is None:
-            log = self._files[child.rank]
+            log = self._logs[child.rank]
             oom = out_of_memory_kills() > self._oom_kills
             step = child.page.read().step
             self._report(
@@ -228,140 +216,113 @@ class Attempt:
         elif all(c.process.poll() is not None and c.outcome is not None for c in self._children):
             outcomes = [c.outcome for c in self._children if c.outcome is not None]
             if not any(outcome.is_failure for outcome in outcomes):
-                self._all_done(outcomes)
+                self._finish(outcomes)
 
-    def _all_done(self, outcomes: list[Outcome]) -> None:
-        """All workers here have ended as they should.
+    def _finish(self, outcomes: list[Outcome]) -> None:
+        """Ends the attempt after all workers here have ended as they should.
 
-        All launchers leave together: a scheduler that sees one go ends the others soon after.
+        All launchers leave together, because a scheduler that sees one exit kills the others soon
+        after.
         """
-        assert self._meeting is not None
+        assert self._rendezvous is not None
         code = max(outcome.exit_code for outcome in outcomes)
         message = next((o.message for o in outcomes if o.exit_code == code), "")
         deadline = self._loop.time() + _EXIT_SECS
-        self._meeting.done()
+        self._rendezvous.done()
 
-        def wait() -> None:
-            assert self._meeting is not None
-            if self._meeting.all_done or self._loop.time() > deadline:
-                ending = AttemptResult(code, message, None, self._asked_to_stop, self._number)
-                self._ending = self._ending or ending
+        def leave_with_the_others() -> None:
+            assert self._rendezvous is not None
+            if self._rendezvous.all_done or self._loop.time() > deadline:
+                result = AttemptResult(code, message, None, self._asked_to_stop, self._number)
+                self._result = self._result or result
             else:
-                self._later(0.05, wait)
+                self._call_later(0.05, leave_with_the_others)
 
-        wait()
+        leave_with_the_others()
 
     def _watch(self) -> None:
-        """Looks whether the workers move on."""
-        said = {c.rank: c.page.read() for c in self._children if c.outcome is None}
-        stuck = self._watchdog.look(said, self._loop.time())
+        """Checks at intervals whether the workers make progress."""
+        reports = {c.rank: c.page.read() for c in self._children if c.outcome is None}
+        stuck = self._watchdog.check(reports, self._loop.time())
         if stuck is None:
-            self._later(self._watchdog.period, self._watch)
+            self._call_later(self._watchdog.period, self._watch)
             return
         pid = next(child.pid for child in self._children if child.rank == stuck.rank)
-        suspended = ", and is suspended (SIGSTOP)" if is_suspended(pid) else ""
-        self._report(
-            Failure(
-                stuck.rank,
-                exit_codes.RETRY,
-                f"rank {stuck.rank} has made no progress for {stuck.seconds:.0f} s, at step "
-                f"{stuck.progress.step} ({stuck.progress.phase}){suspended}\n  HINT: the stacks of "
-                "all ranks are in their logs; if it is only slow, raise --hang_timeout_secs",
-                step=stuck.progress.step,
-                log=str(self._files[stuck.rank].path),
-                wants_stacks=True,
-                count=stuck.progress.count,
-            )
-        )
+        log = str(self._logs[stuck.rank].path)
+        self._report(failures.hang(stuck, log, is_suspended=is_suspended(pid)))
 
     def dump_stacks(self) -> None:
-        """Writes the stacks of all workers into their logs; they go on."""
+        """Has all workers write their stacks into their logs; they continue."""
         for child in self._children:
             child.signal(STACKS_SIGNAL)
 
-    # Failure
+    # Failures
 
     def _report(self, failure: Failure) -> None:
-        """Something has failed here; what becomes the story comes back to `_close_with`."""
-        assert self._meeting is not None
+        """Reports a failure; the rendezvous calls `_fail_with` with the root cause."""
+        assert self._rendezvous is not None
         if not self._is_closing:
-            self._meeting.report(failure)
+            self._rendezvous.report(failure)
 
-    def _close_with(self, failure: Failure) -> None:
-        """Ends the attempt with its story."""
-        if self._is_closing or self._ending is not None:
+    def _fail_with(self, cause: Failure) -> None:
+        """Ends the attempt with its root cause."""
+        if self._is_closing or self._result is not None:
             return
         self._is_closing = True
-        if failure.wants_stacks:
+        if cause.wants_stacks:
             self.dump_stacks()
 
         def close() -> None:
             for child in self._children:
                 child.kill()
-            code = failure.exit_code
-            self._ending = AttemptResult(code, "", failure, self._asked_to_stop, self._number)
+            code = cause.exit_code
+            self._result = AttemptResult(code, "", cause, self._asked_to_stop, self._number)
 
-        self._later(_STACKS_SECS if failure.wants_stacks else 0.0, close)
+        self._call_later(_STACKS_SECS if cause.wants_stacks else 0.0, close)
 
-    # Being asked to stop
+    # Requests to stop
 
     def stop(self, signal_name: str) -> None:
-        """Asks all ranks to save and to stop."""
-        line = f"{signal_name} to the launcher of rank {self._rank} on {socket.gethostname()}"
+        """Asks all ranks to save and stop."""
         if not self._children:
             self._asked_to_stop = True
-            line += ", before all ranks were there"
-            self._report(Failure(self._rank, exit_codes.RETRY, line))
+            self._report(failures.stopped_before_start(self._rank, self._launcher, signal_name))
         elif not self._asked_to_stop:
-            assert self._meeting is not None
-            self._begin_to_stop()
+            assert self._rendezvous is not None
+            self._begin_grace()
             for child in self._children:
                 child.signal(signal.SIGTERM)
-            self._meeting.stopping(f"{line}: all ranks save and stop")
+            self._rendezvous.stopping(f"{signal_name} to {self._launcher}: all ranks save and stop")
 
-    def _other_stopping(self, line: str) -> None:
-        """Another launcher was asked to stop; jax lets the workers know."""
+    def _on_other_stopping(self, line: str) -> None:
+        """Another launcher was asked to stop; jax tells the workers."""
         if not self._asked_to_stop:
-            self._begin_to_stop()
-        show(line, is_error=False)
+            self._begin_grace()
+        print_out(line)
 
-    def _begin_to_stop(self) -> None:
+    def _begin_grace(self) -> None:
         self._asked_to_stop = True
-        self._later(self._limits.grace_secs, self._grace_is_over)
+        self._call_later(self._limits.grace_secs, self._end_grace)
 
-    def _grace_is_over(self) -> None:
+    def _end_grace(self) -> None:
         late = next((child for child in self._children if child.process.poll() is None), None)
-        if late is None:
-            return
-        progress = late.page.read()
-        self._report(
-            Failure(
-                late.rank,
-                exit_codes.RETRY,
-                f"rank {late.rank} has not stopped within {self._limits.grace_secs:g} s (step "
-                f"{progress.step}, {progress.phase}), and was killed\n"
-                "  HINT: --grace_secs waits longer",
-                step=progress.step,
-                log=str(self._files[late.rank].path),
-                wants_stacks=True,
-            )
-        )
+        if late is not None:
+            log = str(self._logs[late.rank].path)
+            progress, grace_secs = late.page.read(), self._limits.grace_secs
+            self._report(failures.grace_exceeded(late.rank, progress, grace_secs, log))
 
     def kill(self) -> None:
-        """Ends everything at once, for a person who does not want to wait."""
+        """Ends everything at once, after a second Ctrl-C."""
         self._is_closing = True
         for child in self._children:
             child.kill()
-        if self._meeting is not None:
-            who = f"the launcher of rank {self._rank} on {socket.gethostname()}"
-            line = f"{who} was stopped at once (Ctrl-C)"
-            self._meeting.abandon(Failure(self._rank, exit_codes.RETRY, line))
-        for file in self._files.values():
-            file.write(STOPPED_AT_ONCE)
-        code = 128 + signal.SIGINT
-        self._ending = AttemptResult(code, STOPPED_AT_ONCE, None, True, self._number)
+        if self._rendezvous is not None:
+            self._rendezvous.abandon(failures.killed_by_user(self._rank, self._launcher))
+        for log in self._logs.values():
+            log.write(STOPPED_AT_ONCE)
+        self._result = AttemptResult(_INTERRUPTED, STOPPED_AT_ONCE, None, True, self._number)
 
-    # The end
+    # End
 
     def _clean_up(self) -> None:
         """Leaves no process, no open file and no connection behind."""
@@ -369,20 +330,41 @@ class Attempt:
         for child in self._children:
             child.kill()
         for child in self._children:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # in the kernel's hands
+            with contextlib.suppress(subprocess.TimeoutExpired):  # blocked inside the kernel
                 child.process.wait(timeout=5)
         alive = {child.pid for child in self._children if child.process.poll() is None}
         kill_orphans(alive | self._other_children)
         for timer in self._timers:
             timer.cancel()
-        is_over: list[bool] = []
-        self._loop.call_later(0.05, lambda: is_over.append(True))
-        self._loop.run(lambda: bool(is_over))  # what is left in the pipes
-        if self._meeting is not None:
-            self._meeting.leave()
+        is_drained: list[bool] = []
+        self._loop.call_later(_DRAIN_SECS, lambda: is_drained.append(True))
+        self._loop.run(lambda: bool(is_drained))  # the last lines are still in the pipes
+        if self._rendezvous is not None:
+            self._rendezvous.leave()
         for child in self._children:
             child.close(self._loop)
-        for file in self._files.values():
-            file.close()
-        if self._ending is not None and self._ending.exit_code == exit_codes.USAGE:
-            remove_logs(self._files.values())
+        for log in self._logs.values():
+            log.close()
+        if self._result is not None and self._result.exit_code == exit_codes.USAGE:
+            remove_logs(self._logs.values())
+
+
+def _assign(spec: LaunchSpec, worker: WorkerSpec, start: Start) -> Assignment:
+    limits = spec.limits
+    return Assignment(
+        rank=worker.rank,
+        num_processes=spec.num_processes,
+        coordinator=start.coordinator or None,
+        address=start.address,
+        local_device_ids=worker.local_device_ids,
+        heartbeat_timeout_secs=limits.heartbeat_timeout_secs,
+        start_timeout_secs=max(30, int(limits.rendezvous_timeout_secs)),
+        shutdown_timeout_secs=limits.shutdown_timeout_secs,
+        workdir=spec.workdir,
+        local_dir=spec.local_base,
+        config=spec.config,
+        profile=spec.profile,
+        attempt=start.attempt,
+        parent=os.getpid(),
+        smoke=spec.smoke,
+    )

@@ -1,4 +1,4 @@
-"""WorkerSpec processes: started, listened to, and ended with all that they have started."""
+"""Worker processes: their start, their output, and their end with all that they have started."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ class Child:
     """One worker process, in a session of its own.
 
     Args:
-        assignment: its part.
-        environ: its whole environment.
-        command: the arguments before those that name its open files.
-        label: a last argument, for people who read `ps`.
+        assignment: passed to the worker.
+        environ: the whole environment of the worker.
+        command: the first arguments; the descriptors of the open files follow.
+        label: the last argument, for the output of `ps`.
+
+    Attributes:
+        rank: of the worker.
+        outcome: what the worker has reported; None before that.
+        page: its progress.
+        process: its process.
     """
 
     def __init__(
@@ -44,65 +50,66 @@ class Child:
             assigned = stack.enter_context(tempfile.TemporaryFile())
             assignment.write(assigned)
             page = stack.enter_context(tempfile.TemporaryFile())
-            page.write(bytes(os.sysconf("SC_PAGE_SIZE")))  # not a hole: that could fail later
+            page.write(bytes(os.sysconf("SC_PAGE_SIZE")))  # a hole could fail later, on a full disk
             page.flush()
             self.page = ProgressPage(page.fileno())
-            report, report_end = os.pipe()
-            stack.callback(os.close, report_end)
-            self.report: IO[bytes] = os.fdopen(report, "rb", buffering=0)
-            passed = (assigned.fileno(), page.fileno(), report_end)
+            outcome, outcome_end = os.pipe()
+            stack.callback(os.close, outcome_end)
+            self._outcome_pipe: IO[bytes] = os.fdopen(outcome, "rb", buffering=0)
+            inherited = (assigned.fileno(), page.fileno(), outcome_end)
             self.process = subprocess.Popen(
-                [*command, ",".join(map(str, passed)), *([label] if label else [])],
+                [*command, ",".join(map(str, inherited)), *([label] if label else [])],
                 env={**environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=passed,
-                # Ctrl-C reaches the launcher only, and one signal reaches all that a worker starts.
+                pass_fds=inherited,
+                # Ctrl-C reaches the launcher only, and a signal to the group reaches all that the
+                # worker has started.
                 start_new_session=True,
             )
 
     @property
     def pid(self) -> int:
-        """Its process id, also that of its session and group."""
+        """Its process id, also the id of its session and process group."""
         return self.process.pid
 
     def listen(
         self, loop: EventLoop, on_line: OnLine, on_outcome: Callable[[Outcome], None]
     ) -> None:
-        """Passes on its output, as (line, whether from stderr), and its outcome."""
+        """Calls back with each line and whether it is from stderr, and with the outcome."""
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         _Lines(loop, self.process.stdout, lambda line: on_line(line, False))
         _Lines(loop, self.process.stderr, lambda line: on_line(line, True))
 
-        def take(line: str) -> None:
-            with contextlib.suppress(ValueError, TypeError):  # killed in the middle of its words
+        def read_outcome(line: str) -> None:
+            with contextlib.suppress(ValueError, TypeError):  # killed while it wrote the line
                 self.outcome = Outcome.from_line(line.encode())
                 on_outcome(self.outcome)
 
-        _Lines(loop, self.report, take)
+        _Lines(loop, self._outcome_pipe, read_outcome)
 
     def signal(self, number: int) -> None:
-        """Sends it a signal, if it is still there."""
+        """Sends a signal, if the worker is still alive."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """Ends it and what it has started at once."""
+        """Kills the worker and its process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def close(self, loop: EventLoop) -> None:
-        """Lets go of its pipes."""
-        for pipe in (self.process.stdout, self.process.stderr, self.report):
+        """Closes the pipes."""
+        for pipe in (self.process.stdout, self.process.stderr, self._outcome_pipe):
             if pipe is not None and not pipe.closed:
                 loop.remove_reader(pipe)
                 pipe.close()
 
 
 class _Lines:
-    """Whole lines out of a pipe, until its end."""
+    """Reads whole lines from a pipe, until its end."""
 
     def __init__(self, loop: EventLoop, pipe: IO[bytes], on_line: Callable[[str], None]) -> None:
         self._loop = loop
@@ -128,10 +135,10 @@ class _Lines:
 
 
 @contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Children started in here begin with our signals blocked, until they are ready for them."""
-    held = {*STOP_SIGNALS, STACKS_SIGNAL}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+def signals_blocked() -> Iterator[None]:
+    """Children that start in this context begin with these signals blocked, and unblock them."""
+    blocked = {*STOP_SIGNALS, STACKS_SIGNAL}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         yield
     finally:
@@ -139,7 +146,7 @@ def signals_held_back() -> Iterator[None]:
 
 
 def adopt_orphans() -> None:
-    """Makes what a killed worker leaves behind a child of this process, to be found and ended."""
+    """Makes the orphans of a killed worker children of this process; Linux only."""
     if sys.platform == "linux":
         import ctypes
 
@@ -148,10 +155,10 @@ def adopt_orphans() -> None:
 
 
 def kill_orphans(spared: Iterable[int]) -> None:
-    """Ends the children of this process that are none of the given ones; Linux only."""
+    """Kills all children of this process except the given ones; Linux only."""
     known = set(spared)
-    for _ in range(10):  # each round may bring to light what those it ended had started
-        found = children() - known
+    for _ in range(10):  # each round may adopt the children of those it has killed
+        found = child_pids() - known
         if not found:
             return
         for pid in found:
@@ -162,19 +169,19 @@ def kill_orphans(spared: Iterable[int]) -> None:
         time.sleep(0.01)
 
 
-def children() -> set[int]:
-    """The children of this process; Linux only."""
+def child_pids() -> set[int]:
+    """The process ids of this process's children; Linux only."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
-            # The command, in parentheses, may hold anything.
+            # The command, in parentheses, may contain spaces and parentheses.
             if int(entry.read_text().rpartition(")")[2].split()[1]) == os.getpid():
                 found.add(int(entry.parent.name))
     return found
 
 
 def out_of_memory_kills() -> int:
-    """How often the kernel has killed a process for memory since it started; 0 if it won't say."""
+    """The number of processes that the kernel has killed for memory since boot; 0 if unknown."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -183,7 +190,7 @@ def out_of_memory_kills() -> int:
 
 
 def is_suspended(pid: int) -> bool:
-    """Whether a process was stopped by SIGSTOP or a debugger; Linux only."""
+    """Whether SIGSTOP or a debugger has stopped a process; Linux only."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
     return False

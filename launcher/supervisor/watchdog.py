@@ -1,4 +1,4 @@
-"""Whether the workers move on."""
+"""Finds workers that make no progress."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 from launcher.processes.progress_page import Progress
 
-# Compiling, saving and evaluating may take so many times as long as training.
-_GENEROSITY = 10
+# For compiling, saving and evaluating, as a multiple of the time for training.
+_FACTOR_OUTSIDE_TRAINING = 10
 
 
 @dataclass(frozen=True)
 class Stuck:
-    """The worker that is furthest behind, in a job of which one has not moved on.
+    """The worker that is furthest behind, in a job that makes no progress.
 
     Attributes:
         rank: of the worker.
-        progress: what it said last.
-        seconds: since then.
+        progress: its last report.
+        seconds: since that report.
     """
 
     rank: int
@@ -27,10 +27,10 @@ class Stuck:
 
 
 class Watchdog:
-    """Remembers what each worker said last, and since when.
+    """Remembers the last report of each worker, and since when it is unchanged.
 
     Args:
-        timeout: seconds without progress while training; ten times as long for anything else.
+        timeout: seconds without progress in training; ten times as long in any other phase.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -39,28 +39,28 @@ class Watchdog:
 
     @property
     def period(self) -> float:
-        """How often to look, in seconds."""
+        """Seconds between two checks."""
         return min(5.0, max(0.1, self._timeout / 10))
 
-    def look(self, said: Mapping[int, Progress], now: float) -> Stuck | None:
-        """Takes note of what each worker has said; returns who holds up the job, if anyone does.
+    def check(self, reports: Mapping[int, Progress], now: float) -> Stuck | None:
+        """The worker that holds up the job, if one does.
 
         Args:
-            said: by rank, for all workers that have not ended.
+            reports: the last report of every worker that has not ended, by rank.
             now: seconds on a monotonic clock.
         """
         is_stuck = False
-        for rank, progress in said.items():
+        for rank, progress in reports.items():
             before, since = self._seen.get(rank, (None, now))
             if progress != before:
                 since = now
             self._seen[rank] = (progress, since)
             is_training = progress.phase in ("train", "wait")
-            allowed = self._timeout * (1 if is_training else _GENEROSITY)
+            allowed = self._timeout * (1 if is_training else _FACTOR_OUTSIDE_TRAINING)
             is_stuck |= now - since > allowed
         if not is_stuck:
             return None
-        # The others wait for it, and may have come to a standstill before it is too late for it.
-        behind = min(said, key=lambda rank: (said[rank].count, rank))
+        # The others wait for this one, and may exceed their time before it does.
+        behind = min(reports, key=lambda rank: (reports[rank].count, rank))
         progress, since = self._seen[behind]
         return Stuck(behind, progress, now - since)

@@ -1,4 +1,4 @@
-"""`python -m launcher.worker`: one process of a job, started by its launcher."""
+"""`python -m launcher.worker`: one process of a job; the supervisor starts it."""
 
 from launcher.worker.run import main
 

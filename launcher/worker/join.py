@@ -1,4 +1,4 @@
-"""Joining the other processes of a job: what jax is told, and what it must not guess."""
+"""Connects a process to its peers through `jax.distributed`, with nothing left for jax to guess."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from launcher.processes.assignment import Assignment
 
 
 def join(assignment: Assignment) -> None:
-    """Connects this process to its peers; from here on jax sees the devices of all.
+    """Connects this process to its peers; afterwards `jax.devices()` lists the devices of all.
 
-    Everything is decided by the launcher, which has seen all ranks, so jax detects nothing: its
-    detection takes over variables of a scheduler that did not start this process.
+    The launcher, which has seen all ranks, decides everything. jax's own detection would obey the
+    variables of a scheduler that did not start this process.
     """
     if assignment.coordinator is None:
         return
@@ -33,22 +33,22 @@ def join(assignment: Assignment) -> None:
         local_device_ids=assignment.local_device_ids,
         cluster_detection_method="deactivate",
         initialization_timeout=assignment.start_timeout_secs,
-        # By default it would listen on all interfaces.
+        # The default is all interfaces.
         coordinator_bind_address=assignment.coordinator,
-        # A backstop: launchers notice a lost peer themselves, sooner and without an abort.
+        # A backstop: the launchers notice a lost peer earlier, and without an abort.
         heartbeat_timeout_seconds=2 * assignment.heartbeat_timeout_secs,
         shutdown_timeout_seconds=assignment.shutdown_timeout_secs,
     )
 
 
 def leave() -> None:
-    """Says goodbye to the peers."""
+    """Disconnects from the peers."""
     if jax.distributed.is_initialized():
-        jax.distributed.shutdown()
+        jax.distributed.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _wait_for(coordinator: str, seconds: float) -> None:
-    """Waits until jax listens there: a client that comes too early tries again only after 1 s."""
+    """Waits until jax's coordinator listens: a client that is too early retries only after 1 s."""
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -59,11 +59,11 @@ def _wait_for(coordinator: str, seconds: float) -> None:
 
 
 def _keep_compiled_programs() -> None:
-    """Lets every process keep what it compiles for the CPU, so that a restart finds it.
+    """Lets every process write its CPU programs to jax's compilation cache.
 
-    jax lets process 0 alone write to its cache, but what the others look for has names of its own
-    on CPU; they would compile at every start, and process 0 would wait for them. jax has no option
-    for it; where its private functions are gone or take other arguments, its way stays.
+    In jax only process 0 writes, but on CPU every process looks for keys of its own, so the others
+    would compile at every start while process 0 waits. jax has no option for this; if its private
+    functions are missing or take other arguments, nothing changes.
     """
     try:
         from jax._src import compilation_cache, compiler
@@ -85,19 +85,19 @@ def _keep_compiled_programs() -> None:
         module_name: str,
         backend: Any,
         executable: Any,
-        *host_callbacks: Any,  # until jax 0.10; a program that has some is not kept
+        *host_callbacks: Any,  # until jax 0.10; a program that has some is not cached
     ) -> None:
         if jax.process_index() == 0 or backend.platform != "cpu" or any(host_callbacks):
             write(cache_key, compile_secs, module_name, backend, executable, *host_callbacks)
         else:
-            with contextlib.suppress(Exception):  # a full disk: it is compiled again
+            with contextlib.suppress(Exception):  # a full disk: the next start compiles again
                 put(cache_key, module_name, executable, backend, int(compile_secs))
 
     module: Any = compiler
     module._cache_write = write_here
 
 
-# What jax's private `_cache_write` takes, in every version that podlift supports.
+# The first parameters of jax's private `_cache_write`, in every version that podlift supports.
 _WRITES = ("cache_key", "compile_time_secs", "module_name", "backend", "executable")
 
 
@@ -106,11 +106,11 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _listen_on(address: str) -> None:
-    """Lets CPU collectives listen on one address.
+    """Makes gloo, for CPU collectives, listen on one address.
 
-    By default gloo listens on whatever the machine's host name resolves to: on many machines that
-    is a loopback address that no other host can reach, on others one that should not be open. jax
-    has no option for it; where its private function is gone, the default stays.
+    By default it listens on whatever the host name resolves to: on many machines a loopback address
+    that no other host can reach, on others an address that should not be open. jax has no option
+    for this; if its private function is missing, the default stays.
     """
     try:
         from jax._src.lib import _jax  # type: ignore[attr-defined]

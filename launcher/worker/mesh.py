@@ -1,4 +1,4 @@
-"""The mesh: the devices of the job on one axis, named "batch"."""
+"""The mesh: all devices of the job on one axis, "batch"."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from trainer.step.task import AXIS
 
 
 def build_mesh(lift: str, devices_per_process: int | None = None) -> Mesh:
-    """The devices of the job, in the order that suits a lift.
+    """A mesh of the job's devices, in the order that a lift needs.
 
     Args:
-        lift: as a config names it.
-        devices_per_process: how many devices of each process to use; all of them where None.
+        lift: `config.lift`.
+        devices_per_process: number of devices to use of each process; None for all of them.
 
     Raises:
-        UserError: jax finds no device of the kind that was asked for, or `order_devices` refuses
-            what it finds.
+        UserError: jax finds no device of the requested platform, or `order_devices` refuses the
+            devices.
     """
     try:
         devices = jax.devices()
@@ -37,20 +37,20 @@ def build_mesh(lift: str, devices_per_process: int | None = None) -> Mesh:
 
 
 def order_devices(devices: Sequence[Any], lift: str, per_process: int | None = None) -> list[Any]:
-    """Devices in the order in which a lift takes them. Nothing is asked of jax.
+    """Devices in the order that a lift needs. Needs no backend of jax.
 
-    `shard_map` takes them slice by slice, and within a slice as `mesh_utils` joins neighbours: a
-    ring on v5e:4x4, row by row on larger slices. That order goes in and out of a host's devices.
-    `pmap` accepts only an order in which each process's devices are side by side.
+    `shard_map` takes them slice by slice, and within a slice in the order of `mesh_utils`, where
+    neighbours are linked: a ring on v5e:4x4, row by row on larger slices. In that order a host's
+    devices are not contiguous. `pmap` accepts only orders in which they are.
 
     Args:
-        devices: as `jax.devices()` lists them; each needs `process_index`, and on a TPU also
-            `coords`, `core_on_chip` and, if there are several slices, `slice_index`.
-        lift: as a config names it.
-        per_process: use the first so many devices of each process; all of them where None.
+        devices: as in `jax.devices()`; each needs `process_index`, and on a TPU also `coords`,
+            `core_on_chip` and, if there are several slices, `slice_index`.
+        lift: `config.lift`.
+        per_process: number of devices to use of each process, the first ones; None for all.
 
     Raises:
-        UserError: processes hold different numbers of devices, or fewer than `per_process`.
+        UserError: processes have different numbers of devices, or fewer than `per_process`.
     """
     by_process = sorted(devices, key=lambda device: device.process_index)
     counts = Counter(device.process_index for device in by_process)
@@ -61,7 +61,7 @@ def order_devices(devices: Sequence[Any], lift: str, per_process: int | None = N
     ordered = _slice_by_slice(devices) if lift == "shard_map" else by_process
     if per_process is None:
         return ordered
-    # Left out only now: mesh_utils refuses devices whose coordinates do not fill a box.
+    # Filtered last: mesh_utils refuses devices whose coordinates do not fill a box.
     used = _first_of_each(by_process, per_process)
     return [device for device in ordered if device.id in used]
 
@@ -78,8 +78,7 @@ def _neighbours(devices: list[Any]) -> list[Any]:
     try:
         return list(mesh_utils.create_device_mesh((len(devices),), devices).flat)
     except AssertionError:
-        # A slice with a hole, or a v4 whose two cores are devices of their own. The order is for
-        # speed only, so any will do.
+        # A slice with a hole, or a v4 on which each core is a device. The order affects speed only.
         return devices
 
 

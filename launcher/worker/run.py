@@ -1,4 +1,4 @@
-"""One process of a run: in place, or as one of several under a launcher."""
+"""One process of a run: in place, or as a worker under a supervisor."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from trainer.errors import (
 )
 
 
-def run_here(plan: LaunchSpec) -> int:
-    """Trains in this process, alone; returns the exit code."""
-    workdir, local_dir = plan.workdir, plan.local_dir
+def run_here(spec: LaunchSpec) -> int:
+    """Trains in this process, the only one of the job; returns the exit code."""
+    workdir, local_dir = spec.workdir, spec.local_dir
     rank_log = RankLog(workdir, local_dir)
-    stop_requested = StopRequest(rank_log.last_words)
+    stop_requested = StopRequest(rank_log.write_from_handler)
     stop_requested.install()
     os.register_at_fork(after_in_child=reset_signals)
     _show_stacks()
@@ -60,14 +60,14 @@ def run_here(plan: LaunchSpec) -> int:
         logging.getLogger(name).addHandler(rank_log)
 
     def train() -> None:
-        os.environ.update(plan.workers[0].environ)
+        os.environ.update(spec.workers[0].environ)
         _train(
-            plan.settings.config,
+            spec.settings.config,
             workdir,
-            plan.local_base,
+            spec.local_base,
             stop_requested,
-            plan.profile,
-            smoke=plan.smoke,
+            spec.profile,
+            smoke=spec.smoke,
         )
 
     outcome = _outcome_of(train, rank=0)
@@ -76,17 +76,17 @@ def run_here(plan: LaunchSpec) -> int:
             path = str(rank_log.open())
         except (OSError, UserError) as error:
             path = f"cannot be written ({error})"
-        in_memory = plan.settings.fast_every_secs > 0
-        hint = how_to_resume(workdir, smoke=plan.smoke, in_memory=in_memory)
-        _report(f"{outcome.trace}error: {outcome.message}\n  full log: {path}\n  {hint}")
+        in_memory = spec.settings.fast_every_secs > 0
+        hint = how_to_resume(workdir, smoke=spec.smoke, in_memory=in_memory)
+        _log_error(f"{outcome.trace}error: {outcome.message}\n  full log: {path}\n  {hint}")
         with contextlib.suppress(OSError):
             write_failure(local_dir, outcome, rank=0, log=path, attempt=rank_log.attempt)
         return outcome.exit_code
     if outcome.exit_code == exit_codes.USAGE:
-        _report(f"error: {outcome.message}")
+        _log_error(f"error: {outcome.message}")
         return outcome.exit_code
     if outcome.message:
-        _report(f"{outcome.message}\n  {how_to_resume(workdir, smoke=plan.smoke)}")
+        _log_error(f"{outcome.message}\n  {how_to_resume(workdir, smoke=spec.smoke)}")
     with contextlib.suppress(OSError):
         clear_failure(local_dir)
     return outcome.exit_code
@@ -95,19 +95,19 @@ def run_here(plan: LaunchSpec) -> int:
 def main() -> None:
     """The entry point of a worker under a launcher; see `launcher.processes.assignment`.
 
-    What went wrong is told to the launcher, which decides whose failure is the story; nothing of
-    it is printed here.
+    The outcome goes to the launcher, which decides on the root cause. Nothing is printed here.
     """
-    me = os.getpid()
+    pid = os.getpid()
     stop_requested = StopRequest()
     stop_requested.install()
     os.register_at_fork(after_in_child=reset_signals)
     _show_stacks()
-    # The launcher holds these back until here, so that none of them finds its default.
+    # The launcher has blocked these, so that none of them arrives before its handler is set.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, STACKS_SIGNAL})
-    assigned, page_file, report_file = (int(text) for text in sys.argv[1].split(","))
+    assigned, page_file, outcome_file = (int(text) for text in sys.argv[1].split(","))
     assignment = Assignment.read(assigned)
     page = ProgressPage(page_file)
+    has_peers = assignment.coordinator is not None
     _die_with(assignment.parent)
     open_terminal()
     if "" not in sys.path:
@@ -118,34 +118,25 @@ def main() -> None:
 
         page.write(0, "start")
         join(assignment)
-        several = assignment.coordinator is not None
-        if several:
+        if has_peers:
             forward_to_jax(stop_requested)
-        config = config_from_json(assignment.config)
-        asked = SyncPoint() if several else stop_requested
-        stop = with_progress(asked, page.write)
         _train(
-            config,
+            config_from_json(assignment.config),
             assignment.workdir,
             assignment.local_dir,
-            stop,
+            with_progress(SyncPoint() if has_peers else stop_requested, page.write),
             assignment.profile,
             smoke=assignment.smoke,
         )
 
-    outcome = _outcome_of(
-        train,
-        assignment.rank,
-        lambda: page.read().step,
-        has_peers=assignment.coordinator is not None,
-    )
-    if os.getpid() != me:  # a fork of user code that was not kept from coming back here
+    outcome = _outcome_of(train, assignment.rank, lambda: page.read().step, has_peers=has_peers)
+    if os.getpid() != pid:  # a forked child of user code that returned instead of exiting
         os._exit(1)
-    with os.fdopen(report_file, "wb", closefd=True) as report:
-        report.write(outcome.to_line())
+    with os.fdopen(outcome_file, "wb", closefd=True) as pipe:
+        pipe.write(outcome.to_line())
     if outcome.is_failure:
-        # Peers fail as soon as this process lets go of its connections, and what they say must not
-        # come before what it has said. The launcher ends them all.
+        # Peers fail as soon as this process closes its connections, and their outcomes must not
+        # arrive before this one. The launcher kills all of them first.
         time.sleep(5)
         os._exit(outcome.exit_code)
     with contextlib.suppress(Exception):
@@ -170,9 +161,9 @@ def _train(
     mesh = build_mesh(config.get("lift", "pmap"), config.get("devices_per_process"))
     exchange.use_where_it_pays()
     if smoke:
-        from trainer.run.smoke import smoke as try_once
+        from trainer.run.smoke import smoke as run_smoke_test
 
-        try_once(config, workdir, mesh, stop_requested=stop_requested, local_dir=local_dir)
+        run_smoke_test(config, workdir, mesh, stop_requested=stop_requested, local_dir=local_dir)
         return
     from trainer.run.train import train
 
@@ -193,7 +184,7 @@ def _outcome_of(
     *,
     has_peers: bool = False,
 ) -> Outcome:
-    """Runs a training; whatever it raises becomes an outcome."""
+    """Runs `train`, and turns whatever it raises into an outcome."""
     try:
         train()
     except UserError as error:
@@ -203,7 +194,7 @@ def _outcome_of(
     except NonFiniteLoss as error:
         hint = (
             "look at the data of that step, lower config.optimizer.learning_rate (on the same run "
-            "with --config.checkpoint.allow=optimizer), or leave such updates out with "
+            "with --config.checkpoint.allow=optimizer), or skip such updates with "
             "--config.nan=skip"
         )
         return Outcome(exit_codes.FAILED, f"{error}\n  HINT: {hint}", step=error.step)
@@ -218,20 +209,20 @@ def _outcome_of(
         except Exception:
             text = trace.splitlines()[-1]
         message = f"{type(error).__name__} on rank {rank}: {text}"
-        # A network error of the operating system is one of the user's code: jax has its own types.
+        # An OSError is from the user's code: jax has its own types for a lost peer.
         lost_peer = has_peers and not isinstance(error, OSError) and is_lost_peer_error(text)
         return Outcome(exit_codes.FAILED, message, trace, step(), lost_peer)
     return Outcome(exit_codes.DONE)
 
 
 def _show_stacks() -> None:
-    """To stderr: of a crash in native code, and of all threads whenever that is asked for."""
+    """Writes stacks to stderr: after a crash in native code, and of all threads on request."""
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
 
 
 def _die_with(parent: int) -> None:
-    """Ends this process when its launcher is gone, however that ended."""
+    """Ends this process when its launcher is gone, also after SIGKILL."""
     if sys.platform == "linux":
         import ctypes
 
@@ -247,5 +238,5 @@ def _die_with(parent: int) -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def _report(text: str) -> None:
+def _log_error(text: str) -> None:
     logging.getLogger("podlift").error("%s", text)

@@ -360,9 +360,10 @@ def test_the_installed_command_finds_packages_in_the_current_folder(tmp_path):
     assert list((tmp_path / "runs").iterdir())
 
 
-def test_the_hint_after_a_failure_knows_of_copies_in_memory(tmp_path):
+def test_the_hint_after_a_failure_knows_of_in_memory_checkpoints(tmp_path):
     assert "starts at step 0; config.checkpoint.every_steps" in how_to_resume(str(tmp_path))
-    assert "from a copy in memory if one was made" in how_to_resume(str(tmp_path), in_memory=True)
+    in_memory = how_to_resume(str(tmp_path), in_memory=True)
+    assert "from an in-memory checkpoint if one was saved" in in_memory
     (tmp_path / "checkpoints" / "20").mkdir(parents=True)
-    hint = f"HINT: the same command with --workdir={tmp_path} goes on from step 20"
+    hint = f"HINT: the same command with --workdir={tmp_path} resumes from step 20"
     assert how_to_resume(str(tmp_path)) == how_to_resume(str(tmp_path), in_memory=True) == hint

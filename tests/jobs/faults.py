@@ -1,4 +1,4 @@
-"""Data that makes one rank fail at one step: named by configs of the tests."""
+"""Data that makes one rank fail at one step, for the configs of the tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.data.stream import ArraySource
 
 
 class Faulty:
-    """A source whose n-th batch on one rank does not come as it should."""
+    """A source that fails at the n-th batch of one rank."""
 
     def __init__(self, arrays, kind, rank, at_step, once, delay):
         self._source = ArraySource(arrays)
@@ -28,7 +28,7 @@ class Faulty:
         return len(self._source)
 
     def __getitem__(self, indices):
-        if len(indices.ravel()) > 1:  # one is asked for to see the shapes
+        if len(indices.ravel()) > 1:  # a single example is read for its shapes
             time.sleep(self._delay)
             self._batches += 1
             if self._batches == self._at_step and jax.process_index() == self._rank:

@@ -1,4 +1,4 @@
-"""Trains with a mesh in which the devices of two processes take turns, and with no launcher.
+"""Trains without a launcher, on a mesh in which the devices of two processes alternate.
 
 python interleaved.py PORT RANK WORKDIR
 """

@@ -1,4 +1,4 @@
-"""The digits from a source that is slow on one rank: named by configs of the tests."""
+"""The digits from a source that is slow on one rank, for the configs of the tests."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Slow(ArraySource):
         self._seconds = seconds if jax.process_index() == rank else 0.0
 
     def __getitem__(self, indices):
-        if indices.size > 1:  # one is asked for to see the shapes
+        if indices.size > 1:  # a single example is read for its shapes
             time.sleep(self._seconds)
         return super().__getitem__(indices)
 
 
 def digits(rank=1, seconds=0.05):
-    """The digits; each training batch takes so much longer on that rank."""
+    """The digits; each training batch takes `seconds` longer on one rank."""
     sources = load()
     return {"train": Slow(sources["train"], rank, seconds), "eval": sources["eval"]}

@@ -47,7 +47,7 @@ def mpi(cache_dir, tmp_path):
     return start
 
 
-def test_stopped_and_gone_on_with_the_same_curve(mpi, launch, tmp_path):
+def test_stopped_and_resumed_with_the_same_curve(mpi, launch, tmp_path):
     workdir = tmp_path / "run"
     first = mpi(f"--workdir={workdir}", *STEPS)
     wait_for_line(log_of(workdir, 0), "step 20/")

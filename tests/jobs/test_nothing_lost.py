@@ -1,4 +1,4 @@
-"""Kills, full disks, other machines, other jobs: nothing is lost, and it is said what was done."""
+"""Kills, full disks, other machines and jobs: nothing is lost, and messages say what happened."""
 
 from __future__ import annotations
 
@@ -44,38 +44,40 @@ def why_no_tmpfs():
 
 @pytest.fixture
 def memory(tmp_path):
-    """Where the copies of a run are, and the flag that says so."""
+    """The folder of a run's in-memory checkpoints, and the flag that sets it."""
     folder = tmp_path / "memory"
     folder.mkdir()
 
-    def copies_of(workdir):
+    def folder_of(workdir):
         return folder / f"podlift-{os.getuid()}" / digest_of(workdir)
 
-    copies_of.flag = f"--config.checkpoint.fast_dir={folder}"
-    return copies_of
+    folder_of.flag = f"--config.checkpoint.fast_dir={folder}"
+    return folder_of
 
 
-def wait_for_copies(folder, count=2):
+def wait_for_in_memory(folder, count=2):
     deadline = time.monotonic() + 60
     while len(list(folder.glob("*/manifest.json"))) < count:
-        assert time.monotonic() < deadline, f"no copies in {folder}"
+        assert time.monotonic() < deadline, f"no in-memory checkpoints in {folder}"
         time.sleep(0.02)
 
 
-def kill_with_copies(begin, workdir, memory):
-    """Leaves a run of two processes with both copies of its state, and no checkpoint."""
+def kill_with_in_memory(begin, workdir, memory):
+    """Leaves a run of two processes with both in-memory checkpoints, and none on disk."""
     process = begin(workdir, *TWO, *FAST, memory.flag, until=None)
-    wait_for_copies(memory(workdir))
+    wait_for_in_memory(memory(workdir))
     process.kill()
     process.communicate(timeout=30)
 
 
 @pytest.mark.parametrize("layout", [wide([]), TWO], ids=["1x4", "2x2"])
-def test_a_kill_goes_on_from_the_copy_in_memory(begin, run, alone, tmp_path, memory, layout):
+def test_a_killed_run_resumes_from_the_in_memory_checkpoint(
+    begin, run, alone, tmp_path, memory, layout
+):
     layout = layout or ["--fake_devices=4"]
     workdir = tmp_path / "run"
     process = begin(workdir, *layout, *FAST, memory.flag, "--config.num_steps=40", until=None)
-    wait_for_copies(memory(workdir))
+    wait_for_in_memory(memory(workdir))
     if len(layout) > 1:
         os.kill(worker_of(workdir, 1), signal.SIGKILL)
     else:
@@ -93,9 +95,9 @@ def test_a_kill_goes_on_from_the_copy_in_memory(begin, run, alone, tmp_path, mem
 
 
 @pytest.mark.slow
-def test_a_damaged_copy_gives_way_to_the_one_before(begin, run, tmp_path, memory):
+def test_a_damaged_in_memory_checkpoint_gives_way_to_the_one_before(begin, run, tmp_path, memory):
     workdir = tmp_path / "run"
-    kill_with_copies(begin, workdir, memory)
+    kill_with_in_memory(begin, workdir, memory)
     steps = {}
     for slot in memory(workdir).glob("*/manifest.json"):
         steps[json.loads(slot.read_text())["body"]["step"]] = slot.parent
@@ -115,9 +117,9 @@ def test_a_damaged_copy_gives_way_to_the_one_before(begin, run, tmp_path, memory
 
 
 @pytest.mark.slow
-def test_copies_of_a_run_that_was_removed_are_not_taken(begin, run, tmp_path, memory):
+def test_in_memory_checkpoints_of_a_removed_run_are_not_restored(begin, run, tmp_path, memory):
     workdir = tmp_path / "run"
-    kill_with_copies(begin, workdir, memory)
+    kill_with_in_memory(begin, workdir, memory)
     workdir.rename(tmp_path / "moved")
     code, out, err = run(workdir, *TWO, *FAST, memory.flag)
     assert code == 0, err
@@ -126,7 +128,7 @@ def test_copies_of_a_run_that_was_removed_are_not_taken(begin, run, tmp_path, me
 
 @pytest.fixture
 def two_memories(tmp_path):
-    """The memory of two hosts, and where each of them finds its own."""
+    """The memory of two hosts, and the path at which each host has its own."""
     places = [tmp_path / "memory-of-0", tmp_path / "memory-of-1", tmp_path / "memory"]
     for place in places:
         place.mkdir()
@@ -139,8 +141,10 @@ def two_memories(tmp_path):
 
 @pytest.mark.slow
 @skip_here(why_no_tmpfs())
-def test_the_copy_of_one_surviving_host_is_enough(cache_dir, tmp_path, two_memories):
-    """Rank 0's host comes back with nothing in its memory, rank 1's with all."""
+def test_the_in_memory_checkpoint_of_one_surviving_host_is_enough(
+    cache_dir, tmp_path, two_memories
+):
+    """Rank 0's host restarts with an empty memory, rank 1's with its checkpoints."""
     *of_hosts, here = two_memories
     workdir = tmp_path / "run"
 
@@ -177,7 +181,7 @@ def test_the_copy_of_one_surviving_host_is_enough(cache_dir, tmp_path, two_memor
     processes = start_both("--config.num_steps=2000")
     try:
         for of_host in of_hosts:
-            wait_for_copies(of_host / f"podlift-{os.getuid()}" / digest_of(workdir))
+            wait_for_in_memory(of_host / f"podlift-{os.getuid()}" / digest_of(workdir))
     finally:
         for process in processes:
             process.kill()
@@ -202,7 +206,7 @@ def stopped(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
-def test_any_layout_goes_on_with_the_same_losses(run, tmp_path, stopped, layout):
+def test_any_layout_resumes_with_the_same_losses(run, tmp_path, stopped, layout):
     every = ["--config.log_every_steps=1"]
     if not stopped["whole"].exists():
         assert run(stopped["stopped"], *TWO, *every, "--config.stop_at_step=20")[0] == 0
@@ -260,7 +264,7 @@ def small_disk(tmp_path):
 
 
 def fill(disk):
-    """Takes all that is left of a disk; returns the file that does."""
+    """Fills a disk; returns the file that does."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file:
         try:
@@ -307,7 +311,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_good_checkpoint(
     assert (workdir / "checkpoints" / told[1] / "manifest.json").exists()
 
 
-def test_a_second_job_is_told_who_has_the_folder(begin, run, tmp_path):
+def test_a_second_job_is_told_who_owns_the_folder(begin, run, tmp_path):
     begin(tmp_path / "run", *TWO)
     same = ["--config.num_steps=2000", "--config.data.delay=0.02"]
     code, _, err = run(tmp_path / "run", *TWO, *same)

@@ -1,4 +1,4 @@
-"""A launcher a rank, as on a cluster: they meet before jax starts, and end together."""
+"""One launcher a rank, as on a cluster: a rendezvous before jax starts, and a common end."""
 
 from __future__ import annotations
 
@@ -39,6 +39,20 @@ def begin(start, port, tmp_path):
     return begin_rank
 
 
+def wait_until_it_listens(port, seconds=60):
+    """Waits until a launcher listens on 127.0.0.1."""
+    deadline = time.monotonic() + seconds
+    while not is_listening(port):
+        assert time.monotonic() < deadline, f"nothing listens on port {port}"
+        time.sleep(0.02)
+
+
+def is_listening(port):
+    with open("/proc/net/tcp") as table:
+        listening = [line.split()[1] for line in table if line.split()[3] == "0A"]
+    return f"0100007F:{port:04X}" in listening
+
+
 SLOW = ["--config.num_steps=2000", "--config.data.delay=0.02"]
 
 
@@ -49,7 +63,7 @@ def test_two_launchers_train_one_model(begin, tmp_path):
     assert log_of(tmp_path / "run", 1).exists()
 
 
-def test_all_launchers_tell_the_same_story(begin, tmp_path):
+def test_all_launchers_report_the_same_root_cause(begin, tmp_path):
     first, second = ends(begin(0, "--config.data.kind=raise"), begin(1, "--config.data.kind=raise"))
     for code, _, err in (first, second):
         assert code == 1
@@ -85,7 +99,7 @@ def test_a_silent_launcher_is_given_up(begin, tmp_path):
     ((code, _, err),) = ends(launchers[0], timeout=20)
     assert code == 42
     assert "lost rank 1 on" in err
-    assert "no sign of life" in err
+    assert "no heartbeat" in err
 
 
 @pytest.mark.slow
@@ -98,7 +112,7 @@ def test_the_rank_that_holds_up_the_others_is_named_across_launchers(begin):
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_all_with_one_story(begin, tmp_path):
+def test_a_second_ctrl_c_ends_all_with_one_root_cause(begin, tmp_path):
     launchers = [begin(0, *SLOW), begin(1, *SLOW)]
     wait_for_line(log_of(tmp_path / "run", 0), "step 10/")
     launchers[1].send_signal(signal.SIGINT)
@@ -110,13 +124,13 @@ def test_a_second_ctrl_c_ends_all_with_one_story(begin, tmp_path):
     assert "SIGKILL" not in first[2]
 
 
-def test_all_hear_that_rank_0_was_stopped_before_all_were_there(begin):
+def test_all_report_that_rank_0_was_stopped_before_all_had_joined(begin):
     launchers = [begin(0, size=3), begin(1, size=3)]
     time.sleep(1.5)
     launchers[0].terminate()
     for code, _, err in ends(*launchers, timeout=20):
         assert code == 42
-        assert "before all ranks were there" in err
+        assert "before all ranks had joined" in err
 
 
 def test_a_request_to_one_launcher_stops_all(begin, tmp_path):
@@ -133,31 +147,31 @@ def test_a_request_to_one_launcher_stops_all(begin, tmp_path):
 def test_a_missing_rank_is_named(begin, rank):
     ((code, out, err),) = ends(begin(rank, "--rendezvous_timeout_secs=1.5", size=3))
     assert code == 42, out + err
-    expected = "ranks 1, 2 of 3 did not come within" if rank == 0 else "rank 0 does not answer at"
+    expected = "ranks 1, 2 of 3 did not join within" if rank == 0 else "rank 0 has not answered at"
     assert f"error: {expected}" in err
     assert "HINT" in err
 
 
-def test_asked_to_stop_while_waiting_for_the_others(begin):
+def test_asked_to_stop_while_waiting_for_the_others(begin, port):
     launcher = begin(0)
-    time.sleep(1)
+    wait_until_it_listens(port)
     launcher.send_signal(signal.SIGTERM)
     ((code, _, err),) = ends(launcher, timeout=10)
     assert code == 42
-    assert "before all ranks were there" in err
+    assert "before all ranks had joined" in err
 
 
 CONTRADICTIONS = [
-    ((0, [], {"size": 2}), (1, [], {"size": 3}), "was told of 3 processes"),
-    ((0, [], {"size": 3}), (0, [], {"size": 3}), "where the ranks are to meet, is taken"),
+    ((0, [], {"size": 2}), (1, [], {"size": 3}), "expects 3 processes"),
+    ((0, [], {"size": 3}), (0, [], {"size": 3}), "for the rendezvous of the ranks, is taken"),
     ((0, [], {}), (1, ["--config.seed=1"], {}), "has config.seed 1, rank 0 on"),
 ]
 
 
 @pytest.mark.parametrize(("one", "other", "text"), CONTRADICTIONS)
-def test_contradictions_are_named_and_not_run(begin, tmp_path, one, other, text):
+def test_contradictions_are_named_and_not_run(begin, port, tmp_path, one, other, text):
     first = begin(one[0], *one[1], **one[2])
-    time.sleep(1.0)
+    wait_until_it_listens(port)
     second = begin(other[0], *other[1], **other[2])
     ((code, _, err),) = ends(second)
     assert code == 2, err
@@ -170,9 +184,9 @@ def test_contradictions_are_named_and_not_run(begin, tmp_path, one, other, text)
 
 @pytest.mark.wide
 def test_two_jobs_on_one_port(begin, start, port, tmp_path):
-    """The stranger is sent away, and the job whose port it is goes on waiting."""
+    """The launcher of the other job is refused, and the job that owns the port waits on."""
     first = begin_in_slurm(start, port, tmp_path, job=7, rank=0)
-    time.sleep(1.0)
+    wait_until_it_listens(port)
     ((code, _, err),) = ends(begin_in_slurm(start, port, tmp_path, job=8, rank=1))
     assert code == 2
     assert "belongs to another job (slurm 8.0)" in err
@@ -183,7 +197,7 @@ def test_two_jobs_on_one_port(begin, start, port, tmp_path):
 
 
 def begin_in_slurm(start, port, tmp_path, *, job, rank):
-    """A task of a job of two, as its variables tell it."""
+    """A task of a SLURM job of two."""
     environ = {**SLURM, "SLURM_JOB_ID": str(job), "SLURM_PROCID": str(rank)}
     environ |= {"SLURM_NODEID": str(rank), "PODLIFT_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
     return start(
@@ -191,13 +205,13 @@ def begin_in_slurm(start, port, tmp_path, *, job, rank):
     )
 
 
-def test_a_rank_that_comes_twice(begin):
+def test_a_rank_that_joins_twice(begin):
     launchers = [begin(0, size=3), begin(1, size=3)]
     time.sleep(1.0)
     launchers.append(begin(1, size=3))
     for code, _, err in ends(*launchers):
         assert code == 2, err
-        assert "rank 1 is there twice" in err
+        assert "rank 1 joined twice" in err
 
 
 @pytest.mark.slow
@@ -224,10 +238,10 @@ def test_a_workdir_that_is_not_shared(begin, tmp_path, launch):
 
 
 @pytest.mark.slow
-def test_what_is_no_launcher_is_sent_away(begin, port):
-    """Anyone may connect to the port; nothing they send is more than data."""
+def test_a_client_that_is_no_launcher_is_refused(begin, port):
+    """Anyone may connect to the port; what they send is only data."""
     launcher = begin(0)
-    time.sleep(1.0)
+    wait_until_it_listens(port)
     for garbage in (
         b"GET / HTTP/1.0\r\n\r\n",
         b'{"kind": "bye"}\n',
@@ -235,19 +249,16 @@ def test_what_is_no_launcher_is_sent_away(begin, port):
         b"\xff\xfe\n",
         b"{}\n",
     ):
-        with socket.create_connection(("127.0.0.1", port)) as stranger:
-            stranger.settimeout(5)
-            stranger.sendall(garbage)
-            assert stranger.recv(1000) == b""
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.settimeout(5)
+            client.sendall(garbage)
+            assert client.recv(1000) == b""
     ((code, out, err), (other, _, _)) = ends(launcher, begin(1))
     assert (code, other) == (0, 0), out + err
 
 
 def test_the_port_is_open_to_this_machine_only(begin, port):
     launcher = begin(0)
-    time.sleep(1.0)
-    with open("/proc/net/tcp") as table:
-        listening = [line.split()[1] for line in table if line.split()[3] == "0A"]
-    assert f"0100007F:{port:04X}" in listening
+    wait_until_it_listens(port)
     launcher.terminate()
     ends(launcher)

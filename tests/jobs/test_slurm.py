@@ -70,22 +70,22 @@ def test_preempted_requeued_and_finished_with_the_same_curve(slurm, submit, laun
 
 
 @pytest.mark.parametrize(
-    ("tasks", "arguments", "code", "told"),
+    ("tasks", "arguments", "code", "printed"),
     [
         (2, [DIGITS, "--config.model.target=a.b:c"], 2, "there is no module 'a'"),
         # A crash in native code, with no launcher to say so.
         (1, [CONFIG, "--config.data.kind=abort", "--config.data.rank=0"], 1, "Segmentation fault"),
     ],
 )
-def test_what_the_program_gets_wrong_is_not_requeued(slurm, submit, tasks, arguments, code, told):
+def test_a_failure_of_the_program_is_not_requeued(slurm, submit, tasks, arguments, code, printed):
     job = submit([f"-N{tasks}", f"-n{tasks}"], *arguments, "--fake_devices=1")
     slurm.wait_for(lambda: slurm.state(job)["JobState"] == "FAILED", 60)
     assert slurm.state(job)["ExitCode"] == f"{code}:0"
     assert slurm.state(job)["Restarts"] == "0"
-    assert told in (slurm.folder / f"slurm-{job}.out").read_text()
+    assert printed in (slurm.folder / f"slurm-{job}.out").read_text()
 
 
-def test_a_killed_task_is_requeued_and_goes_on(slurm, submit):
+def test_a_killed_task_is_requeued_and_resumes(slurm, submit):
     steps = ["--config.num_steps=120", "--config.checkpoint.every_steps=20"]
     job = submit(["-N2", "-n2"], DIGITS, "--fake_devices=1", *steps, "--config.log_every_steps=10")
     workdir = slurm.folder / f"runs/slurm-{job}"
@@ -99,7 +99,7 @@ def test_a_killed_task_is_requeued_and_goes_on(slurm, submit):
     assert "restored step" in output
 
 
-def test_a_batch_shell_without_srun_is_told_so(slurm):
+def test_a_batch_shell_without_srun_gets_a_hint(slurm):
     command = f"{sys.executable} -m launcher {DIGITS} --workdir=x"
     job = slurm.run(
         "sbatch",

@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces with addresses of their own, and a link that can be cut."""
+"""Two hosts: network namespaces with their own addresses, and a cable that can be cut."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_one_job_on_two_hosts(begin):
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_cut_link_ends_the_job_with_a_clear_report(begin, hosts, tmp_path, side):
+def test_a_cut_cable_ends_the_job_with_a_clear_report(begin, hosts, tmp_path, side):
     slow = ["--config.num_steps=2000", "--config.data.delay=0.02"]
     processes = [begin(0, *slow), begin(1, *slow)]
     wait_for_line(log_of(tmp_path / "run", 0), "step 10/")
@@ -103,6 +103,6 @@ def test_a_cut_link_ends_the_job_with_a_clear_report(begin, hosts, tmp_path, sid
         _, err = process.communicate(timeout=30)
         assert process.returncode == 42, err
         assert f"error: {lost}" in err
-        assert "no sign of life for" in err
+        assert "no heartbeat for" in err
     assert time.monotonic() - cut < 3 + AT_ONCE
     assert processes_of(tmp_path / "run") == []

@@ -1,0 +1,160 @@
+"""A rank that fails on one machine: one root cause, nothing left behind, and restarts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from job_helpers import (
+    AT_ONCE,
+    TWO,
+    alone,
+    assert_same_state,
+    begin,
+    log_of,
+    processes_of,
+    reference,
+    rows_of,
+    run,
+    worker_of,
+)
+
+__all__ = ["alone", "begin", "run"]  # fixtures
+
+slow = pytest.mark.slow
+
+
+def test_a_killed_rank_ends_the_job_at_once(begin, tmp_path):
+    workdir = tmp_path / "run"
+    process = begin(workdir, *TWO)
+    os.kill(worker_of(workdir, 1), signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 42, err
+    assert time.monotonic() - killed < AT_ONCE
+    assert err.startswith("error: rank 1 was killed by SIGKILL around step "), err
+    assert "out of memory?" in err
+    assert f"full log: {log_of(workdir, 1)}" in err
+    assert "rank 0" not in err.replace("rank-0", "")
+    failure = json.loads((workdir / "failure.json").read_text())
+    assert failure["rank"] == 1
+    assert failure["exit_code"] == 42
+    assert processes_of(workdir) == []
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=slow), 1])
+def test_the_rank_that_raised_is_the_root_cause(run, tmp_path, rank):
+    workdir = tmp_path / "run"
+    code, _, err = run(workdir, *TWO, "--config.data.kind=raise", f"--config.data.rank={rank}")
+    assert code == 1
+    assert err.count("Traceback") == 1
+    assert "ValueError: a fault of the user's code" in err
+    assert f"error: ValueError on rank {rank}: a fault of the user's code" in err
+    assert "gloo" not in err.lower(), "a consequence for another rank is no root cause"
+    assert "Traceback" in log_of(workdir, rank).read_text()
+    assert json.loads((workdir / "failure.json").read_text())["rank"] == rank
+
+
+@pytest.mark.slow
+def test_the_children_of_a_rank_end_with_it(begin, tmp_path):
+    """Also what left its session."""
+    notes = tmp_path / "children"
+    arguments = ["--config.data.kind=children", "--config.data.at_step=3"]
+    process = begin(tmp_path / "run", *TWO, *arguments, environ={"CHILDREN": str(notes)})
+    os.kill(worker_of(tmp_path / "run", 0), signal.SIGKILL)
+    process.communicate(timeout=20)
+    for pid in notes.read_text().split():
+        assert not os.path.exists(f"/proc/{pid}")
+
+
+@pytest.mark.slow
+def test_a_rank_that_exits_without_an_outcome(run, tmp_path):
+    code, _, err = run(tmp_path / "run", *TWO, "--config.data.kind=exit")
+    assert code == 1
+    assert err.startswith("error: rank 1 exited with code 3 and no error message, around step 4")
+
+
+@pytest.mark.slow
+def test_a_crash_of_native_code(run, tmp_path):
+    code, _, err = run(tmp_path / "run", *TWO, "--config.data.kind=abort")
+    assert code == 1
+    assert err.startswith("error: rank 1 was killed by SIGSEGV around step 4")
+
+
+def test_a_stalled_rank_is_found_with_all_stacks(run, tmp_path):
+    workdir = tmp_path / "run"
+    code, _, err = run(
+        workdir, *TWO, "--config.data.kind=stall", "--hang_timeout_secs=3", "--max_restarts=0"
+    )
+    assert code == 42
+    assert "error: rank 1 has made no progress for 3 s, at step 4 (wait)" in err
+    assert "in _fail" in log_of(workdir, 1).read_text()
+    assert "most recent call first" in log_of(workdir, 0).read_text()
+    assert processes_of(workdir) == []
+
+
+@pytest.mark.slow
+def test_a_suspended_rank_is_found(begin, tmp_path):
+    process = begin(tmp_path / "run", *TWO, "--hang_timeout_secs=2")
+    os.kill(worker_of(tmp_path / "run", 0), signal.SIGSTOP)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 42
+    assert "rank 0 has made no progress" in err
+    assert "is suspended (SIGSTOP)" in err
+    assert processes_of(tmp_path / "run") == []
+
+
+def test_workers_do_not_outlive_their_launcher(begin, tmp_path):
+    process = begin(tmp_path / "run", *TWO)
+    workers = [worker_of(tmp_path / "run", rank) for rank in (0, 1)]
+    process.kill()
+    process.communicate(timeout=20)
+    deadline = time.monotonic() + 5
+    while any(pid in processes_of(tmp_path / "run") for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_restarted_run_is_one_run(run, alone, tmp_path):
+    workdir = tmp_path / "run"
+    fault = ["--config.data.kind=kill", "--config.data.at_step=25", "--config.data.delay=0.05"]
+    once = f"--config.data.once={tmp_path}/once"
+    code, out, err = run(workdir, *TWO, *fault, once, "--max_restarts=2")
+    assert code == 0, out + err
+    assert "rank 1 was killed by SIGKILL" in err
+    assert "HINT" not in err  # nobody has to do anything
+    assert "restart 1 of 2\n" in out
+    assert "restored step 20" in out
+    expected = reference(alone, run, "--fake_devices=4", "--config.num_steps=40")
+    assert_same_state(workdir, expected, atol=1e-6)
+    steps = [row["step"] for row in rows_of(workdir) if "train/loss" in row]
+    assert steps == [10, 20, 30, 40]
+    assert log_of(workdir, 1, attempt=2).exists()
+    assert not (workdir / "failure.json").exists()
+
+
+@pytest.mark.slow
+def test_a_failure_that_repeats_at_the_same_step_is_not_retried(run, tmp_path):
+    code, out, err = run(tmp_path / "run", *TWO, "--config.data.kind=raise", "--max_restarts=5")
+    assert code == 1
+    assert err.count("Traceback") == 2
+    assert "failed twice at step 4" in out
+
+
+@pytest.mark.slow
+def test_retries_end_with_the_code_of_the_last_event(run, tmp_path):
+    code, out, err = run(tmp_path / "run", *TWO, "--config.data.kind=kill", "--max_restarts=1")
+    assert code == 42, out + err
+    assert "no restart left" in out
+
+
+@pytest.mark.slow
+def test_one_supervised_process_is_restarted_too(run, tmp_path):
+    fault = ["--config.data.kind=kill", "--config.data.rank=0", "--config.data.at_step=18"]
+    once = [f"--config.data.once={tmp_path}/once", "--config.data.delay=0.05"]
+    code, out, err = run(tmp_path / "run", "--fake_devices=2", *fault, *once, "--max_restarts=1")
+    assert code == 0, out + err
+    assert "restored step 10" in out
