@@ -1,31 +1,29 @@
-"""What a mean over the axis costs on CPU, in several forms: an experiment.
+"""The cost of a mean over the batch axis on CPU, computed in four ways: an experiment.
 
     python benchmarks/collectives.py [--out=FILE.json]
 
-Between processes jax's collectives on CPU go by gloo, within one they do not. Microseconds of one
-of ten, each of which needs the one before it, as those of BatchNorm do:
+On CPU, jax's collectives use gloo between processes, but not within one. The figures are
+microseconds per collective, in a chain of ten that each depend on the one before, as those of
+BatchNorm do:
 
-    psum       what `lax.pmean` is without `launcher/worker/exchange.py`
-    exchange   a sum with the partner at distance 1, 2, 4, ... by `lax.ppermute`, for powers of two.
-               Devices may round differently: see there
-    gather     `lax.all_gather`, and a sum on each device
-    all-to-all each sends its values to each, by `lax.all_to_all`, and a sum on each device
+    psum       `lax.pmean`, as it is without `launcher/worker/exchange.py`
+    exchange   sums with the partner at distance 1, 2, 4, ... by `lax.ppermute`, for powers of two;
+               devices may round differently, see `exchange.py`
+    gather     `lax.all_gather`, then a sum on each device
+    all-to-all `lax.all_to_all` of the values to every device, then a sum on each device
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-from layouts import join, run_layout, tell
+from frame import parser_of, recording
+from layouts import parse, report, run_layout
 
 LAYOUTS = [(1, 2), (1, 8), (2, 1), (2, 2), (2, 4)]
-SIZES = (1, 128, 1024, 80_000, 300_000)  # floats; 1024 are BatchNorm's of 512 features
+SIZES = (1, 128, 1024, 80_000, 300_000)  # floats; BatchNorm of 512 features reduces 1024
 CHAIN = 10
 FORMS = ("psum", "exchange", "gather", "all-to-all")
 
@@ -77,36 +75,25 @@ def worker(settings: dict[str, Any]) -> None:
             jax.block_until_ready(x)
             began = time.perf_counter()
             jax.block_until_ready(call(x))
-            if number >= 2:  # not those that compile and connect
+            if number >= 2:  # the first two compile and connect
                 seconds[size, name].append(time.perf_counter() - began)
     micros = {key: 1e6 * statistics.median(found) / CHAIN for key, found in seconds.items()}
-    tell(settings, [[size, name, value] for (size, name), value in micros.items()])
+    report(settings, [[size, name, value] for (size, name), value in micros.items()])
 
 
 def main() -> None:
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--out")
-    options = parser.parse_args()
-    if options.worker:
-        settings = json.loads(options.worker)
-        join(settings, exchanges=False)
-        return worker(settings)
-    record: dict[str, Any] = {"cores": os.cpu_count(), "load at the start": os.getloadavg()[0]}
-    rows = record["rows"] = []
-    for processes, devices in LAYOUTS:
-        found = run_layout(__file__, processes, devices, {"rounds": options.rounds})
-        for size in SIZES:
-            row = {"processes": processes, "devices of each": devices, "floats": size}
-            row |= {name: value for of, name, value in found if of == size}
-            rows.append(row)
-            shown = "  ".join(f"{n} {row[n]:8.0f} us" for n in FORMS)
-            print(f"{processes} x {devices}, {size:7} floats: {shown}", flush=True)
-    record["load at the end"] = os.getloadavg()[0]
-    if options.out:
-        Path(options.out).write_text(json.dumps(record, indent=2) + "\n")
+    parser = parser_of(__doc__, rounds=25)
+    options = parse(parser, worker, exchanges=False)
+    with recording(options.out) as record:
+        rows = record["rows"] = []
+        for processes, devices in LAYOUTS:
+            found = run_layout(__file__, processes, devices, {"rounds": options.rounds})
+            for size in SIZES:
+                row = {"processes": processes, "devices of each": devices, "floats": size}
+                row |= {name: value for of, name, value in found if of == size}
+                rows.append(row)
+                shown = "  ".join(f"{n} {row[n]:8.0f} us" for n in FORMS)
+                print(f"{processes} x {devices}, {size:7} floats: {shown}", flush=True)
 
 
 if __name__ == "__main__":

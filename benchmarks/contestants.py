@@ -1,10 +1,9 @@
-"""The contestants of `benchmarks/peers.py`: how each is started, and how it takes its turns."""
+"""The contestants of `benchmarks/peers.py`: how each starts, and how it takes turns."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from frame import ROOT, cache_environ, cpu_environ, free_port
 
-ROOT = Path(__file__).parent.parent
 JOBS = Path(__file__).parent / "peer_jobs"
 NEVER = 10**9
 BATCHES = {"mlp": 1024, "wide": 256, "resnet": 256}
@@ -25,14 +24,14 @@ BATCHES = {"mlp": 1024, "wide": 256, "resnet": 256}
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who runs a job, on what.
+    """A framework and its layout.
 
     Attributes:
-        name: as it is shown.
+        name: the name in the results.
         who: "podlift", "flax", "ddp", "fabric" or "one" (torch in one process).
-        ranks: processes that train.
-        devices: of each process.
-        local: BatchNorm over one device's examples, where there are several.
+        ranks: number of processes.
+        devices: devices of each process.
+        local: BatchNorm normalises over the examples of one device, not of all.
     """
 
     name: str
@@ -54,7 +53,7 @@ CONTESTANTS = [
     Contestant("Fabric 2 processes local", "fabric", ranks=2, local=True),
     Contestant("torch 1 process", "one"),
 ]
-# Like against like: a peer's figures over those of podlift on as many processes.
+# Each peer is compared with podlift on the same number of processes.
 RIVALS = {
     "flax 2 processes local": "podlift 2 processes local",
     "flax 2 processes": "podlift 2 processes",
@@ -66,10 +65,10 @@ RIVALS = {
 
 @dataclass(frozen=True)
 class Bench:
-    """Where things are.
+    """The files and programs of one benchmark run.
 
     Attributes:
-        folder: of all that is written.
+        folder: a folder for all files.
         torch_python: a Python that has torch, or None.
     """
 
@@ -83,7 +82,7 @@ class Bench:
         return [c for c in CONTESTANTS if keep(c) and (self.torch_python or c.who not in of_torch)]
 
     def examples(self, model: str) -> tuple[str, str]:
-        """The files of examples and weights, made once."""
+        """The files of examples and initial weights; created once."""
         paths = self.folder / f"{model}.npz", self.folder / f"{model}-weights.npz"
         if not paths[1].exists():
             command = [sys.executable, str(JOBS / "examples.py"), model, str(self.folder)]
@@ -91,28 +90,20 @@ class Bench:
         return str(paths[0]), str(paths[1])
 
     def state_bytes(self, model: str) -> int:
-        """Of the parameters and their momentum."""
+        """Bytes of the parameters and their momentum."""
         with np.load(self.examples(model)[1]) as arrays:
             return 2 * sum(array.nbytes for array in arrays.values())
 
     def environ(self, devices: int, cache: str = "cache") -> dict[str, str]:
-        environ = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": f"{ROOT}:{JOBS}",
+        return {
+            **cpu_environ(devices if devices > 1 else None, path=JOBS),
+            **cache_environ(self.folder / cache / "xla"),
             "XDG_CACHE_HOME": str(self.folder / cache),
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / cache / "xla"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "PYTHONWARNINGS": "ignore",
         }
-        if devices > 1:
-            environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-            environ["PJRT_NPROC"] = str(2 * devices)
-        return environ
 
     def commands(self, contestant: Contestant, model: str, job: dict[str, Any]) -> list[list[str]]:
-        """What to start: one command, or one a process where there is no launcher."""
+        """The commands to start: one, or one per process where there is no launcher."""
         examples, weights = self.examples(model)
         local = "-local" if contestant.local else ""
         if contestant.who == "podlift":
@@ -159,7 +150,7 @@ class Bench:
 def started(
     bench: Bench, contestant: Contestant, commands: list[list[str]], cache: str = "cache"
 ) -> Iterator[tuple[list[subprocess.Popen[str]], Path]]:
-    """The processes of a contestant and the file of what they print; ended on the way out."""
+    """Starts a contestant; yields its processes and their log file, and ends them on exit."""
     log = bench.folder / f"{contestant.name.replace(' ', '-')}-{time.monotonic_ns()}.log"
     processes = []
     try:
@@ -202,7 +193,7 @@ def settings_of(bench: Bench, contestant: Contestant, **changes: Any) -> dict[st
 
 
 class Taking:
-    """A contestant that takes turns, as `turns.Turns` wants it."""
+    """A contestant for `turns.Turns`, which runs in processes."""
 
     def __init__(
         self, bench: Bench, contestant: Contestant, model: str, save_every: int, segment: int
@@ -245,13 +236,7 @@ class Taking:
             for file in files:
                 file.close()
             for connection in connections:
-                connection.close()  # they end
+                connection.close()  # the processes exit
             server.close()
             for process in processes:
                 process.wait(60)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,15 +1,14 @@
-"""Why ResNet-8 takes longer than in torch on a CPU: where the time of its gradient goes.
+"""Where the time of ResNet-8's gradient goes on CPU, in JAX and in torch.
 
     python benchmarks/convolutions.py [--torch_python=PATH] [--rounds=15] [--out=FILE.json]
 
-Bare JAX and bare torch, one process, on batches of as many pixels: milliseconds of a loss with its
-gradient, and, from each framework's own profiler, of what is in it. XLA's CPU backend runs most
-convolutions in "ynn_fusion"; what is left of "convolution" it runs by itself.
+Bare JAX and bare torch, one process each, on batches with the same number of pixels: milliseconds
+of a loss with its gradient, and the parts of it by each framework's own profiler. XLA's CPU backend
+runs most convolutions inside "ynn_fusion"; those under "convolution" run on their own.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
@@ -22,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from machine import fake_devices, write
+from frame import fake_devices, parser_of, write_and_print
 
 CASES = ((256, 8), (128, 16), (64, 32))  # images, pixels a side
 JOBS = Path(__file__).parent / "peer_jobs"
@@ -74,11 +73,8 @@ def in_torch(python: str, batch: int, side: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = parser_of(__doc__, rounds=15)
     parser.add_argument("--torch_python", help="a Python that has torch")
-    parser.add_argument("--out")
     options = parser.parse_args()
     fake_devices(1)
     rows = []
@@ -93,9 +89,8 @@ def main() -> None:
             row["jax / torch"] = row["jax"]["ms"] / row["torch"]["ms"]
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-    write(
-        {"cores": os.cpu_count(), "load at the end": os.getloadavg()[0], "rows": rows}, options.out
-    )
+    result = {"cores": os.cpu_count(), "load at the end": os.getloadavg()[0], "rows": rows}
+    write_and_print(result, options.out)
 
 
 if __name__ == "__main__":

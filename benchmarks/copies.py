@@ -1,39 +1,37 @@
-"""What a copy of the state in the host's memory costs the training.
+"""What an in-memory checkpoint costs training.
 
     python benchmarks/copies.py [--model=resnet] [--batch=256] [--devices=8] [--seconds=60]
 
-One run takes copies far more often than by default, so that there are many. The time of a copy is
-what the steps from it to the end of its writing took, over as many of the steps around: all of it,
-the wait for the devices, the copying and what the thread that writes takes from the cores. Its part
-of the time is that over `config.checkpoint.fast_every_secs`, 5 by default.
+One run saves in memory more often than the default, for more samples. The cost of a checkpoint is
+the time of the steps from its start to the end of its writing, minus the time of as many steps
+around them. It includes the wait for the devices, the copy to the host and the CPU time of the
+writing thread. The share of training time divides it by the default
+`config.checkpoint.fast_every_secs`, 5 seconds.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-from machine import fake_devices, write
+from frame import fake_devices, parser_of, write_and_print
 
 EVERY_SECS, DEFAULT_EVERY_SECS = 4.0, 5.0
-AROUND = 20  # steps on either side to compare with
+AROUND = 20  # steps on each side of a checkpoint, for comparison
 
 
 def main() -> None:
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="resnet", choices=("resnet", "mlp"))
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--out")
     options = parser.parse_args()
     fake_devices(options.devices)
-    write(measure(options.model, options.batch, options.seconds), options.out)
+    write_and_print(measure(options.model, options.batch, options.seconds), options.out)
 
 
 def measure(model: str, batch: int, seconds: float) -> dict[str, object]:
@@ -43,7 +41,7 @@ def measure(model: str, batch: int, seconds: float) -> dict[str, object]:
     from configs.digits import get_config
     from trainer.checkpoints.in_memory import InMemoryCheckpoints
 
-    copies: list[tuple[float, float, int]] = []  # when begun, when written, bytes
+    copies: list[tuple[float, float, int]] = []  # start, end of writing, bytes
     save, write = InMemoryCheckpoints.save, InMemoryCheckpoints._write
 
     def timed_save(self, step, meta, arrays, blocked):
@@ -56,7 +54,7 @@ def measure(model: str, batch: int, seconds: float) -> dict[str, object]:
         copies[-1] = (began, time.monotonic(), size)
 
     InMemoryCheckpoints.save, InMemoryCheckpoints._write = timed_save, timed_write
-    ends: list[float] = []  # of steps, as the loop dispatches them
+    ends: list[float] = []  # of each step, as the loop dispatches it
     deadline = [float("inf")]
 
     def stop_requested(step: int, phase: str) -> bool:
@@ -79,7 +77,7 @@ def measure(model: str, batch: int, seconds: float) -> dict[str, object]:
 
 
 def summary(ends, copies, version, batch, model) -> dict[str, object]:
-    """What the steps beside a copy took longer than those before and after them."""
+    """The extra time of the steps beside a checkpoint, against the steps before and after."""
     from trainer.lift.in_flight import MAX_IN_FLIGHT
 
     costs, steps = [], []
@@ -87,7 +85,7 @@ def summary(ends, copies, version, batch, model) -> dict[str, object]:
         places = [i for i in range(1, len(ends)) if ends[i] >= began and ends[i - 1] <= written]
         if not places or not written:
             continue
-        # The wait for the devices empties the queue of steps: the next ones are dispatched faster.
+        # The wait for the devices drains the queue of steps, so the next ones dispatch faster.
         first, last = places[0], places[-1] + 2 * MAX_IN_FLIGHT
         if first <= AROUND or last + AROUND >= len(ends):
             continue

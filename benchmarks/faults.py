@@ -1,19 +1,16 @@
-"""What happens when one rank of two fails: podlift and raw JAX, from the event to the last process.
+"""Time from the failure of one rank of two to the end of the last process: podlift and raw JAX.
 
     python benchmarks/faults.py [--limit=330] [--out=FILE.json]
 
-Raw JAX is a loop with one collective a step, started by hand in each process, with
-`jax.distributed.initialize` at its defaults. Its cases mostly wait, so they run side by side, each
-until all of its processes have ended or the limit is over; podlift's run one after another.
+Raw JAX is a loop with one collective per step, started by hand in each process, with the defaults
+of `jax.distributed.initialize`. Its cases mostly wait, so they run concurrently, each until all of
+its processes end or the limit passes. podlift's cases run one after another.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,8 +18,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-FAULTS = ROOT / "tests" / "cluster"  # data that fails, and its config
+from frame import ROOT, cpu_environ, free_port, parser_of, write
+
+FAULTS = ROOT / "tests" / "jobs"  # a data source that fails, and its config
 
 RAW = """
 import sys, time
@@ -48,23 +46,11 @@ KINDS = {
 
 
 def environ() -> dict[str, str]:
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PJRT_NPROC": "4",
-        "PYTHONPATH": f"{ROOT}:{FAULTS}:{ROOT / 'benchmarks' / 'recovery_jobs'}",
-    }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return cpu_environ(2, path=f"{FAULTS}:{ROOT / 'benchmarks' / 'recovery_jobs'}")
 
 
 def wait_for(path: Path, limit: float) -> float:
-    """When a file was made, as seconds since the epoch."""
+    """Waits for a file; returns the time it was made, in seconds since the epoch."""
     deadline = time.time() + limit
     while not path.exists():
         if time.time() > deadline:
@@ -74,7 +60,7 @@ def wait_for(path: Path, limit: float) -> float:
 
 
 class Raw:
-    """One case of raw JAX, under way."""
+    """One running case of raw JAX."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind, self.mark = kind, folder / f"raw-{kind}"
@@ -94,7 +80,7 @@ class Raw:
             self.mark.touch()
 
     def row(self, limit: float) -> dict[str, object]:
-        """Waits for its end."""
+        """Waits for the end of the case, for at most `limit` seconds."""
         event = wait_for(self.mark, 60)
         while any(process.poll() is None for process in self.processes):
             if time.time() - event > limit:
@@ -152,21 +138,20 @@ def podlift(kind: str, folder: Path) -> dict[str, object]:
         event = wait_for(mark, 60)
     error = process.communicate()[1]
     seconds = time.time() - event
-    story = [line for line in error.splitlines() if line.startswith(("error:", "asked"))]
+    messages = [line for line in error.splitlines() if line.startswith(("error:", "asked"))]
     return {
         "who": "podlift",
         "kind": kind,
         "seconds": seconds,
         "over": False,
         "codes": [process.returncode],
-        "says": story[0].replace("error: ", "") if story else "",
+        "says": messages[0].replace("error: ", "") if messages else "",
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--limit", type=float, default=330)
-    parser.add_argument("--out")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -177,7 +162,7 @@ def main() -> None:
             for kind in KINDS:
                 raw = Raw(kind, folder)
                 ends.append(pool.submit(raw.row, options.limit))
-                wait_for(raw.mark, 60)  # one starts at a time
+                wait_for(raw.mark, 60)  # start one at a time
             rows += [end.result() for end in ends]
     print(f"{'event':24} {'podlift':>9} {'exit':>5}   {'raw JAX':>9}  exit codes")
     for kind, text in KINDS.items():
@@ -194,10 +179,7 @@ def main() -> None:
     for row in rows:
         if row["who"] == "podlift":
             print(f"{KINDS[row['kind']]}: {row['says']}")
-    if options.out:
-        Path(options.out).write_text(
-            json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=2) + "\n"
-        )
+    write({"cores": os.cpu_count(), "rows": rows}, options.out)
 
 
 if __name__ == "__main__":

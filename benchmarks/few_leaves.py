@@ -1,30 +1,27 @@
-"""What it would give to keep a state in a few flat buffers between steps: an experiment.
+"""Keeping the state in a few flat buffers between steps: an experiment.
 
     python benchmarks/few_leaves.py [--rounds=9] [--out=FILE.json]
 
-Every leaf costs a call of the step on every device (`benchmarks/scaling.py`, "dispatch"). The
-contestants are the trainer's step on one batch that lies on the devices, its state kept in three
-ways, on one process of 8 devices and on two of one:
+Each leaf adds to the time of a call, on each device (`benchmarks/scaling.py`, "dispatch"). The
+contestants run the trainer's step on one batch that stays on the devices, on one process of 8
+devices and on two processes of one. They differ in how the state is stored:
 
-    leaves     as it is now
-    packed     one buffer a dtype between steps; the step cuts it up and puts it together again
-    flat       the same, and the optimizer works on the buffers of params and momentum as they are,
-               (`optax.flatten`), right for one that treats each number by itself, as SGD does
+    leaves     as the trainer stores it
+    packed     one buffer per dtype between steps; the step splits it and joins it again
+    flat       the same, and the optimizer updates the flat buffers of params and momentum
+               (`optax.flatten`), which is correct for an elementwise optimizer such as SGD
 
-400 leaves are those of a chain of 100 Dense layers, 8 wide, and of their momentum.
+"400 leaves" is a chain of 100 Dense layers, 8 wide, with their momentum.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import json
-import os
-from pathlib import Path
 from typing import Any
 
-from layouts import join, run_layout, tell
+from frame import parser_of, recording, shown
+from layouts import parse, report, run_layout
 
 LAYOUTS = [(1, 8), (2, 1)]
 SEGMENTS = {"mlp": 20, "resnet": 10, "400 leaves": 20}
@@ -62,14 +59,14 @@ def packed_step(step: Any, state: Any) -> tuple[Any, Any]:
 
     def unpack(buffers: list[Any]) -> Any:
         offsets = dict.fromkeys(dtypes, 0)
-        cut = []
+        unpacked = []
         for leaf in leaves:
             dtype = str(leaf.dtype)
             start = offsets[dtype]
             offsets[dtype] += leaf.size
             buffer = buffers[dtypes.index(dtype)]
-            cut.append(buffer[start : start + leaf.size].reshape(leaf.shape))
-        return jax.tree.unflatten(treedef, cut)
+            unpacked.append(buffer[start : start + leaf.size].reshape(leaf.shape))
+        return jax.tree.unflatten(treedef, unpacked)
 
     def packed(buffers: list[Any], batch: Any) -> tuple[list[Any], Any]:
         state, metrics = step(unpack(buffers), batch)
@@ -130,7 +127,7 @@ def worker(settings: dict[str, Any]) -> None:
     for _, losses, _ in made.values():
         apart = abs(losses[0] - made["leaves"][1][0])
         assert apart < 1e-4, {kind: losses[0] for kind, (_, losses, _) in made.items()}
-    tell(
+    report(
         settings,
         {
             "leaves": made["leaves"][2],
@@ -143,28 +140,18 @@ def worker(settings: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--out")
-    options = parser.parse_args()
-    if options.worker:
-        settings = json.loads(options.worker)
-        join(settings)
-        return worker(settings)
-    record: dict[str, Any] = {"cores": os.cpu_count(), "load at the start": os.getloadavg()[0]}
-    rows = record["rows"] = []
-    for model in SEGMENTS:
-        for processes, devices in LAYOUTS:
-            job = {"model": model, "rounds": options.rounds}
-            found = run_layout(__file__, processes, devices, job)
-            rows.append({"job": model, "processes": processes, "devices of each": devices, **found})
-            print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
-                            for k, v in rows[-1].items()), flush=True)  # fmt: skip
-    record["load at the end"] = os.getloadavg()[0]
-    if options.out:
-        Path(options.out).write_text(json.dumps(record, indent=2) + "\n")
+    parser = parser_of(__doc__, rounds=9)
+    options = parse(parser, worker)
+    with recording(options.out) as record:
+        rows = record["rows"] = []
+        for model in SEGMENTS:
+            for processes, devices in LAYOUTS:
+                job = {"model": model, "rounds": options.rounds}
+                found = run_layout(__file__, processes, devices, job)
+                rows.append(
+                    {"job": model, "processes": processes, "devices of each": devices, **found}
+                )
+                print(shown(rows[-1]), flush=True)
 
 
 if __name__ == "__main__":

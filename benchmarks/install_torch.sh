@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with the CPU build of torch and Lightning Fabric, for
-# benchmarks/recovery.py and benchmarks/peers.py: opponents, not a part of podlift, and so none of
-# its extras.
+# Creates a virtual environment with the CPU build of torch and Lightning Fabric, the peers in
+# benchmarks/recovery.py and benchmarks/peers.py. podlift does not depend on them, in any extra.
 #
 #   benchmarks/install_torch.sh [FOLDER]    (default: podlift/torch in the user's cache)
 #   PYTHON=python3.12                       the Python to use     (default: python3)
 #   TORCH=2.13.0  FABRIC=2.6.6              the versions
 #
-# pip is asked as it is configured, where a mirror may hold a CPU build. On Linux, PyPI's own build
-# is for CUDA and takes gigabytes, so that one is left alone: then name PyTorch's index of CPU builds
-# (see its page on getting started) in PIP_INDEX_URL.
+# pip uses its configured index, which may be a mirror with a CPU build. PyPI's build for Linux needs
+# gigabytes of CUDA libraries and is refused: set PIP_INDEX_URL to PyTorch's index of CPU builds (see
+# its page on getting started).
 set -euo pipefail
 folder=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/podlift/torch}
 python=${PYTHON:-python3}

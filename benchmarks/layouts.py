@@ -1,42 +1,36 @@
-"""A benchmark's own processes, of so many fake devices each, and what the first of them found."""
+"""Runs a benchmark's worker in several processes of fake devices, and returns rank 0's result."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from frame import cpu_environ, free_port
 
 
 def run_layout(script: str, processes: int, devices: int, job: dict[str, Any]) -> Any:
-    """Runs `script --worker SETTINGS` in each process; returns what rank 0 gives to `tell`.
+    """Runs `script --worker SETTINGS` in each process; returns what rank 0 passes to `report`.
 
     Args:
-        script: a path.
-        processes: how many.
-        devices: of each.
-        job: more settings, as JSON has them.
+        script: path of the benchmark.
+        processes: number of processes.
+        devices: fake devices of each process.
+        job: settings for the worker, as JSON can hold them.
+
+    Raises:
+        SystemExit: a process failed; the message holds what all of them printed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environ = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PJRT_NPROC": str(max(2 * devices, os.cpu_count() or 1)),
-        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
-        "PYTHONWARNINGS": "ignore",
-    }
+    environ = cpu_environ(devices, path=Path(__file__).parent) | {"PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "told.json"
-        settings = {**job, "processes": processes, "port": port, "folder": folder, "out": str(out)}
+        out = Path(folder) / "result.json"
+        settings = {**job, "processes": processes, "port": free_port()}
+        settings |= {"folder": folder, "out": str(out)}
         log = Path(folder) / "log"
         started = []
         with log.open("w") as output:
@@ -54,8 +48,30 @@ def run_layout(script: str, processes: int, devices: int, job: dict[str, Any]) -
         return json.loads(out.read_text())
 
 
-def join(settings: dict[str, Any], *, exchanges: bool = True) -> None:
-    """In a worker: joins the others; sums are exchanges where a run has them so, or jax's."""
+def parse(
+    parser: argparse.ArgumentParser,
+    worker: Callable[[dict[str, Any]], None],
+    *,
+    exchanges: bool = True,
+) -> argparse.Namespace:
+    """Parses the command line; in a process that `run_layout` started, runs `worker` and exits.
+
+    Args:
+        parser: without `--worker`, which this adds.
+        worker: takes the settings that `run_layout` passed.
+        exchanges: sums between processes go by exchange where a run has them so; else jax's own.
+    """
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.worker:
+        return options
+    settings = json.loads(options.worker)
+    _join(settings, exchanges)
+    worker(settings)
+    sys.exit()
+
+
+def _join(settings: dict[str, Any], exchanges: bool) -> None:
     import jax
 
     if settings["processes"] > 1:
@@ -68,8 +84,8 @@ def join(settings: dict[str, Any], *, exchanges: bool = True) -> None:
             exchange.use_where_it_pays()
 
 
-def tell(settings: dict[str, Any], found: Any) -> None:
-    """In a worker: rank 0 hands over what it found, and ends with the others."""
+def report(settings: dict[str, Any], found: Any) -> None:
+    """In a worker: rank 0 writes the result for `run_layout`; all processes shut down together."""
     import jax
 
     if settings["rank"] == 0:

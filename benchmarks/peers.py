@@ -3,30 +3,26 @@
     python benchmarks/peers.py --torch_python=PATH [--only=agree,steps,saves,startup]
         [--rounds=15] [--out=FILE.json]
 
-The same jobs written for each (`benchmarks/peer_jobs/`): an MLP of 64-512-512-10 with BatchNorm on
-a batch of 1024, and ResNet-8 on 256 images of 8x8; SGD with momentum, weights and examples from one
-file. PATH is what `benchmarks/install_torch.sh` prints; without it torch is left out.
+Each framework runs the same jobs (`benchmarks/peer_jobs/`): an MLP of 64-512-512-10 with BatchNorm
+on a batch of 1024, and ResNet-8 on 256 images of 8x8, with SGD with momentum and with weights and
+examples from one file. `benchmarks/install_torch.sh` prints PATH; without it, torch is left out.
 
-    agree      the same jobs, unshuffled: every contestant's loss at each of 20 steps, against
-               podlift's of the same kind of BatchNorm. More than 1e-5 apart is an error
-    steps      milliseconds a step and the peak memory of each process. All contestants are alive at
-               once and take turns, a segment each; ratios are within a round
-    saves      what a checkpoint costs: a segment with one in its middle less the next without one,
-               so that what is written behind the steps' back counts too
+    agree      the losses of 20 steps, unshuffled, against podlift's with the same kind of
+               BatchNorm. A difference above 1e-5 is an error
+    steps      milliseconds per step and peak memory of each process. All contestants are alive at
+               once and take turns, one segment each; ratios are within a round
+    saves      the cost of a checkpoint: a segment with one in its middle minus the next without
+               one, which includes the time of writes in the background
     startup    from the command to the end of the first step; "cold" has an empty compilation cache
 
-torch has no synchronised BatchNorm on the CPU, and Flax's example does not use it: "local" is
-BatchNorm over one device's examples, in podlift too. Two processes have a core each. Copies of the
-state in memory (`checkpoint.fast_every_secs`) are off: `benchmarks/copies.py` has what they cost.
+torch has no synchronised BatchNorm on CPU, and Flax's example does not use it: "local" is BatchNorm
+over the examples of one device, in podlift too. Each of two processes has a core. In-memory
+checkpoints (`checkpoint.fast_every_secs`) are off: `benchmarks/copies.py` measures their cost.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import re
 import signal
 import statistics
@@ -38,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from contestants import BATCHES, NEVER, RIVALS, Bench, Contestant, Taking, settings_of, started
+from frame import parser_of, recording, versions, write
 from turns import Turns
 
 SEGMENTS = {"mlp": 40, "wide": 40, "resnet": 20}  # steps in a turn
@@ -59,13 +56,13 @@ def losses(bench: Bench, contestant: Contestant, model: str, steps: int) -> list
 
 
 def agree(bench: Bench, rounds: int) -> list[dict[str, Any]]:
-    """How far losses are from podlift's with the same kind of BatchNorm."""
+    """The largest difference of losses from podlift's with the same kind of BatchNorm."""
     rows, steps = [], 20
     for model in ("mlp", "resnet"):
         found = {c.name: losses(bench, c, model, steps) for c in bench.contestants()}
         for contestant in bench.contestants():
             mine = found[contestant.name]
-            # One device normalises over all examples, as several do that synchronise.
+            # One device normalises over all examples, like several with synchronised BatchNorm.
             of = "podlift 2 processes local" if contestant.local else "podlift 1 process"
             assert len(mine) == len(found[of]) == steps, (contestant.name, mine)
             apart = max(abs(a - b) for a, b in zip(mine, found[of], strict=True))
@@ -74,7 +71,7 @@ def agree(bench: Bench, rounds: int) -> list[dict[str, Any]]:
             print(f"{model:8} {contestant.name:32} loss {mine[0]:.6f} to {mine[-1]:.6f}"
                   f"  at most {apart:.1e} from {of}", flush=True)  # fmt: skip
             if apart > TOLERANCE:
-                raise SystemExit("they do not compute the same")
+                raise SystemExit("the losses differ")
     return rows
 
 
@@ -106,12 +103,12 @@ def steps(bench: Bench, rounds: int) -> list[dict[str, Any]]:
 
 
 def saves(bench: Bench, rounds: int) -> list[dict[str, Any]]:
-    """What a checkpoint costs, with two processes and unsynchronised BatchNorm."""
+    """The cost of a checkpoint, with two processes and unsynchronised BatchNorm."""
     rows = []
     for model in ("mlp", "wide"):
         segment = 2 * SEGMENTS[model]
         contestants = bench.contestants(keep=lambda c: c.ranks == 2 and c.local)
-        # The first segment is half of one; every other one from the third on has a save in it.
+        # The first segment is half as long; from the third on, every other one contains a save.
         turns = Turns(2 * rounds, warmup=4)
         turns.run({c.name: Taking(bench, c, model, 2 * segment, segment) for c in contestants})
         for contestant in contestants:
@@ -172,9 +169,8 @@ def startup(bench: Bench, rounds: int) -> list[dict[str, Any]]:
 PARTS = {"agree": agree, "steps": steps, "saves": saves, "startup": startup}
 
 
-def versions(torch_python: str | None) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    found |= {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
+def all_versions(torch_python: str | None) -> dict[str, str]:
+    found = versions("jax", "flax", "optax")
     if torch_python:
         code = "import importlib.metadata as m; print(m.version('torch'), m.version('{}'))"
         command = [torch_python, "-c", code.format("lightning-fabric")]
@@ -185,27 +181,19 @@ def versions(torch_python: str | None) -> dict[str, str]:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = parser_of(__doc__, rounds=15)
     parser.add_argument("--only", default="agree,steps,saves,startup")
     parser.add_argument("--torch_python", help="a Python that has torch")
-    parser.add_argument("--out")
     options = parser.parse_args()
     parts = options.only.split(",")
-    record: dict[str, Any] = {
-        "cores": os.cpu_count(),
-        "versions": versions(options.torch_python),
-        "load at the start": os.getloadavg()[0],
-    }
-    with tempfile.TemporaryDirectory() as name:
+    with (
+        recording(options.out, versions=all_versions(options.torch_python)) as record,
+        tempfile.TemporaryDirectory() as name,
+    ):
         bench = Bench(Path(name), options.torch_python)
         for part in parts:
             record[part] = PARTS[part](bench, options.rounds)
-            # Of other programs, as far as it is above what these take themselves.
-            record["load at the end"] = os.getloadavg()[0]
-            if options.out:  # what there is, should a later part fail
-                Path(options.out).write_text(json.dumps(record, indent=2) + "\n")
+            write(record, options.out)  # a later part may fail
 
 
 if __name__ == "__main__":

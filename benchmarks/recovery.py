@@ -1,43 +1,39 @@
-"""From the failure of one rank of two to the first step after it: podlift, torchrun and raw JAX.
+"""Time from the failure of one rank of two to the next step: podlift, torchrun and raw JAX.
 
     python benchmarks/recovery.py [--rounds=3] [--torch_python=PATH] [--raw] [--out=FILE.json]
 
 One job, written three times (`benchmarks/recovery_jobs/`): an MLP of 64-128-128-10 with SGD and
-momentum on a batch of 64, a checkpoint every 50 steps, and 20 ms a step for its data, which gives
-a save time to finish. After step 137 rank 1 kills itself with -9, raises, stalls or sends itself
-SIGTERM; it notes the time of that in a file just before.
+momentum on a batch of 64, a checkpoint every 50 steps, and 20 ms per step for its data, which gives
+a save time to finish. After step 137 rank 1 sends itself SIGKILL, raises, stalls or sends itself
+SIGTERM. Just before, it writes the time to a file.
 
-    podlift    `python -m launcher --processes=2 --max_restarts=3`, and `--hang_timeout_secs=10`
-               where it stalls. Asked to stop it saves and ends with 42, and a scheduler's part is
-               played: the same command follows at once
-    torchrun   PyTorch DDP over gloo on the CPU, `--standalone --max-restarts=3`. It watches for no
-               stall; the process group's timeout is set to 10 s there. The environment is that of
-               `benchmarks/install_torch.sh`; without `--torch_python` these rows are left out.
-               With its defaults torch 2.13 never gets over a restart on gloo: the new processes
+    podlift    `python -m launcher --processes=2 --max_restarts=3`, with `--hang_timeout_secs=10`
+               for the stall. On SIGTERM it saves and exits with 42, and the benchmark plays the
+               scheduler: it starts the same command at once
+    torchrun   PyTorch DDP over gloo on the CPU, `--standalone --max-restarts=3`. It does not detect
+               stalls, so the timeout of the process group is 10 s there. `--torch_python` names
+               the environment of `benchmarks/install_torch.sh`; without it these rows are absent.
+               With its defaults, torch 2.13 never completes a restart on gloo: the new processes
                read the addresses of the old ones from a store that outlives them, and hang
-               (pytorch issue 135712). TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set for it
-    raw JAX    pmap and Orbax, and a parent that starts two processes, waits until both have ended,
-               and starts them again. Mostly that waits for minutes: it runs once, all cases side by
-               side, up to `--limit`, and only with `--raw`
+               (pytorch issue 135712). TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 avoids it
+    raw JAX    pmap and Orbax, and a parent that starts two processes, waits until both end, and
+               starts them again. It mostly waits for minutes, so it runs only with `--raw`, once,
+               all cases concurrently, up to `--limit`
 
-What is compared, all of it as read from the pipes of the outermost process, from the event on:
-"noticed" is the line in which a supervisor tells of it (raw JAX: the end of the last process);
-"restored" the line of rank 0 that names the step it goes on from; "resumed" the line of rank 0
-after its first step since then has ended, its result awaited. podlift writes it a little late:
-it takes checksums of the state first. Steps lost are those up to the event that are not in the
-checkpoint. Contestants take turns; medians, and ratios within a round.
+All times count from the event to a line on the pipes of the outermost process: "noticed" is the
+supervisor's message (raw JAX: the end of the last process); "restored" is rank 0's line that names
+the step it resumes from; "resumed" is rank 0's line after its first step since then, once the
+result is ready. podlift prints that line slightly late, after checksums of the state. Steps lost
+are the steps before the event that the checkpoint does not hold. Contestants take turns; figures
+are medians, and ratios are within a round.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -49,7 +45,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).parent.parent
+from frame import ROOT, cpu_environ, free_port, parser_of, versions, write
+
 JOBS = Path(__file__).parent / "recovery_jobs"
 
 KINDS = {
@@ -59,14 +56,14 @@ KINDS = {
     "term": "SIGTERM to rank 1",
 }
 JOB = {"examples": 1437, "steps": 300, "every": 50, "after": 137, "delay": 0.02}
-TIMEOUT = 10  # of a stall
+TIMEOUT = 10  # seconds without progress that count as a stall
 RETRY = 42  # podlift's exit code for "start it again"
 
 Row = dict[str, Any]
 
 
 class Lines:
-    """What processes print, each line with the time it was read."""
+    """The lines that processes print, each with the time it was read."""
 
     def __init__(self) -> None:
         self.read: list[tuple[float, str]] = []
@@ -90,7 +87,7 @@ class Lines:
             thread.join(10)
 
     def first(self, pattern: str, after: float) -> tuple[float, re.Match[str]] | None:
-        """The first line since a time that a pattern is found in."""
+        """The first line that matches a pattern at or after a time."""
         for when, line in sorted(self.read):
             if when >= after and (match := re.search(pattern, line)):
                 return when, match
@@ -98,11 +95,8 @@ class Lines:
 
 
 def environ(cache: Path) -> dict[str, str]:
-    """A compilation cache of its own, so that a restart finds what its first start left."""
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{ROOT}:{JOBS}",
+    """With a separate compilation cache, which the first start fills for the restart."""
+    return cpu_environ(path=JOBS) | {
         "XDG_CACHE_HOME": str(cache),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
@@ -121,7 +115,7 @@ def start(command: list[str], cache: Path) -> subprocess.Popen[str]:
 
 
 def run(command: list[str], cache: Path, lines: Lines, limit: float) -> int | None:
-    """Its exit code; None if it went on past the limit, and was ended."""
+    """The exit code; None if the command ran past the limit and was terminated."""
     process = start(command, cache)
     lines.take(process.stdout, process.stderr)
     try:
@@ -165,7 +159,7 @@ def torchrun(kind: str, folder: Path, limit: float, python: str) -> Row:
 
 
 def raw_jax(kind: str, folder: Path, limit: float) -> Row:
-    """Two processes, and again when both have ended and one of them not well."""
+    """Starts two processes, again and again until both succeed."""
     mark, lines = folder / "event", Lines()
     job = {**JOB, "kind": kind, "mark": str(mark), "folder": f"{folder}/run"}
     deadline = time.monotonic() + limit
@@ -197,14 +191,8 @@ def raw_jax(kind: str, folder: Path, limit: float) -> Row:
     return row("raw JAX", kind, mark, lines, codes, r"^all have ended")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def row(who: str, kind: str, mark: Path, lines: Lines, codes: list[int | None], notice: str) -> Row:
-    """What came of one case, in seconds since the event."""
+    """The result of one case, in seconds since the event."""
     if not mark.exists():
         text = "\n".join(line for _, line in lines.read)
         raise SystemExit(f"{who}, {kind}: the event did not come\n{text}")
@@ -220,7 +208,7 @@ def row(who: str, kind: str, mark: Path, lines: Lines, codes: list[int | None], 
             if name == "noticed":
                 found["says"] = re.sub(r" of binary: \S+", "", line[1].string)
             if name == "restored":
-                # A save after being asked to stop lies past the event.
+                # On SIGTERM, the save is later than the event.
                 found["steps lost"] = max(0, JOB["after"] - int(line[1][1]))
     return found
 
@@ -231,7 +219,7 @@ def median(rows: list[Row], who: str, kind: str, name: str) -> float | None:
 
 
 def ratio(rows: list[Row], kind: str, name: str, above: str, below: str) -> float | None:
-    """The median over the rounds of one contestant's seconds by another's."""
+    """The median over the rounds of one contestant's seconds divided by another's."""
     pairs = [
         (a[name], b[name])
         for a in rows
@@ -270,10 +258,8 @@ def table(rows: list[Row], limit: float) -> str:
     return "\n".join(text)
 
 
-def versions(torch_python: str | None) -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    found = {"python": platform.python_version()}
-    found |= {name: importlib.metadata.version(name) for name in names}
+def all_versions(torch_python: str | None) -> dict[str, str]:
+    found = versions("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
     if torch_python:
         code = "import torch, platform; print(torch.__version__, platform.python_version())"
         shown = subprocess.run(
@@ -285,13 +271,11 @@ def versions(torch_python: str | None) -> dict[str, str]:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = parser_of(__doc__, rounds=3)
     parser.add_argument("--only", default=",".join(KINDS), help="of kill, raise, stall and term")
     parser.add_argument("--torch_python", help="a Python that has torch")
-    parser.add_argument("--raw", action="store_true", help="raw JAX too, which waits for --limit")
+    parser.add_argument("--raw", action="store_true", help="also raw JAX, which waits for --limit")
     parser.add_argument("--limit", type=float, default=360, help="seconds for one case")
-    parser.add_argument("--out")
     options = parser.parse_args()
     if not options.torch_python:
         print("no --torch_python: without torchrun (benchmarks/install_torch.sh)")
@@ -323,17 +307,16 @@ def main() -> None:
                     folder = made("raw", kind)
                     ends.append(pool.submit(raw_jax, kind, folder, options.limit))
                     while not (folder / "event").exists() and not ends[-1].done():
-                        time.sleep(0.05)  # one starts at a time
+                        time.sleep(0.05)  # start one at a time
                 rows += [{**end.result(), "round": 0} for end in ends]
     print(table(rows, options.limit))
-    if options.out:
-        record = {
-            "cores": os.cpu_count(),
-            "versions": versions(options.torch_python),
-            "settings": {**JOB, "stall timeout": TIMEOUT, "limit": options.limit},
-            "rows": rows,
-        }
-        Path(options.out).write_text(json.dumps(record, indent=2) + "\n")
+    record = {
+        "cores": os.cpu_count(),
+        "versions": all_versions(options.torch_python),
+        "settings": {**JOB, "stall timeout": TIMEOUT, "limit": options.limit},
+        "rows": rows,
+    }
+    write(record, options.out)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,34 @@
-"""How the same work scales over devices and processes of one machine, and what is not work in it.
+"""How one workload scales over devices and processes of one machine, and the overhead in it.
 
 python benchmarks/scaling.py [--only=layouts,outside,dispatch] [--rounds=11] [--out=FILE.json]
 
 layouts    one global batch on 1 and 2 processes of 1, 2, 4 and 8 devices: `trainer.train`
-           ("loop"), the same compiled step on a batch that lies on the devices ("bare"), and
+           ("loop"), the same compiled step on a batch that stays on the devices ("bare"), and
            that step without its collectives, each device on its own shard ("alone"). Devices
-           share the cores, so the best that "alone" reaches in any layout is the machine's
-           limit. In one process they take turns; ratios are within a round. A fourth, "saves",
-           is the loop with a checkpoint in the middle of each segment
+           share the cores, so the fastest "alone" of any layout is the limit of the machine.
+           Contestants take turns in one process; ratios are within a round. The fourth one,
+           "saves", is the loop with a checkpoint in the middle of each segment
 outside    what the loop adds to a step in one process, with a row every 25 steps: "loop" and
-           "bare" as above, and "loading", the bare step with each of its batches gathered and
-           moved to the devices, which the loop does too
-dispatch   the time that a call of a step takes before it returns, by leaves and devices, and a
-           fit of a + b * leaves * devices
+           "bare" as above, and "loading", the bare step with each batch gathered and moved to
+           the devices, as the loop does
+dispatch   the time until a call of a step returns, by leaves and devices, and a fit of
+           a + b * leaves * devices
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import json
-import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-from layouts import fit, join, run_layout, tell
+from frame import parser_of, recording
+from layouts import fit, parse, report, run_layout
 
 LAYOUTS = [(processes, devices) for processes in (1, 2) for devices in (1, 2, 4, 8)]
 SEGMENTS = {"mlp": 20, "resnet": 10}
-EVERY = 25  # steps a row
+EVERY = 25  # steps per row
 LEAVES = (10, 50, 100, 200, 400)
 OF_LIMIT = "of the machine's limit"
 
@@ -68,10 +65,10 @@ def load() -> dict[str, Any]:
 
 
 def trainers_loop(config: Any, segment: int, folder: str, rows: int = 2) -> Any:
-    """`trainer.train`, with so many rows in each `segment` steps and a turn after the first."""
+    """`trainer.train` with `rows` rows in each `segment` steps, and a turn after the first row."""
     import trainer
 
-    config.log_every_steps = segment // rows  # the loop has drained there
+    config.log_every_steps = segment // rows  # the loop drains at each row
 
     def contestant(turn: Any) -> None:
         calls = -1
@@ -90,7 +87,7 @@ def trainers_loop(config: Any, segment: int, folder: str, rows: int = 2) -> Any:
 
 
 def bare_loop(config: Any, segment: int, *, alone: bool = False, loading: bool = False) -> Any:
-    """The loop's step, `alone` without any collective, over and over on one batch or `loading`."""
+    """The loop's step, repeated on one batch, or `loading` each; `alone` has no collectives."""
     import jax
     from turns import take_steps
 
@@ -124,7 +121,7 @@ def bare_loop(config: Any, segment: int, *, alone: bool = False, loading: bool =
             batches = (next_batch() for _ in range(segment))
             state, _ = take_steps(step, state, batches)
             if alone:
-                lift.gather(0)  # so that the slowest process counts
+                lift.gather(0)  # the slowest process determines the time
             if turn():
                 return
 
@@ -150,7 +147,7 @@ def layout_worker(settings: dict[str, Any]) -> None:
     pairs = zip(turns.seconds["saves"], turns.seconds["loop"], strict=True)
     costs = [saved - plain for saved, plain in pairs]
     error = statistics.stdev(costs) / len(costs) ** 0.5
-    tell(
+    report(
         settings,
         {
             **{f"{who} ms/step": 1000 * turns.median(who) / segment for who in turns.seconds},
@@ -181,14 +178,14 @@ def outside_worker(settings: dict[str, Any]) -> None:
         percents = [100 * (time / bare - 1) for time, bare in pairs]
         middle = found[f"percent, {who}"] = statistics.median(percents)
         deviation = statistics.median(abs(percent - middle) for percent in percents)
-        # Of the median of a normal distribution, by the median of its absolute deviations.
+        # Standard error of the median of normal samples, from their median absolute deviation.
         error = 1.2533 * 1.4826 * deviation / len(percents) ** 0.5
         found[f"percent, {who}, standard error"] = error
-    tell(settings, found)
+    report(settings, found)
 
 
 def dispatch_worker(settings: dict[str, Any]) -> None:
-    """Microseconds a call takes to return, the devices being idle, by number of leaves."""
+    """Microseconds until a call returns, with idle devices, by number of leaves."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -214,7 +211,16 @@ def dispatch_worker(settings: dict[str, Any]) -> None:
             seconds.append(time.perf_counter() - began)
             jax.block_until_ready(state)
         found[leaves] = 1e6 * statistics.median(seconds[5:])
-    tell(settings, found)
+    report(settings, found)
+
+
+def worker(settings: dict[str, Any]) -> None:
+    workers = {
+        "layouts": layout_worker,
+        "outside": outside_worker,
+        "dispatch": dispatch_worker,
+    }
+    workers[settings["part"]](settings)
 
 
 def layouts(rounds: int, models: list[str]) -> list[dict[str, Any]]:
@@ -284,33 +290,18 @@ def dispatch(calls: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser = parser_of(__doc__, rounds=11)
     parser.add_argument("--only", default="layouts,outside,dispatch")
     parser.add_argument("--models", default="mlp,resnet")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--out")
-    options = parser.parse_args()
-    if options.worker:
-        settings = json.loads(options.worker)
-        join(settings)
-        workers = {
-            "layouts": layout_worker,
-            "outside": outside_worker,
-            "dispatch": dispatch_worker,
-        }
-        return workers[settings["part"]](settings)
-    record: dict[str, Any] = {"cores": os.cpu_count(), "load at the start": os.getloadavg()[0]}
-    if "layouts" in options.only.split(","):
-        record["layouts"] = layouts(options.rounds, options.models.split(","))
-    if "outside" in options.only.split(","):
-        record["outside"] = outside(options.rounds, options.models.split(","))
-    if "dispatch" in options.only.split(","):
-        record["dispatch"] = dispatch(20 * options.rounds)
-    record["load at the end"] = os.getloadavg()[0]
-    if options.out:
-        Path(options.out).write_text(json.dumps(record, indent=2) + "\n")
+    options = parse(parser, worker)
+    parts, models = options.only.split(","), options.models.split(",")
+    with recording(options.out) as record:
+        if "layouts" in parts:
+            record["layouts"] = layouts(options.rounds, models)
+        if "outside" in parts:
+            record["outside"] = outside(options.rounds, models)
+        if "dispatch" in parts:
+            record["dispatch"] = dispatch(20 * options.rounds)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Start-up: from the command to the end of the first step, cold and with the compilation cache.
+"""Start-up time: from the command to the end of the first step, with a cold and a warm cache.
 
     python benchmarks/startup.py [--runs=5] [--only=mlp,resnet] [--out=FILE.json]
 
-Each run is a process of its own on 8 fake CPU devices. "bare" is a script that only imports jax,
-flax and optax, initialises the same model under jit and runs one pmapped step of it. Cold runs have
-an empty compilation cache, warm ones that of a run before. Medians; ratios are within a round.
+Each run is a separate process on 8 fake CPU devices. "bare" is a script that imports jax, flax and
+optax, initialises the same model under jit and runs one pmapped step. Cold runs start with an empty
+compilation cache, warm runs with that of a previous run. Figures are medians; ratios are within a
+round.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import statistics
@@ -18,9 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from frame import ROOT, cache_environ, cpu_environ, parser_of, write
 
 BARE = """
 import functools, importlib, sys
@@ -64,16 +62,8 @@ CASES = {
 
 
 def run(command: list[str], cache: str) -> dict[str, float]:
-    """Seconds to the first step, and the parts that the trainer itself reports."""
-    environ = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PJRT_NPROC": "16",
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    """Seconds to the first step, and the parts that the trainer reports."""
+    environ = cpu_environ(8) | cache_environ(cache)
     parts: dict[str, float] = {}
     began = time.perf_counter()
     process = subprocess.Popen(
@@ -95,7 +85,7 @@ def run(command: list[str], cache: str) -> dict[str, float]:
 
 
 def plan_seconds(runs: int) -> float:
-    """The part of a launcher before it starts its workers, from the command on."""
+    """Seconds from the command until a launcher would start its workers."""
     command = [sys.executable, "-m", "launcher", "--config=configs/mlp.py", "--dry_run"]
     seconds = []
     for _ in range(runs):
@@ -106,10 +96,9 @@ def plan_seconds(runs: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", default="mlp,resnet")
-    parser.add_argument("--out")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -141,10 +130,7 @@ def main() -> None:
     rows.append({"case": "launcher", "run": "plan of 2 processes", "total": seconds})
     for row in rows:
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
-    if options.out:
-        Path(options.out).write_text(
-            json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=2) + "\n"
-        )
+    write({"cores": os.cpu_count(), "rows": rows}, options.out)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,34 @@
-"""What a step costs where the state is cut over the devices, against a whole one on each.
+"""The cost of a step with the state sharded over the devices, against a replicated state.
 
     python benchmarks/state_sharding.py [--width=512] [--batch=1024] [--devices=8] [--rounds=30]
         [--reduce=flat]
 
-The same step of the same MLP (Adam, so that the optimizer's state is twice the params) in one
-process on fake CPU devices, the three kinds in turns. Bytes are those of one device.
+One step of an MLP with Adam, whose state is twice the params, in one process on fake CPU devices.
+The three kinds of state sharding take turns. Bytes are per device.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 from typing import Any
 
-from machine import fake_devices, write
+from frame import fake_devices, parser_of, write_and_print
 
 KINDS = ("replicated", "zero1", "fsdp")
 STEPS = 10  # a turn
 
 
 def main() -> None:
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = parser_of(__doc__, rounds=30)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--reduce", default="flat", choices=("flat", "leaves"))
-    parser.add_argument("--out")
     options = parser.parse_args()
     fake_devices(options.devices)
     flat = options.reduce == "flat"
     result = measure(options.width, options.batch, options.devices, options.rounds, flat)
-    write(result, options.out)
+    write_and_print(result, options.out)
 
 
 def measure(width: int, batch: int, devices: int, rounds: int, flat: bool) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""Step time: the trainer's loop against a bare loop and against the loop one writes by hand.
+"""Step time: the trainer's loop against a bare loop and a hand-written loop.
 
     python benchmarks/step.py [--rounds=15] [--only=mlp,resnet,transformer,calls] [--out=FILE.json]
 
-All in one process on 8 fake CPU devices, taking turns segment by segment; ratios are medians over
-the rounds, so they hold on a noisy machine. The contestants:
+The contestants take turns, segment by segment, in one process on 8 fake CPU devices. Ratios are
+medians over the rounds, which makes them robust to noise:
 
     loop      trainer.train, as a user runs it: data, step, metrics, log rows
-    bare      the same compiled step in a plain loop, on one batch that lies on the devices
+    bare      the same compiled step in a plain loop, on one batch that stays on the devices
     by hand   a loop in the style of Flax's ImageNet example: replicated TrainState, pmap over
               stacked arrays, a pmean of each leaf, prefetch_to_device (same model, same numbers)
     K=1, K=100    `config.steps_per_call` of the tiny MLP, on one device and on eight
@@ -14,21 +14,16 @@ the rounds, so they hold on a noisy machine. The contestants:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import json
 import os
-import sys
 import tempfile
 from collections import deque
-from pathlib import Path
+
+from frame import fake_devices, parser_of, shown, write
 
 DEVICES = 8
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={DEVICES}")
-os.environ.setdefault("PJRT_NPROC", str(2 * DEVICES))
-sys.path.insert(0, str(Path(__file__).parent.parent))
+fake_devices(DEVICES, override=False)
 
 import jax
 import numpy as np
@@ -63,7 +58,7 @@ def digits(model: dict, batch: int) -> dict:
 CASES = {
     "mlp": (
         500,
-        {  # the tutorial's, at half its batch
+        {  # the tutorial's job, at half its batch
             "global_batch_size": 64,
             "model": {"target": "trainer.models.mlp:MLP", "hidden_size": 10, "out_size": 1},
             "loss": {"target": "trainer.losses:squared_error"},
@@ -112,7 +107,7 @@ def mesh_of(devices: int) -> Mesh:
 
 
 def trainers_loop(config: ConfigDict, segment: int, mesh: Mesh, folder: str):
-    """`trainer.train`; its stop hook, asked once a call, is where a turn ends."""
+    """`trainer.train`; a turn ends in its stop hook, which it calls once per call of the step."""
 
     def contestant(turn) -> None:
         calls, per_call = -1, config.get("steps_per_call", 1)
@@ -122,7 +117,7 @@ def trainers_loop(config: ConfigDict, segment: int, mesh: Mesh, folder: str):
             if phase not in ("compile", "train"):
                 return False
             calls += 1
-            # The loop has drained at the multiple of log_every_steps that was just passed.
+            # The loop drains at each multiple of log_every_steps.
             return calls > 0 and calls * per_call % segment == 0 and turn()
 
         with contextlib.suppress(trainer.Preempted):
@@ -155,7 +150,7 @@ class HandState(train_state.TrainState):
 
 
 def by_hand(config: ConfigDict, segment: int, mesh: Mesh):
-    """The loop of Flax's ImageNet example, with the same model, loss and data."""
+    """The loop of Flax's ImageNet example with the same model, loss and data."""
     settings = check(config)
     job = build_job(settings)
     task, devices = job.task, mesh.size
@@ -218,7 +213,7 @@ def by_hand(config: ConfigDict, segment: int, mesh: Mesh):
                 window.append(metrics["loss"])
                 if len(window) > MAX_IN_FLIGHT:
                     window.popleft().block_until_ready()
-            # common_utils.get_metrics: one copy of each, to the host.
+            # As common_utils.get_metrics does: one replica of each, to the host.
             host = jax.device_get(
                 [jax.tree.map(lambda x: x.addressable_data(0), m) for m in collected]
             )
@@ -230,11 +225,9 @@ def by_hand(config: ConfigDict, segment: int, mesh: Mesh):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = parser_of(__doc__, rounds=15)
     parser.add_argument("--only", default="mlp,resnet,transformer,calls")
     parser.add_argument("--lift", default="pmap")
-    parser.add_argument("--out")
     options = parser.parse_args()
     results: list[dict] = []
     folder = tempfile.TemporaryDirectory()
@@ -288,14 +281,8 @@ def main() -> None:
             )
     print(f"jax {jax.__version__}, {os.cpu_count()} cores, lift {options.lift}")
     for row in results:
-        print(
-            "  ".join(
-                f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-            )
-        )
-    if options.out:
-        record = {"jax": jax.__version__, "cores": os.cpu_count(), "rows": results}
-        Path(options.out).write_text(json.dumps(record, indent=2) + "\n")
+        print(shown(row))
+    write({"jax": jax.__version__, "cores": os.cpu_count(), "rows": results}, options.out)
     folder.cleanup()
 
 

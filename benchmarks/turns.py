@@ -1,4 +1,4 @@
-"""Contestants that take turns in one process, so that a machine's drift hits them all alike."""
+"""Contestants that take turns in one process, so that drift of the machine affects all equally."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Contestant = Callable[[Callable[[], bool]], Any]
 
 
 class Turns:
-    """Runs each contestant in a thread, one at a time, a segment each, round after round.
+    """Runs each contestant in a thread of its own, one segment at a time, round after round.
 
-    A contestant is a function that takes `turn` and calls it at the end of each of its segments,
-    with all of its work done; `turn` returns when it is to go on, or True when it is to end.
+    A contestant is a function of one argument, `turn`, which it calls at the end of each segment,
+    once all of its work is done. `turn` returns False to continue and True to end.
     """
 
     def __init__(self, rounds: int, warmup: int = 2) -> None:
@@ -25,7 +25,7 @@ class Turns:
         self.seconds: dict[str, list[float]] = {}
 
     def run(self, contestants: dict[str, Contestant]) -> None:
-        """Times all contestants; `seconds[name]` holds one time a round, warm-up left out."""
+        """Times all contestants; `seconds[name]` holds one time per round, without the warm-up."""
         failures: list[BaseException] = []
         go = {name: threading.Semaphore(0) for name in contestants}
         done = threading.Semaphore(0)
@@ -66,7 +66,7 @@ class Turns:
         self.seconds = {name: values[self._warmup :] for name, values in times.items()}
 
     def ratio(self, name: str, of: str) -> float:
-        """The median over the rounds of one contestant's time by another's."""
+        """The median over the rounds of one contestant's time divided by another's."""
         pairs = zip(self.seconds[name], self.seconds[of], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
@@ -78,8 +78,8 @@ class Turns:
 def take_steps(
     step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batches: Iterable[Any]
 ) -> tuple[Any, Any]:
-    """Takes a step a batch and waits for the last; the state after it and its metrics."""
-    import jax  # not before a benchmark has asked for its devices
+    """Takes one step per batch and waits for the last; returns its state and metrics."""
+    import jax  # a benchmark asks for its devices first
 
     from trainer.lift.in_flight import MAX_IN_FLIGHT
 

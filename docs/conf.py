@@ -1,4 +1,4 @@
-"""Sphinx: sphinx-build -W docs docs/_build"""
+"""Settings of Sphinx: `sphinx-build -W docs docs/_build`."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Draws docs/curve.svg: python docs/make_curve.py LABEL=WORKDIR [LABEL=WORKDIR ...]"""
+"""Draws docs/curve.svg: `python docs/make_curve.py LABEL=WORKDIR [LABEL=WORKDIR ...]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws docs/terminal.svg: python docs/make_terminal.py
+"""Draws docs/terminal.svg: `python docs/make_terminal.py`.
 
 Runs `COMMAND` on a terminal of its own, kills rank 1 with `KILL` once the terminal shows `MOMENT`,
 and draws what came, line by line, at the times at which it came. Only the two commands are typed.

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices in this process, and helpers to start others."""
+"""Eight virtual CPU devices in this process, and fixtures that start others."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from script_runs import ScriptRuns
 
 ROOT = Path(__file__).parent.parent
 
-# `nohup` and `&` have them ignored, and so would all that the tests start; podlift respects that.
+# `nohup` and `&` ignore these signals, children inherit that, and podlift respects it.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
 
-# The same examples every time; `--hypothesis-profile=search` looks for others.
+# The same examples every time; `--hypothesis-profile=search` tries others.
 _SAME = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("same", derandomize=True, **_SAME)
 settings.register_profile("search", max_examples=2000, **_SAME)
@@ -34,12 +34,12 @@ settings.load_profile("same")
 
 
 def skip_here(reason: str) -> pytest.MarkDecorator:
-    """Skips where `reason` says why; CI installs what is needed, so there it is a failure."""
+    """Skips if there is a `reason`, except in CI, which installs everything."""
     return pytest.mark.skipif(bool(reason) and "CI" not in os.environ, reason=reason or "-")
 
 
 def wide(*values):
-    """A case that a quick run of the tests leaves out."""
+    """A case that a quick run of the tests skips."""
     return pytest.param(*values, marks=pytest.mark.wide)
 
 
@@ -49,7 +49,7 @@ def mesh_of(count: int) -> Mesh:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory):
-    """One compilation cache for this process and all that the tests start."""
+    """One compilation cache for this process and all processes that the tests start."""
     directory = tmp_path_factory.getbasetemp().parent / "cache"
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -1,4 +1,4 @@
-"""File systems that fail, and processes that are killed, at an operation of one's choice."""
+"""A file system that fails, or a process that is killed, at a chosen operation."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _CALLS = ("rename", "replace", "mkdir", "unlink", "remove", "rmdir")
 
 
 class Killed(BaseException):
-    """The process ends here: from now on it changes nothing on disk, whatever it tries."""
+    """The process is dead: from now on it changes nothing on disk."""
 
 
 class Faults:
-    """Counts what changes the file system; at one such operation things go wrong.
+    """Counts the operations that change the file system, and fails at one of them.
 
     Args:
-        at: which operation, counted from 1; none where 0.
-        error: raised there, once; where None, the process is killed.
+        at: the operation that fails, counted from 1; 0 for none.
+        error: raised there, once; None kills the process.
     """
 
     def __init__(self, at=0, error=None):
@@ -47,7 +47,7 @@ class Faults:
 
 @contextlib.contextmanager
 def faults(at=0, error=None):
-    """Within it, the `at`-th operation that changes the file system fails; yields the Faults."""
+    """Makes the `at`-th operation that changes the file system fail; yields the `Faults`."""
     state = Faults(at, error)
     real = {name: getattr(os, name) for name in _CALLS}
     real_open = builtins.open
@@ -65,7 +65,7 @@ def faults(at=0, error=None):
         state.point()
         handle = real_open(file, mode, *args, **kwargs)
         try:
-            state.point()  # between the making of a file and its content
+            state.point()  # between creating a file and writing to it
         except BaseException:
             handle.close()
             raise

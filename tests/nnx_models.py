@@ -1,4 +1,4 @@
-"""Models as their users write them in NNX."""
+"""Models in NNX, as users write them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from flax import nnx
 
 
 class Counter(nnx.Variable):
-    """State of a type that Flax does not know."""
+    """State of a type that Flax does not define."""
 
 
 class MLP(nnx.Module):
-    """What `trainer.models.mlp:MLP` is, with its layers in a list, and with dropout if asked."""
+    """`trainer.models.mlp:MLP` with its layers in a list, and optional dropout."""
 
     def __init__(self, in_size, hidden_size, out_size, *, depth=2, dropout=0.0, rngs: nnx.Rngs):
         sizes = [in_size] + [hidden_size] * depth
@@ -45,7 +45,7 @@ class MLP(nnx.Module):
 
 
 class Growing(nnx.Module):
-    """Makes a variable in its call."""
+    """Creates a variable in its call."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.layer = nnx.Linear(64, 10, rngs=rngs)
@@ -72,5 +72,5 @@ class WithKeys(Growing):
 
 
 def fixed():
-    """A module that was made with keys of its own."""
+    """A module created with its own keys."""
     return nnx.Linear(64, 10, rngs=nnx.Rngs(0))

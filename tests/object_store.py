@@ -1,7 +1,7 @@
 """A local stand-in for Google Cloud Storage: the part of its JSON API that gcsfs uses.
 
 `epath.Path("gs://bucket/...")` reaches it where `STORAGE_EMULATOR_HOST` is set, in this process and
-in those that it starts. Objects are kept in memory. `refuse` makes it fail as the real one may.
+its children. Objects are kept in memory. `refuse` makes requests fail as the real service does.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from etils.epath import backend
 from trainer.workdir.paths import keep_no_listings
 
 BUCKET = "bucket"
-ANONYMOUS = {"token": "anon"}  # no credentials are looked for
-# gcsfs otherwise asks over gRPC, with TLS, what kind of bucket it is; read when it is imported.
+ANONYMOUS = {"token": "anon"}  # do not look for credentials
+# gcsfs reads this on import; else it asks for the type of bucket over gRPC with TLS.
 NO_GRPC = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 os.environ.update(NO_GRPC)
 

@@ -1,6 +1,6 @@
-"""Records TPU topologies for `test_mesh.py`: python tests/record_topologies.py
+"""Records TPU topologies for `test_mesh.py`: `python tests/record_topologies.py`.
 
-Needs jax[tpu], and no TPU: libtpu describes a topology without one.
+Needs jax[tpu] but no TPU: libtpu describes topologies without one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-# Without these libtpu complains that it finds no TPU.
+# Without these, libtpu warns that it finds no TPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
@@ -24,12 +24,12 @@ TOPOLOGIES = {
     "v5p-4x4x4": ("v5p:4x4x4", {}),
     "v5e-4x4-2slices": ("v5e:4x4", {"num_slices": 2}),
 }
-# slice_index is left out where devices lack it, as those of a single slice do.
+# The devices of a single slice have no slice_index.
 FIELDS = ("id", "process_index", "coords", "core_on_chip", "slice_index")
 
 
 def describe(topology, **options):
-    """The devices of a topology: one list a field, in the order of the devices."""
+    """The devices of a topology: one list per field, in the order of the devices."""
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name=topology, **options
     ).devices
@@ -48,5 +48,5 @@ if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for name, (topology, options) in TOPOLOGIES.items():
         text = json.dumps(describe(topology, **options), separators=(",", ":"))
-        # One line a field.
+        # One line per field.
         (FOLDER / f"topology-{name}.json").write_text(text.replace(',"', ',\n"') + "\n")

@@ -1,4 +1,4 @@
-"""Runs that several tests start, and what they look for in the folder of a run."""
+"""Configs, and checks of a run's folder, shared by several tests."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def truncate(step):
 
 
 def save_another_state(step):
-    """Files and manifest agree, but not with what was on the devices."""
+    """Makes files and manifest agree with one another, but not with the saved state."""
     path = step / "manifest.json"
     listed = Manifest.from_text(path.read_text())
     name = "params/Dense_0/kernel"

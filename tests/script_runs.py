@@ -77,7 +77,7 @@ def wait_for(condition, seconds=20):
 
 
 def shlex_of_bash(line):
-    """The words of a line as bash reads it, which writes $'\\n' where shlex cannot."""
+    """The words of a line as bash reads it; shlex does not know its quotes of control codes."""
     done = subprocess.run(
         ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""Small batches, and steps of them over each lift."""
+"""A small batch, and steps on it under each lift."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from trainer.step.update import make_update_step
 
 LIFTS = [("vmap", 1), ("pmap", 1), ("pmap", 4), ("shard_map", 4)]
 
-
 RANDOM = np.random.default_rng(3)
-
 
 BATCH = {
     "x": RANDOM.normal(size=(16, 5)).astype(np.float32),
@@ -25,7 +23,7 @@ BATCH = {
 
 
 def run(task, recipe=Recipe(), batch=BATCH, lift=("pmap", 4), steps=3, state=None):  # noqa: B008
-    """The state on the host and the metrics after some steps."""
+    """The state, on the host, and the metrics after some steps."""
     lift = make_lift(lift[0], mesh_of(lift[1]))
     step = lift(make_update_step(task, recipe), donate=False)
     if state is None:

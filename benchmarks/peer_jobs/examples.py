@@ -1,4 +1,4 @@
-"""`examples.py MODEL FOLDER`: the examples and the initial weights, which podlift draws."""
+"""`examples.py MODEL FOLDER`: writes the examples, and the initial weights from podlift."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main() -> None:
     count = BATCHES_AN_EPOCH * BATCHES[name]
     shape = (8, 8, 1) if name == "resnet" else (64,)
     x = random.normal(size=(count, *shape)).astype(np.float32)
-    # Learnable, so that a loss that falls alike means something.
+    # Learnable labels, so that equally falling losses are evidence.
     y = (x.reshape(count, -1) @ random.normal(size=(64, 10))).argmax(axis=1).astype(np.int32)
     path = folder / f"{name}.npz"
     np.savez(path, x=x, y=y)

@@ -1,7 +1,7 @@
-"""The jobs of `benchmarks/peers.py` by hand: `flax_loop.py RANK SETTINGS`, a command a process.
+"""The jobs of `benchmarks/peers.py` by hand: `flax_loop.py RANK SETTINGS`, one per process.
 
-In the manner of Flax's ImageNet example: pmap over a replicated TrainState, a pmean of each
-gradient, `prefetch_to_device`, metrics collected on the devices and averaged at each log, and
+In the style of Flax's ImageNet example: pmap over a replicated TrainState, a pmean of each
+gradient, `prefetch_to_device`, metrics kept on the devices and averaged at each log, and
 `flax.training.checkpoints`.
 """
 
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from pauses import Pauses
 from podlift_config import BATCHES, get_config
 
-from trainer.config.targets import build  # the same model class, and nothing else of podlift
+from trainer.config.targets import build  # only for the same model class
 
 rank, settings = int(sys.argv[1]), json.loads(sys.argv[2])
 
@@ -59,7 +59,7 @@ def train_step(state: TrainState, batch: dict[str, jax.Array]) -> Any:
 
 
 def batches(x: np.ndarray, y: np.ndarray, size: int) -> Any:
-    """This process's rows of each batch, by local device."""
+    """This process's rows of each batch, split by local device."""
     random = np.random.default_rng(0)
     share = size // jax.process_count()
     start, devices = rank * share, jax.local_device_count()
@@ -77,7 +77,7 @@ def main() -> None:
     with np.load(settings["examples"]) as arrays:
         x, y = arrays["x"], arrays["y"]
     state = jax_utils.replicate(create_state(config, x.shape[1:]))
-    # The name of the axis, though the model may not use it: the gradients always do.
+    # The model may not use the axis name, but the gradients always do.
     step_fn = jax.pmap(train_step, axis_name="batch", donate_argnums=0)
     size = BATCHES[settings["config"].partition("-")[0]]
     source = jax_utils.prefetch_to_device(batches(x, y, size), 2)
@@ -93,7 +93,7 @@ def main() -> None:
             print("first step done", flush=True)
         collected.append(metrics)
         if (step + 1) % settings["log_every"] == 0:
-            # common_utils.get_metrics: the first device's copy of each, and their mean.
+            # As common_utils.get_metrics does: the first replica of each, and their mean.
             host = jax.device_get([m["loss"].addressable_data(0)[0] for m in collected])
             collected = []
             if rank == 0:

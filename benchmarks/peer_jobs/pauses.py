@@ -1,6 +1,6 @@
-"""Where a job of `benchmarks/peers.py` pauses, so that the contestants take turns.
+"""Pauses a job of `benchmarks/peers.py` between segments, so that contestants take turns.
 
-Only the standard library: torch's environment has nothing else of ours.
+Standard library only, because torch's environment does not have podlift.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 
 
 class Pauses:
-    """Says over a socket that a segment is done, and waits to be told to go on.
+    """Reports the end of a segment over a socket, and waits for the permission to continue.
 
-    The process ends where the socket is closed.
+    The process exits when the socket is closed.
 
     Args:
-        address: a Unix socket; none where the job is to run through.
+        address: path of a Unix socket; empty for a job without pauses.
         segment: steps from one pause to the next.
-        rank: of this process.
+        rank: rank of this process.
     """
 
     def __init__(self, address: str, segment: int, rank: int) -> None:
@@ -31,19 +31,19 @@ class Pauses:
             self._lines = self._socket.makefile("rw")
 
     def is_due(self, step: int) -> bool:
-        """Whether there is one before a step. Not at the segments' ends: saves fall on those."""
+        """Whether to pause before a step: in mid-segment, since saves are at the ends."""
         return self._lines is not None and step % self._segment == self._segment // 2
 
     def wait(self) -> None:
-        """One pause. All work of the steps so far must be done."""
+        """Pauses once. All work of the previous steps must be done."""
         assert self._lines is not None
         self._lines.write(json.dumps({"rank": self._rank, "peak_bytes": peak_bytes()}) + "\n")
         self._lines.flush()
         if not self._lines.readline():
-            os._exit(0)  # all turns are over
+            os._exit(0)  # no turns are left
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held at once; `getrusage` would count its parent's too."""
+    """Peak resident memory of this process; that of `getrusage` includes its parent's."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])

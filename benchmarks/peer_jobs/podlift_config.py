@@ -1,6 +1,6 @@
-"""The jobs of `benchmarks/peers.py`, by name; the command line says the rest.
+"""The jobs of `benchmarks/peers.py`, by name; the command line sets the rest.
 
-`mlp-local` is `mlp` whose shards each normalise by themselves, as under torch's DDP.
+`mlp-local` is `mlp` with BatchNorm over each shard alone, as under torch's DDP.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The examples of `benchmarks/peers.py` for podlift; a process pauses when it asks for a batch."""
+"""The examples of `benchmarks/peers.py` for podlift; a process pauses when it reads a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.data.stream import ArraySource, HostBatch
 
 
 class Pausing:
-    """A source that pauses before the batch of some steps: the loop has drained before those."""
+    """A source that pauses before some batches, at steps where the loop has drained."""
 
     def __init__(self, source: ArraySource, pauses: Pauses) -> None:
         self._source, self._pauses, self._step = source, pauses, 0
@@ -21,7 +21,7 @@ class Pausing:
         return len(self._source)
 
     def __getitem__(self, indices: np.ndarray) -> HostBatch:
-        if indices.size > 1:  # one is asked for to see the shapes
+        if indices.size > 1:  # a single example only shows the shapes
             if self._pauses.is_due(self._step):
                 self._pauses.wait()
             self._step += 1

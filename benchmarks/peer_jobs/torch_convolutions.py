@@ -1,6 +1,6 @@
-"""The gradient of ResNet-8 in torch: milliseconds, and of these in convolutions; as JSON.
+"""Milliseconds of the gradient of ResNet-8 in torch, and of its convolutions, as JSON.
 
-Run by `benchmarks/convolutions.py` as `torch_convolutions.py BATCH SIDE STEPS`.
+`benchmarks/convolutions.py` runs it as `torch_convolutions.py BATCH SIDE STEPS`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The jobs of `benchmarks/peers.py` in torch: `torch_loop.py ddp|fabric|one SETTINGS`.
 
-`ddp` is DistributedDataParallel over gloo as torchrun starts it, `fabric` Lightning Fabric's
-strategy of that name as its own launcher starts it, `one` a single process. All three have the
-same loop. Batches are gathered from a tensor by rows, much faster than a DataLoader.
+`ddp` is DistributedDataParallel over gloo, started by torchrun; `fabric` is Lightning Fabric's
+strategy "ddp", started by its own launcher; `one` is a single process. All three share one loop.
+Batches are rows of a tensor, which is much faster than a DataLoader.
 """
 
 from __future__ import annotations

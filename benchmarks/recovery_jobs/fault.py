@@ -1,4 +1,4 @@
-"""The event that the jobs of `recovery.py` and `faults.py` suffer, once, between two steps."""
+"""The fault that strikes the jobs of `recovery.py` and `faults.py` once, between two steps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 
 def strike(kind: str, mark: str) -> None:
-    """Makes this process fail, unless one has failed before it.
+    """Makes this process fail, unless one has failed already.
 
     Args:
         kind: "kill", "raise", "stall" or "term".
-        mark: a file that is made with the time of the event, in seconds since the epoch.
+        mark: a file for the time of the event, in seconds since the epoch.
     """
     if os.path.exists(mark):
         return

@@ -1,4 +1,4 @@
-"""The job of `benchmarks/recovery.py`, which fills in what is 0 or empty here."""
+"""The job of `benchmarks/recovery.py`, which sets the values that are 0 or empty here."""
 
 from ml_collections import ConfigDict
 

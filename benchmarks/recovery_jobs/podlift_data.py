@@ -1,4 +1,4 @@
-"""Random examples for podlift; a rank fails when it asks for a batch."""
+"""Random examples for podlift; rank 1 fails when it reads a batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.data.stream import ArraySource, HostBatch
 
 
 class Failing:
-    """A source whose batches take a while, and which fails after so many of them on rank 1."""
+    """A source that takes `delay` seconds per batch, and fails on rank 1 after `after` batches."""
 
     def __init__(self, source: ArraySource, kind: str, mark: str, after: int, delay: float) -> None:
         self._source = source
@@ -24,7 +24,7 @@ class Failing:
         return len(self._source)
 
     def __getitem__(self, indices: np.ndarray) -> HostBatch:
-        if indices.size > 1:  # one is asked for to see the shapes
+        if indices.size > 1:  # a single example only shows the shapes
             time.sleep(self._delay)
             if self._batches == self._after and jax.process_index() == 1:
                 strike(self._kind, self._mark)

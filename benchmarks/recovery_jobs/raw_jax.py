@@ -1,6 +1,6 @@
-"""The same job by hand: `raw_jax.py PORT RANK SETTINGS`, one command a process.
+"""The same job by hand: `raw_jax.py PORT RANK SETTINGS`, one command per process.
 
-In the manner of Flax's examples: pmap, a pmean of each gradient, Orbax's CheckpointManager.
+In the style of Flax's examples: pmap, a pmean of each gradient, Orbax's CheckpointManager.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """In one piece, by way of a file with another name."""
+    """Saves atomically: writes a temporary file and renames it."""
     path = folder / f"step-{step}.pt"
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(state, path.with_suffix(".tmp"))

@@ -1,4 +1,4 @@
-"""The model of time beside published measurements: python tests/planning/published.py
+"""The model of time beside published measurements: `python tests/planning/published.py`.
 
 Prints the tables of docs/plan.md. Sources are there; a row is what was measured, what the model
 says, and the difference.

@@ -1,4 +1,4 @@
-"""The seconds that the pages compare are those of the benchmark that is kept."""
+"""The pages quote the seconds of the recorded benchmark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = {"kill": "killed (-9)", "raise": "raises", "stall": "stalls", "term": "S
 
 
 def medians(who, kind):
-    """(noticed, resumed), as they are written; empty where it never came to that."""
+    """(noticed, resumed), as the pages write them; nothing where no run resumed."""
     rows = [row for row in ROWS if (row["who"], row["kind"]) == (who, kind) and "resumed" in row]
     for name in ("noticed", "resumed") if rows else ():
         seconds = statistics.median(row[name] for row in rows)
@@ -23,7 +23,7 @@ def medians(who, kind):
 
 @pytest.mark.parametrize("page", ["docs/comparison.md", "docs/reliability.md"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_table_of_a_page(page, kind):
+def test_a_page_quotes_the_recorded_seconds(page, kind):
     cells = row_of(page, kind)
     for who, cell in zip(("podlift", "torchrun", "raw JAX"), cells, strict=True):
         expected = list(medians(who, kind))
@@ -32,8 +32,8 @@ def test_the_table_of_a_page(page, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_table_of_the_readme(kind):
-    """It leaves out what was noticed when after SIGTERM."""
+def test_the_readme_quotes_the_recorded_seconds(kind):
+    """It omits the time to notice a SIGTERM."""
     for who, cell in zip(("podlift", "torchrun"), row_of("README.md", kind)[:2], strict=True):
         expected = list(medians(who, kind))
         found = re.findall(r"([\d.]+) s\b", cell)
@@ -41,7 +41,7 @@ def test_the_table_of_the_readme(kind):
 
 
 def row_of(page, kind):
-    """The cells behind the first one, of the last row that begins so."""
+    """The cells of the last row for this kind, without the first."""
     rows = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|")]
     [*_, row] = [row for row in rows if KINDS[kind] in row.split("|")[1] and " s" in row]
     return [cell.strip() for cell in row.strip("|").split("|")][1:]

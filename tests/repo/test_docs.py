@@ -1,8 +1,8 @@
-"""The docs are true: made pages are up to date, code runs, and what is named exists.
+"""The docs are true: generated pages are up to date, code runs, and every name exists.
 
-In a page, ```python runs, top to bottom, in one namespace; an ```output block behind it is what it
-prints. ```console runs as well, in a shell; what is below a `$` line is printed, in this order. A
-fragment that does not run by itself is ```py or ```sh.
+In a page, blocks of ```python run from top to bottom in one namespace, and an ```output block after
+one is what it prints. ```console runs in a shell; the lines below a `$` line are printed in this
+order. A fragment that cannot run by itself is ```py or ```sh.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAGES = {
         *sorted(ROOT.glob("docs/decisions/*.md")),
     ]
 }
-HOME = "/home/me/podlift"  # where the pages say that they are
+HOME = "/home/me/podlift"  # the folder that the pages show
 
 
 def blocks(page):
@@ -51,7 +51,7 @@ def pages_with(language, slow=()):
 
 
 def test_the_page_of_config_keys_is_up_to_date():
-    """If not: python docs/make_config_md.py"""
+    """If not: `python docs/make_config_md.py`."""
     made = runpy.run_path(str(ROOT / "docs" / "make_config_md.py"))["render"]()
     assert PAGES["docs/config.md"] == made
 
@@ -62,12 +62,12 @@ def test_links_between_pages_lead_somewhere():
             assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
 
 
-# What is shown runs
+# Code and commands run
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with the configs and examples, and with the example's own files beside them."""
+    """A folder with configs/, examples/, and a copy of the example's own files."""
     folder = tmp_path / "podlift"
     for name in ("configs", "examples"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("runs", "__*"))
@@ -80,10 +80,10 @@ NUMBER = re.compile(r"(?<![\w/])-?\d+(?:[.,:]\d+)*(?:e[-+]?\d+)?")
 
 
 def differences(shown, printed, *, numbers):
-    """The lines of a page that are not printed, in their order; `...` stands for any lines.
+    """The lines of a page that are not printed in this order; `...` stands for any lines.
 
-    With `numbers`, each number may be off by one unit of the last digit that the page shows (and
-    what is not shown may not be printed); without, any number will do.
+    With `numbers`, each number may differ by one unit of the last digit shown, and every printed
+    line must be shown. Without, any number matches.
     """
     missing, left, skip = [], printed.strip().splitlines(), not numbers
     for line in shown.strip().splitlines():
@@ -138,7 +138,7 @@ def test_code_of_a_page_runs(page, here, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", pages_with("console"))
 def test_commands_of_a_page_run(page, here, cache_dir):
-    """In one shell, so that a page may have variables and processes in the background."""
+    """In one shell, so that a page can use variables and background processes."""
     commands, expected = [], []
     for language, text in blocks(page):
         if language != "console":
@@ -172,7 +172,7 @@ def test_commands_of_a_page_run(page, here, cache_dir):
         assert not found, f"$ {command}\n{text}"
 
 
-# What is named exists
+# Names exist
 
 
 def named(pattern):
@@ -180,11 +180,11 @@ def named(pattern):
     return [(page, found) for page, text in PAGES.items() for found in re.findall(pattern, text)]
 
 
-# Of Flax's ImageNet example, or a reader's own.
+# From Flax's ImageNet example, or the reader's own.
 NOT_OURS = {"configs/tpu.py", "configs/a.py", "configs/b.py", "examples/imagenet", "examples/s"}
 
 
-def test_files_that_are_named_exist():
+def test_named_files_exist():
     rooms = "benchmarks|configs|docs|examples|launcher|scripts|tests|trainer"
     found = named(rf"(?<![\w./:-])((?:{rooms})/[\w./-]*\w)")
     assert len(found) > 100
@@ -192,14 +192,14 @@ def test_files_that_are_named_exist():
     assert [(page, name) for page, name in missing if name not in NOT_OURS] == []
 
 
-def test_code_that_is_named_exists():
+def test_named_code_exists():
     found = named(r"\b((?:trainer|launcher|optax)(?:\.\w+)*:[A-Za-z_]\w*)")
     assert len(found) > 10
     for page, target in found:
         resolve(target, page)
 
 
-def test_config_keys_that_are_named_exist():
+def test_named_config_keys_exist():
     known = set()
     for spec in {spec for _, spec in named(r"configs/(\w+\.py(?::[a-z_]+)?)")}:
         known |= keys_of(ROOT / "configs", spec)
@@ -210,7 +210,7 @@ def test_config_keys_that_are_named_exist():
     found = named(r"(?<![\w.])config\.([a-z_]+(?:\.[a-z_]+)*)\b(?![(/])")
     assert len(found) > 50
     files = {"json", "md", "py"}
-    known |= {"optimizr.learning_rate"}  # a typo that is shown as one
+    known |= {"optimizr.learning_rate"}  # a typo, on purpose
     assert [(page, key) for page, key in found if key not in known | files] == []
 
 
@@ -225,8 +225,8 @@ def keys_of(folder, spec):
     return set(flatten(check(get_config(*([argument] if argument else []))).config))
 
 
-def test_messages_that_are_quoted_are_printed():
-    """Each is one that the code can make: it differs only where the code fills in a value."""
+def test_quoted_messages_are_in_the_code():
+    """A quoted message differs from one in the code only where the code fills in a value."""
     made = [text for path in ROOT.glob("[lt]*er/**/*.py") for text in strings_of(path)]
     for path in ROOT.glob("scripts/**/*.*"):
         for text in re.findall(r'fail "(.*?)"(?: |$)', path.read_text(), flags=re.M):
@@ -239,7 +239,7 @@ def test_messages_that_are_quoted_are_printed():
 
 
 def strings_of(path):
-    """Each string of a file up to its first line's end, cut where a value is filled in."""
+    """The first line of each string of a file, split where a value is filled in."""
     tree = ast.parse(path.read_text())
     inside = {id(part) for node in ast.walk(tree) for part in getattr(node, "values", [])}
     for node in ast.walk(tree):
@@ -259,7 +259,7 @@ def strings_of(path):
         yield text.partition("\n")[0].split("\0")
 
 
-# Flags of other programs, where our scripts do not use them.
+# Flags of other programs that our scripts do not use.
 FOREIGN = {
     "uv": "--extra --generate-hashes --no-annotate --no-header --python-version --system "
     "--universal",
@@ -274,7 +274,7 @@ FOREIGN = {
 }
 
 
-def test_flags_that_are_named_exist():
+def test_named_flags_exist():
     defined = r'"(\w+)": \((?:absl_)?flags\.DEFINE_(\w+)'
     known = {"--config", "--help"}
     for path in ROOT.glob("launcher/**/*.py"):
@@ -290,8 +290,8 @@ def test_flags_that_are_named_exist():
     assert [(page, flag) for page, flag in found if flag not in known] == []
 
 
-def test_figures_of_performance_are_those_of_the_benchmarks():
-    """If not: `python benchmarks/step.py --out=...` was run again, and the page was not."""
+def test_the_performance_page_quotes_the_recorded_figures():
+    """If not: the results are newer than the page."""
     text = PAGES["docs/performance.md"]
     for name in ("step", "startup"):
         for row in json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text())["rows"]:

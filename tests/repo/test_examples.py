@@ -1,4 +1,4 @@
-"""What the README and the examples show works as it is written there."""
+"""The examples run as the README shows them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conftest import ROOT
 EXAMPLE = ROOT / "examples" / "bring_your_own"
 
 
-def test_a_package_of_ones_own(launch, tmp_path):
+def test_a_users_own_package_trains(launch, tmp_path):
     code, out, err = launch(
         "--config=config.py", "--fake_devices=4", f"--workdir={tmp_path}/run", cwd=EXAMPLE
     )
@@ -19,7 +19,7 @@ def test_a_package_of_ones_own(launch, tmp_path):
     assert float(out.split("best eval/accuracy ")[1].split()[0]) > 0.95
 
 
-def test_from_a_script_without_a_launcher(tmp_path):
+def test_a_script_trains_without_a_launcher(tmp_path):
     done = subprocess.run(
         [sys.executable, "notebook.py", tmp_path / "run"],
         cwd=EXAMPLE,

@@ -1,4 +1,4 @@
-"""docs/terminal.svg: what it shows can be typed, and where it was made cannot be seen in it."""
+"""docs/terminal.svg: its command works, and it shows nothing of the machine that made it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PICTURE = ROOT / "docs" / "terminal.svg"
 MADE_BY = runpy.run_path(str(ROOT / "docs" / "make_terminal.py"))
 
 
-def test_it_is_a_small_picture_that_needs_nothing_else():
+def test_the_picture_is_small_and_self_contained():
     text = PICTURE.read_text()
     tree = ET.fromstring(text)
     assert {part.tag.partition("}")[2] for part in tree.iter()} == {
@@ -26,17 +26,17 @@ def test_it_is_a_small_picture_that_needs_nothing_else():
     assert len(text) < 50_000
 
 
-def test_it_tells_the_whole_story_and_nothing_of_this_machine():
+def test_the_picture_shows_a_restart_and_no_path_of_this_machine():
     shown = "\n".join(part.text for part in ET.parse(PICTURE).iter() if part.text)
-    story = [
+    events = [
         MADE_BY["COMMAND"],
         "error: rank 1 was killed by SIGKILL",
         "restart 1 of 1",
         "restored step ",
         "finished: 440 steps",
     ]
-    assert sorted(story, key=shown.index) == story
-    # The epochs after the restart are those before it, to the last digit.
+    assert sorted(events, key=shown.index) == events
+    # Epochs repeated after the restart have the same loss, to the last digit.
     epochs = re.findall(r"Loss for epoch (\d+): (\S+)", shown)
     assert len(epochs) > len(dict(epochs)) == len(set(epochs)) == 20
     paths = re.findall(r"(?<![\w.])/\w+/\S+", shown)
@@ -44,7 +44,7 @@ def test_it_tells_the_whole_story_and_nothing_of_this_machine():
     assert [path for path in paths if not path.startswith(MADE_BY["HOME"])] == []
 
 
-def test_the_command_starts_what_it_shows():
+def test_the_command_starts_two_ranks():
     command = [sys.executable, *shlex.split(MADE_BY["COMMAND"])[1:], "--dry_run"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     environ.pop("XLA_FLAGS", None)

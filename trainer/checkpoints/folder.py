@@ -281,8 +281,10 @@ def _download(source: epath.Path, listed: Manifest, target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flushes a file or a folder's entries to disk: a rename may survive a power failure that the
-    renamed data does not."""
+    """Flushes a file or a folder's entries to disk.
+
+    A rename may survive a power failure that the renamed data does not.
+    """
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:
