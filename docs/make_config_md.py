@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the keys themselves: `python docs/make_config_md.py`."""
+"""Writes docs/config.md from the keys themselves: python docs/make_config_md.py"""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ HEAD = """\
 
 A config file has a function `get_config(arg=None)` that returns an `ml_collections.ConfigDict`. A
 config holds only data: it names code by import path, `target="package.module:attribute"`, and the
-rest of the block becomes keyword arguments. Missing keys take the defaults below. You can override
-every key on the command line: `--config.optimizer.learning_rate=0.1`. An argument of a target can
-be overridden only if the file names it. `--config.KEY=None` sets None where a key allows it: keys
-whose default is None, `checkpoint.every_steps`, and entries of a block that names code
-(`--config.data.augment=None`).
+rest of the block becomes keyword arguments. Missing keys take the defaults below. You can
+override every key on the command line: `--config.optimizer.learning_rate=0.1`. An argument of a
+target can be overridden only if the file names it. `--config.KEY=None` sets None where a key
+allows it: keys whose default is None, `checkpoint.every_steps`, and entries of a block that names
+code (`--config.data.augment=None`).
 
 `python -m launcher --config=FILE --print_config` prints the result without running it.
 
@@ -27,7 +27,7 @@ whose default is None, `checkpoint.every_steps`, and entries of a block that nam
 
 | block | the target is | called with |
 |---|---|---|
-| `model` | a Linen or [NNX](nnx.md) module | its rest; then `model(batch["x"], train=...)` |
+| `model` | a Linen or [NNX](nnx.md) module | the rest of it; then `model(batch["x"], train=...)` |
 | `loss` | `(outputs, batch) -> (examples,)` | the rest of the block as keyword arguments |
 | `metrics.NAME` | the same, reported as `train/NAME` and `eval/NAME` | the same |
 | `data` | returns `{"train": source, "eval": source}` | the rest, and `seed` if it accepts it |

@@ -48,7 +48,7 @@ def _sum(
     # Both terms come out of the collective, in the same order on both devices. A device that added
     # to its own `x` could fuse the computation of `x` into the sum, with other roundings than in
     # what it has sent (a * b + c without rounding a * b), and the replicas would diverge.
-    swapped: jax.Array = lax.all_to_all(jnp.stack([x, x]), names, 0, 0)  # type: ignore[no-untyped-call]
+    swapped: jax.Array = lax.all_to_all(jnp.stack([x, x]), names, 0, 0)
     first, second = swapped
     total: jax.Array = first + second
     return total

@@ -44,7 +44,7 @@ def join(assignment: Assignment) -> None:
 def leave() -> None:
     """Disconnects from the peers."""
     if jax.distributed.is_initialized():
-        jax.distributed.shutdown()  # type: ignore[no-untyped-call]
+        jax.distributed.shutdown()
 
 
 def _wait_for(coordinator: str, seconds: float) -> None:

@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_of_a_sharded_state_is_quarantined(run, alone, tmp_
     damage(checkpoints / "20")
     code, out, err = run(tmp_path / "run", *two)
     assert code == 0, out + err
-    assert "warning: step 20 cannot be restored from the checkpoint" in err
+    assert "warning: step 20 cannot be restored from its checkpoint" in err
     assert f"restored step 10 from {checkpoints}" in out
     assert len(list((checkpoints / "quarantine").glob("20-*"))) == 1
     assert_same_state(tmp_path / "run", reference(alone, run, *two), atol=0)

@@ -45,8 +45,8 @@ def evaluate(
         mesh: the devices, on the one axis "batch"; all devices where None.
 
     Returns:
-        `{"eval/loss": ..., "eval/<metric>": ...}`: means over the examples, each of which counts
-        exactly once. Batches are added up in float64.
+        The means over the examples, each of which counts exactly once, by the tags that training
+        uses, "eval/loss" and "eval/<metric>". Batches are added up in float64.
 
     Raises:
         CheckpointsUnreadable: the checkpoint does not exist or is damaged.

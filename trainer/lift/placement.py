@@ -41,7 +41,7 @@ class Placement(Processes):
 
     @property
     def platform(self) -> str:
-        """ "cpu", "gpu" or "tpu"."""
+        """The platform of the devices: "cpu", "gpu" or "tpu"."""
         return str(self.mesh.devices.flat[0].platform)
 
     def specs(self, state: TrainState, fields: Sequence[str] | None = None) -> Any:

@@ -1,6 +1,7 @@
-"""The program that runs per shard of a batch: the update step, the evaluation step, and the task
-they work on. It knows the other shards only by the name of an axis. Other rooms use `job.build_job`
-and `job.make_init` (from settings to a `Job`), `task.Task`, `task.Recipe` and `task.AXIS`,
-`update.make_update_step`, `evaluate.make_eval_step`, `init.init_state`, and `flops` and `tracing`
-to analyse a step without running it.
+"""The program of one shard of a batch: the update step, the evaluation step, and their task.
+
+It knows the other shards only by the name of an axis. Other rooms use `job.build_job` and
+`job.make_init` (from settings to a `Job`), `task.Task`, `task.Recipe` and `task.AXIS`,
+`update.make_update_step`, `evaluate.make_eval_step`, `init.init_state`, `call.Call`, and `flops`
+and `tracing` to analyse a step without running it.
 """
