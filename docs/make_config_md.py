@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the keys themselves: python docs/make_config_md.py"""
+"""Writes docs/config.md from the keys themselves: python docs/make_config_md.py."""
 
 from __future__ import annotations
 

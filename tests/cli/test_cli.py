@@ -248,7 +248,7 @@ def test_the_tutorial_prints_its_losses_and_a_summary(launch, tmp_path):
 
     code, out, err = launch(MLP, "--fake_devices=8", f"--workdir={tmp_path}/run")
     assert code == 0
-    assert "nothing to do: this run has taken 5 steps" in out
+    assert "nothing to do: the run is at step 5, and the config stops it at 5" in out
     assert "--config.num_epochs=10" in out
 
 
