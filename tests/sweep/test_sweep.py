@@ -1,4 +1,4 @@
-"""Sweeps: which runs there are, each run for itself, and what is told of them at the end."""
+"""Sweeps: the variants, each as a run of its own, and the table of results."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def environ_of(tmp_path, **more):
 
 
 def run_here(argv):
-    """In this process, as far as that goes: nothing is started where something is wrong."""
+    """In this process: no run starts if anything is wrong."""
     return run_sweep(flags.parse(["launcher", *argv]), argv, os.environ)
 
 
@@ -117,7 +117,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("sweep", "more", "text"), MISTAKES)
-def test_a_mistake_is_found_before_anything_is_run(make, tmp_path, sweep, more, text):
+def test_a_mistake_is_found_before_any_run_starts(make, tmp_path, sweep, more, text):
     with pytest.raises(UserError) as error:
         run_here([*make(sweep), "--sweep", *more])
     assert text in str(error.value)
@@ -133,7 +133,7 @@ def test_the_command_ends_with_2_and_imports_no_jax(make, start, tmp_path):
     assert err == ("error: run 0 of the sweep: there is no key sed\n  HINT: did you mean seed?\n")
 
 
-def test_names_stay_and_tell_the_runs_apart(make):
+def test_names_of_runs_are_stable_and_unique(make):
     (config, _) = make(
         "import numpy as np\n"
         "def get_sweep():\n"
@@ -187,7 +187,9 @@ def read_sweep(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_one_fails_the_others_do_not_and_again_only_that_one_is_run(make, launch, tmp_path):
+def test_one_run_fails_the_others_do_not_and_the_next_sweep_runs_only_that_one(
+    make, launch, tmp_path
+):
     argv = [*make(RATES), "--sweep", "--fake_devices=2"]
     code, out, err = launch(*argv, environ=environ_of(tmp_path))
     assert code == 1, out + err
@@ -270,7 +272,7 @@ SEEDS = "def get_sweep():\n    return [{'seed': seed} for seed in range(3)]\n"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [["--fake_devices=1"], ["--processes=2", "--fake_devices=1"]])
-def test_one_that_is_stopped_goes_on(make, start, launch, tmp_path, more):
+def test_a_stopped_sweep_resumes(make, start, launch, tmp_path, more):
     argv = [*make(SEEDS), "--sweep", "--config.num_steps=12", *more]
     process = start(*argv, environ=environ_of(tmp_path, DELAY="0.2"))
     wait_for_step(tmp_path / "sweep", "01-seed=1", 2, process)

@@ -30,7 +30,7 @@ def test_a_collective_in_a_slice_and_between_slices():
     assert gather == pytest.approx(H100.collective_overhead + 3 * H100.link_latency)
 
 
-def test_the_parts_of_a_step():
+def test_the_parts_of_the_time_of_a_step():
     work = Work({"bfloat16": 1e12, "float32": 1e11}, 1e9, [Collective("all-reduce", "m", 3, 10**8)])
     there = predict(work, Cluster(H100, (8,), 4))
     peak = 1e12 / H100.flops_bf16 + 1e11 / H100.flops_f32
