@@ -1,4 +1,4 @@
-"""Asks the metadata server of Compute Engine about the TPU slice of this machine.
+"""The TPU slice of this machine, from the metadata server of Compute Engine.
 
 https://cloud.google.com/compute/docs/metadata/querying-metadata
 """
@@ -22,7 +22,7 @@ def has_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
         try:
             if path.read_text().strip().lower() == _GOOGLE:
                 return True
-        except OSError:  # a device that goes away
+        except OSError:  # a device that was removed
             continue
     return False
 
@@ -35,24 +35,24 @@ def fetch_attribute(
     Args:
         key: of the attribute.
         server: base address of the metadata server.
-        timeout: of one try, in seconds.
-        tries: how often to ask a server that does not answer, or fails.
-        pause: between two tries, in seconds.
+        timeout: seconds for one request.
+        tries: number of requests to a server that does not answer, or fails.
+        pause: seconds between two requests.
 
     Returns:
-        Its text; None if the instance lacks it, or if there is no such server.
+        The attribute's text; None if the instance lacks it, or if there is no such server.
 
     Raises:
-        UserError: the server is there but gives no answer. Going on would mean that each host of
-            a slice trains for itself.
+        UserError: the server exists but gives no answer. Without one, each host of a slice would
+            train a model of its own.
     """
-    # 25 ms to import, which only machines with a TPU are to pay.
+    # The import takes 25 ms; only machines with a TPU need it.
     from urllib.error import HTTPError, URLError
     from urllib.request import ProxyHandler, Request, build_opener
 
     url = f"{server}/computeMetadata/v1/instance/attributes/{key}"
     request = Request(url, headers={"Metadata-Flavor": "Google"})  # noqa: S310 - http by design
-    opener = build_opener(ProxyHandler({}))  # a proxy cannot know this machine
+    opener = build_opener(ProxyHandler({}))  # a proxy has no metadata of this machine
     reason = ""
     for i in range(tries):
         if i:
@@ -68,12 +68,12 @@ def fetch_attribute(
             reason = f"status {error.code}"
         except URLError as error:
             if not isinstance(error.reason, TimeoutError):
-                return None  # the name does not resolve, or nobody listens: not Compute Engine
+                return None  # no such name, or nothing listens: not Compute Engine
             reason = "no answer"
         except OSError as error:
             reason = str(error) or "no answer"
     raise UserError(
-        f"the metadata server does not tell {key}: {reason}",
+        f"the metadata server does not return {key}: {reason}",
         "set TPU_SKIP_MDS_QUERY=1 if this machine is not on Compute Engine",
     )
 
@@ -83,19 +83,19 @@ def read_gce_metadata(
     fetch: Callable[[str], str | None] = fetch_attribute,
     has_tpu: Callable[[], bool] = has_tpu,
 ) -> dict[str, str]:
-    """What `launcher.clusters.detect` needs to know on a TPU VM, to be added to the variables.
+    """Variables for `launcher.clusters.detect` on a TPU VM, in addition to the environment's.
 
     Args:
-        env: the variables. With TPU_SKIP_MDS_QUERY, TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES
-            (GKE) nothing is asked.
-        fetch: asks for one attribute.
-        has_tpu: whether this machine has a TPU; without one nothing is asked.
+        env: environment variables. With TPU_SKIP_MDS_QUERY, TPU_WORKER_HOSTNAMES or
+            TPU_PROCESS_ADDRESSES (GKE) there is no request.
+        fetch: requests one attribute.
+        has_tpu: whether this machine has a TPU; without one there is no request.
 
     Returns:
-        `gce/KEY` to value for the attributes that there are; empty away from TPU VMs.
+        `gce/KEY` to value for the attributes that exist; empty outside TPU VMs.
 
     Raises:
-        UserError: the server is there but gives no answer.
+        UserError: the server exists but gives no answer.
     """
     skip = ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
     if any(env.get(name) for name in skip) or not has_tpu():
@@ -106,5 +106,5 @@ def read_gce_metadata(
         if value is not None:
             found[f"gce/{key}"] = value
         elif not found:
-            break  # no worker number: not a slice, or no server; the next key would wait as long
+            break  # not a slice, or no server; the next key would only wait as long
     return found

@@ -1,4 +1,4 @@
-"""SLURM's way of writing many host names: `n[1-3,07],gpu-a[01-02],login`.
+"""SLURM's notation for host names: `n[1-3,07],gpu-a[01-02],login`.
 
 https://slurm.schedmd.com/slurm.conf.html, NodeName; `scontrol show hostnames` is the reference.
 """
@@ -14,20 +14,20 @@ _HOST = r"(?:[^\s,\[\]]|\[[^\s\[\]]*\])+"  # commas separate hosts except within
 
 
 def expand(hostlist: str) -> list[str]:
-    """The host names, in SLURM's order: as written, the last bracket of a name running fastest.
+    """The host names in SLURM's order: as written, and the last bracket of a name varies fastest.
 
     Args:
         hostlist: names separated by commas, with ranges in brackets. The first number of a range
-            sets the width to which all are padded with zeros.
+            sets the width to which its numbers are padded with zeros.
 
     Raises:
-        UserError: it is malformed.
+        UserError: the list is malformed.
     """
     if not re.fullmatch(f"{_HOST}(?:,{_HOST})*", hostlist):
         raise UserError(f"{hostlist!r} is not a list of hosts as SLURM writes them")
     names: list[str] = []
     for host in re.findall(_HOST, hostlist):
-        # With a group in the pattern, re.split returns text and brackets in turn.
+        # With a group in the pattern, re.split alternates between text and brackets.
         parts = [
             _numbers(part, hostlist) if i % 2 else [part]
             for i, part in enumerate(re.split(r"\[([^\]]*)\]", host))
@@ -49,10 +49,10 @@ def _numbers(ranges: str, hostlist: str) -> list[str]:
 
 
 def expand_counts(counts: str) -> list[int]:
-    """SLURM's way of writing one number a node: `4(x2),3` is [4, 4, 3].
+    """Expands SLURM's notation for one number a node: `4(x2),3` is [4, 4, 3].
 
     Raises:
-        UserError: it is malformed.
+        UserError: the list is malformed.
     """
     numbers: list[int] = []
     for item in counts.split(","):

@@ -2,14 +2,14 @@
 
 The Job controller sets JOB_COMPLETION_INDEX
 (https://kubernetes.io/docs/concepts/workloads/controllers/job/#completion-mode) and the kubelet
-KUBERNETES_SERVICE_HOST. The rest a pod cannot know by itself without asking the API server, which
-needs rights that a job should not have; the manifest says it, and scripts/k8s/render.sh writes one:
+KUBERNETES_SERVICE_HOST. A pod could learn the rest only from the API server, with rights that a job
+should not have, so the manifest sets it; scripts/k8s/render.sh writes one:
 
-    PODLIFT_NUM_PROCESSES        pods in all
-    PODLIFT_COORDINATOR_ADDRESS  HOST or HOST:PORT of the pod with rank 0, by its stable name
-    PODLIFT_JOB_NAME             of the Job or JobSet
+    PODLIFT_NUM_PROCESSES        number of pods
+    PODLIFT_COORDINATOR_ADDRESS  HOST or HOST:PORT of the pod of rank 0, by its stable name
+    PODLIFT_JOB_NAME             name of the Job or JobSet
     PODLIFT_JOB_INDEX            in a JobSet of several jobs: label jobset.sigs.k8s.io/job-index
-    PODLIFT_PODS_PER_JOB         in a JobSet of several jobs: pods in each
+    PODLIFT_PODS_PER_JOB         in a JobSet of several jobs: number of pods in each
     PODLIFT_RESTART_ATTEMPT      label jobset.sigs.k8s.io/restart-attempt
 
 The labels come through the downward API
@@ -46,7 +46,7 @@ class Kubernetes:
         """Whether this is a pod of an Indexed Job.
 
         Raises:
-            UserError: it is, and its manifest lacks what the pod cannot know.
+            UserError: it is, and its manifest does not set what the pod cannot know.
         """
         if not env.get("KUBERNETES_SERVICE_HOST") or not env.get("JOB_COMPLETION_INDEX"):
             return False
@@ -59,7 +59,7 @@ class Kubernetes:
 
     @staticmethod
     def address(env: Mapping[str, str]) -> tuple[str, int]:
-        """The pod with rank 0."""
+        """The pod of rank 0."""
         return read.parse_address(env[read.COORDINATOR], read.COORDINATOR, read.DEFAULT_PORT)
 
     @staticmethod
@@ -69,7 +69,7 @@ class Kubernetes:
 
     @staticmethod
     def rank(env: Mapping[str, str]) -> int:
-        """The pods of the first job first."""
+        """Counts the pods of the first job first."""
         job = read.integer(env, "PODLIFT_JOB_INDEX", default=0, minimum=0)
         size = Kubernetes.size(env)
         pods = read.integer(env, "PODLIFT_PODS_PER_JOB", default=size, minimum=1)
@@ -77,7 +77,7 @@ class Kubernetes:
 
     @staticmethod
     def local_device_ids(env: Mapping[str, str]) -> None:
-        """None: a pod sees its own accelerators only."""
+        """None: a pod sees only its own accelerators."""
 
     @staticmethod
     def attempt(env: Mapping[str, str]) -> int:

@@ -3,13 +3,13 @@
 mpirun sets OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_LOCAL_RANK and
 OMPI_COMM_WORLD_LOCAL_SIZE
 (https://docs.open-mpi.org/en/v5.0.x/tuning-apps/environment-var.html), and up to version 4
-OMPI_MCA_orte_hnp_uri, the address of mpirun itself. From version 5 on there is PMIX_NAMESPACE, the
-name of the job, and PMIX_SERVER_URI*, which is the daemon of this very machine, mostly at
-127.0.0.1, and so of no use to the others.
+OMPI_MCA_orte_hnp_uri, the address of mpirun itself. From version 5 on it sets PMIX_NAMESPACE, the
+name of the job, and PMIX_SERVER_URI*, the daemon of this machine, mostly at 127.0.0.1, which is of
+no use to the other ranks.
 
-Where mpirun runs is where rank 0 runs with the default mapping, if mpirun was started on the first
-of the hosts. Within a SLURM job it need not be (salloc on a login node): there the first node of
-the job is taken. Everywhere else scripts/mpi.sh settles it with PODLIFT_COORDINATOR_ADDRESS.
+With the default mapping rank 0 runs where mpirun runs, if mpirun was started on the first of the
+hosts. Inside a SLURM job that may not be so (salloc on a login node), but rank 0 runs on the first
+node of the job. Everywhere else scripts/mpi.sh sets PODLIFT_COORDINATOR_ADDRESS.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _HNP = "OMPI_MCA_orte_hnp_uri"
 
 
 class OpenMpi:
-    """A rank of an Open MPI job. Checked before SLURM, in whose jobs mpirun runs as well.
+    """A rank of an Open MPI job. Checked before SLURM, in whose jobs mpirun runs too.
 
-    There SLURM's own variables describe the daemons, one a node, and not the ranks.
+    Inside a SLURM job, SLURM's variables describe the daemons of mpirun, one a node, not the ranks.
     """
 
     name = "open_mpi"
@@ -47,17 +47,17 @@ class OpenMpi:
 
     @staticmethod
     def detect(env: Mapping[str, str]) -> bool:
-        """Whether mpirun has started this process."""
+        """Whether mpirun started this process."""
         return not read.missing(env, OpenMpi.required)
 
     @staticmethod
     def address(env: Mapping[str, str]) -> tuple[str, int]:
-        """127.0.0.1 if all ranks are on this machine, else a host as the top of this file says.
+        """127.0.0.1 if all ranks are on this machine, otherwise as described above.
 
         Raises:
-            UserError: the ranks are on several machines and nothing says where rank 0 is.
+            UserError: the ranks are on several machines, and no variable locates rank 0.
         """
-        # Python's own hash differs from process to process.
+        # Not `hash`, which differs between processes.
         port = read.port_of(zlib.crc32(_job_id(env).encode()))
         if _local_size(env) == OpenMpi.size(env):
             return "127.0.0.1", port
@@ -83,9 +83,9 @@ class OpenMpi:
 
     @staticmethod
     def local_device_ids(env: Mapping[str, str]) -> tuple[int, ...] | None:
-        """This rank's share of the GPUs that it sees; mpirun itself binds none.
+        """This rank's share of the GPUs that it sees; mpirun does not bind them.
 
-        How many this machine has, the launcher adds as PODLIFT_NUM_GPUS.
+        The launcher sets PODLIFT_NUM_GPUS to the number of GPUs of this machine.
         """
         tasks = _local_size(env)
         local_rank = read.index(
@@ -99,17 +99,17 @@ class OpenMpi:
 
     @staticmethod
     def attempt(env: Mapping[str, str]) -> int:
-        """How often the SLURM job around it was requeued; mpirun restarts nothing."""
+        """How often the SLURM job around it was requeued; mpirun itself restarts nothing."""
         return read.integer(env, "SLURM_RESTART_COUNT", default=0, minimum=0)
 
     @staticmethod
     def job(env: Mapping[str, str]) -> str:
-        """`open_mpi ID`, by the number of mpirun or the name space of PMIx."""
+        """`open_mpi ID`: the number of mpirun or the namespace of PMIx."""
         return f"open_mpi {_job_id(env)}"
 
 
 def hnp_hosts(uri: str) -> list[str]:
-    """The addresses in OMPI_MCA_orte_hnp_uri, in its order.
+    """The addresses in OMPI_MCA_orte_hnp_uri, in order.
 
     Args:
         uri: such as `1531576320.0;tcp://10.96.0.1,10.148.0.1:34911;tcp6://[fd00::2]:55217`. Old
@@ -124,7 +124,7 @@ def _local_size(env: Mapping[str, str]) -> int:
 
 
 def _job_id(env: Mapping[str, str]) -> str:
-    """What all ranks of one mpirun share and no other has."""
+    """An id that all ranks of one mpirun share, and no other mpirun has."""
     number = env.get(_HNP, "").partition(";")[0].partition(".")[0]
     name = number or env.get("PMIX_NAMESPACE") or env.get(read.COORDINATOR)
     if not name:

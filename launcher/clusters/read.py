@@ -1,7 +1,7 @@
-"""How variables are read: numbers, addresses, and the accelerators that a process sees.
+"""Reads variables: numbers, addresses, and the accelerators that a process sees.
 
-A variable that is set to nothing counts as not set: the downward API of Kubernetes writes one for
-a label that the pod lacks.
+An empty variable counts as not set: the downward API of Kubernetes sets one for a label that the
+pod lacks.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def missing(env: Mapping[str, str], required: tuple[tuple[str, ...], ...]) -> tu
 def integer(
     env: Mapping[str, str], *names: str, default: int | None = None, minimum: int | None = None
 ) -> int:
-    """The value of the first of some variables that is set.
+    """The integer in the first of several variables that is set.
 
     Args:
         env: the variables.
-        names: of the variables, the one to prefer first.
+        names: of the variables, in order of preference.
         default: the value if none is set.
-        minimum: the smallest value that makes sense.
+        minimum: the smallest valid value.
 
     Raises:
         UserError: none is set and there is no default, or the value is not an integer or too small.
@@ -52,17 +52,17 @@ def integer(
 def index(
     env: Mapping[str, str], name: str, count: int, of: str, default: int | None = None
 ) -> int:
-    """The value of a variable that counts from 0 to `count - 1`.
+    """The index in a variable, from 0 to `count - 1`.
 
     Args:
         env: the variables.
         name: of the variable.
-        count: how many there are.
-        of: what is counted, for the message.
-        default: the value if it is not set.
+        count: number of things that are indexed.
+        of: what they are, for the message.
+        default: the value if the variable is not set.
 
     Raises:
-        UserError: it is not set and there is no default, not an integer, or out of range.
+        UserError: the variable is not set and has no default, is no integer, or is out of range.
     """
     value = integer(env, name, default=default)
     if not 0 <= value < count:
@@ -71,10 +71,10 @@ def index(
 
 
 def split_address(text: str) -> tuple[str, int | None]:
-    """`HOST`, `HOST:PORT`, `[IPV6]` or `[IPV6]:PORT` as host and port; no port is None.
+    """Splits `HOST`, `HOST:PORT`, `[IPV6]` or `[IPV6]:PORT` into host and port, if any.
 
     Raises:
-        ValueError: it is none of these, or the port is not in 1..65535.
+        ValueError: the text is none of these, or the port is not in 1..65535.
     """
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:/\[\],]+))(?::([0-9]{1,5}))?", text)
     if match is None or (match[3] and not 1 <= int(match[3]) <= 65535):
@@ -83,15 +83,15 @@ def split_address(text: str) -> tuple[str, int | None]:
 
 
 def parse_address(text: str, what: str, default_port: int | None = None) -> tuple[str, int]:
-    """An address that a person wrote, as host and port.
+    """The host and port of an address that a user wrote.
 
     Args:
         text: `HOST:PORT`, with IPv6 addresses in brackets.
         what: the flag or variable it comes from, for the message.
-        default_port: the port where none is written; None if one must be.
+        default_port: the port if the text has none; None if it must have one.
 
     Raises:
-        UserError: it is malformed.
+        UserError: the address is malformed.
     """
     try:
         host, port = split_address(text.strip())
@@ -104,14 +104,14 @@ def parse_address(text: str, what: str, default_port: int | None = None) -> tupl
 
 
 def port_of(number: int) -> int:
-    """A port in 20000..29999 that all ranks derive alike; numbers close together differ."""
+    """A port in 20000..29999, the same on all ranks; numbers close together get different ones."""
     return _PORTS[number % len(_PORTS)]
 
 
 def visible_devices(env: Mapping[str, str]) -> int | None:
-    """How many accelerators CUDA or ROCm shows to this process; None if no variable says.
+    """The number of accelerators that CUDA or ROCm shows to this process; None if not set.
 
-    On ROCm HIP_VISIBLE_DEVICES narrows down what ROCR_VISIBLE_DEVICES left: the smaller one counts.
+    On ROCm HIP_VISIBLE_DEVICES filters what ROCR_VISIBLE_DEVICES leaves, so the smaller one counts.
     """
     if "CUDA_VISIBLE_DEVICES" in env:
         return _count(env["CUDA_VISIBLE_DEVICES"])
@@ -131,30 +131,30 @@ def _count(devices: str) -> int:
 def device_share(
     visible: int | None, on_node: int | None, tasks: int, local_rank: int, bound: bool, hint: str
 ) -> tuple[int, ...] | None:
-    """Which of the visible accelerators are this process's.
+    """This process's share of the visible accelerators.
 
     jax's own detection always takes device `local_rank`. That is wrong where each task is bound to
-    devices of its own: it sees those only, and numbers them from 0 again. And it leaves devices
-    idle where there are more of them than tasks.
+    its own devices, because it sees only those, numbered from 0. And where there are more devices
+    than tasks, it leaves some idle.
 
-    A task that sees so few that all tasks can have different ones is taken to be bound, if the
-    scheduler says so or if there are too few for an equal share. Where neither is the case (a
-    script of the user's own that splits 8 devices into 4 and 4) each task takes its share of what
-    it sees, which may leave some idle but never gives one device to two tasks.
+    A task counts as bound if all tasks could see different devices, and either the scheduler says
+    so or there are too few devices for an equal share. Otherwise (for example where a user's script
+    splits 8 devices into 4 and 4) each task takes its share of what it sees, which may leave
+    devices idle but never gives one device to two tasks.
 
     Args:
-        visible: how many this process sees; None if unknown.
-        on_node: how many this node has for all tasks together; None if unknown.
-        tasks: how many processes of the job are on this node.
-        local_rank: of this process among them.
-        bound: whether the scheduler says that each task has accelerators of its own.
+        visible: number of accelerators that this process sees; None if unknown.
+        on_node: number of accelerators of this node, for all tasks; None if unknown.
+        tasks: number of processes of the job on this node.
+        local_rank: index of this process among them.
+        bound: whether the scheduler says that each task has its own accelerators.
         hint: what to do if they cannot be shared.
 
     Returns:
-        Indices into the visible accelerators, or None for all of them.
+        Indices into the visible accelerators; None for all of them.
 
     Raises:
-        UserError: they cannot be shared equally.
+        UserError: the accelerators cannot be shared equally.
     """
     if tasks == 1 or not visible:
         return None

@@ -7,8 +7,8 @@ CUDA_VISIBLE_DEVICES or its ROCm equivalents where the job has GPUs
 (https://slurm.schedmd.com/gres.html). A requeued job has SLURM_RESTART_COUNT
 (https://slurm.schedmd.com/sbatch.html).
 
-The shell of a job has no SLURM_STEP_ID, though that of sbatch has SLURM_PROCID=0 and all the node
-lists: a program started in it without srun runs once, not once a task.
+The shell of a job has no SLURM_STEP_ID, although that of sbatch has SLURM_PROCID=0 and all node
+lists: without srun a program runs once in it, not once a task.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from launcher.clusters import read
 from launcher.clusters.hostlist import expand, expand_counts
 from trainer.errors import UserError
 
-# INTERACTIVE_STEP and BATCH_SCRIPT of slurm.h: steps that hold the job's shell. The first is seen
-# with LaunchParameters=use_interactive_step.
+# INTERACTIVE_STEP and BATCH_SCRIPT of slurm.h: steps that hold the job's shell. The first needs
+# LaunchParameters=use_interactive_step.
 _SHELLS = ("4294967290", "4294967291")
 _NODELIST = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")
 _NUM_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
@@ -48,13 +48,13 @@ class Slurm:
         """Whether this is a task of a step; False in the shell of a job of one task.
 
         Raises:
-            UserError: this is the shell of a job of several tasks, or variables of the step lack.
+            UserError: this is the shell of a job of several tasks, or a variable is missing.
         """
         if not env.get("SLURM_JOB_ID"):
             return False
         if env.get("SLURM_STEP_ID", "") in ("", *_SHELLS):
-            # Without --ntasks srun starts one task a node. SLURM_TASKS_PER_NODE is no help there:
-            # in a job with --exclusive it may be the number of cores.
+            # Without --ntasks srun starts one task a node. SLURM_TASKS_PER_NODE does not say so:
+            # with --exclusive it may be the number of cores.
             tasks = read.integer(env, "SLURM_NTASKS", "SLURM_JOB_NUM_NODES", default=1)
             if tasks > 1:
                 raise UserError(
@@ -68,12 +68,12 @@ class Slurm:
 
     @staticmethod
     def address(env: Mapping[str, str]) -> tuple[str, int]:
-        """The node of rank 0, and a port made of the job and the step.
+        """The node of rank 0, and a port derived from job and step.
 
-        Rank 0 runs on the first node of the step with the distributions block, cyclic and plane.
-        With arbitrary (SLURM_HOSTFILE) it does not: the list of nodes is sorted and nothing says
-        where it is. The list of a heterogeneous job is sorted too, but rank 0 is in the first of
-        its groups that takes part in the step.
+        With the distributions block, cyclic and plane rank 0 runs on the first node of the step.
+        With arbitrary (SLURM_HOSTFILE) the list of nodes is sorted, and no variable locates rank 0.
+        The list of a heterogeneous job is sorted too, but rank 0 is in the first of its groups that
+        takes part in the step.
         """
         nodes = expand(next(value for name in _NODELIST if (value := env.get(name))))
         if env.get("SLURM_DISTRIBUTION") == "arbitrary" and len(nodes) > 1:
@@ -87,13 +87,13 @@ class Slurm:
             for host in expand(env.get(f"SLURM_JOB_NODELIST_HET_GROUP_{i}") or nodes[0])
         ]
         first = next((host for host in groups if host in nodes), nodes[0])
-        # 97 steps of a job, and jobs with numbers close to each other, get ports of their own.
+        # Up to 97 steps of a job, and jobs with close numbers, get different ports.
         number = 97 * read.integer(env, "SLURM_JOB_ID") + read.integer(env, "SLURM_STEP_ID")
         return first, read.port_of(number)
 
     @staticmethod
     def size(env: Mapping[str, str]) -> int:
-        """The number of tasks of the step; SLURM_NTASKS may be that of the whole job."""
+        """The number of tasks of the step; SLURM_NTASKS may be that of the job."""
         return read.integer(env, *_NUM_TASKS)
 
     @staticmethod
@@ -105,9 +105,9 @@ class Slurm:
     def local_device_ids(env: Mapping[str, str]) -> tuple[int, ...] | None:
         """This task's share of the GPUs that it sees, unless it is bound to its own.
 
-        Bound means --gpus-per-task (also as part of --tres-per-task) or a --gpu-bind that gives
-        each task its own. Whether that was done is checked against the numbers: --gpu-bind=none
-        takes it back, and old versions did not bind.
+        Tasks are bound by --gpus-per-task (also as part of --tres-per-task), and by a --gpu-bind
+        that gives each task its own. The numbers are checked, because --gpu-bind=none undoes it and
+        old versions did not bind.
         """
         tasks = _tasks_on_node(env)
         local_rank = read.index(env, "SLURM_LOCALID", tasks, "tasks on this node", default=0)
@@ -119,7 +119,7 @@ class Slurm:
         on_node = read.integer(env, "SLURM_GPUS_ON_NODE", "PODLIFT_NUM_GPUS", default=0)
         visible = read.visible_devices(env)
         if visible is None:
-            # Not set with --gpu-bind=none, and where the job asked for no GPUs but sees them.
+            # Not set with --gpu-bind=none, and in a job that sees GPUs but has requested none.
             step = env.get("SLURM_STEP_GPUS")
             visible = len(step.split(",")) if step else on_node
         hint = "srun --gpus-per-task=N, or one task a node, which drives all its accelerators"
@@ -137,8 +137,8 @@ class Slurm:
 
 
 def _tasks_on_node(env: Mapping[str, str]) -> int:
-    """How many tasks of the step are on this node."""
-    # SLURM_STEP_TASKS_PER_NODE follows the sorted list of nodes, which SLURM_NODEID does not in
+    """The number of tasks of the step on this node."""
+    # SLURM_STEP_TASKS_PER_NODE has the order of the sorted nodes, and SLURM_NODEID does not in
     # heterogeneous jobs; the global ids of this node's tasks are right everywhere.
     ids = env.get("SLURM_GTIDS")
     if ids:

@@ -1,17 +1,17 @@
-"""Cloud TPU: one process for each host of a slice, or of several slices (multislice).
+"""Cloud TPU: one process for each host of a slice, or of several (multislice).
 
 On GKE a webhook sets TPU_WORKER_ID and TPU_WORKER_HOSTNAMES in each pod that asks for TPUs
-(https://cloud.google.com/kubernetes-engine/docs/how-to/tpus); TPU_PROCESS_ADDRESSES says the same
-with ports and wins. Notebooks with one TPU host set TPU_WORKER_HOSTNAMES=localhost.
+(https://cloud.google.com/kubernetes-engine/docs/how-to/tpus); TPU_PROCESS_ADDRESSES, the same with
+ports, takes precedence. Notebooks with one TPU host set TPU_WORKER_HOSTNAMES=localhost.
 
-On Compute Engine the metadata server knows `agent-worker-number`, `worker-network-endpoints` and
-`tpu-env` (https://cloud.google.com/tpu/docs/tpus); `launcher.clusters.gce_metadata` fetches them,
-and they come with the variables here, under names that begin with `gce/`.
+On Compute Engine the metadata server has `agent-worker-number`, `worker-network-endpoints` and
+`tpu-env` (https://cloud.google.com/tpu/docs/tpus). `launcher.clusters.gce_metadata` adds them to
+the variables, under names that begin with `gce/`.
 
 Multislice adds MEGASCALE_COORDINATOR_ADDRESS, MEGASCALE_NUM_SLICES and MEGASCALE_SLICE_ID
-(https://cloud.google.com/tpu/docs/multislice-introduction): as variables, or in `tpu-env`, with the
-variables winning. The hosts are those of one slice then. On both, host 0 of slice 0 is the
-coordinator.
+(https://cloud.google.com/tpu/docs/multislice-introduction), as variables or in `tpu-env`; variables
+take precedence. The lists of hosts are then those of one slice. The coordinator is host 0 of
+slice 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHARED = (*_MEGASCALE, "PODLIFT_JOB_NAME", "PODLIFT_RESTART_ATTEMPT")
 
 
 class _Tpu(ABC):
-    """What GKE and Compute Engine have in common."""
+    """The common part of GKE and Compute Engine."""
 
     name = ""
     worker_id = ""
@@ -61,20 +61,20 @@ class _Tpu(ABC):
             )
         else:
             host = cls.hosts(env)[0]
-        # libtpu listens on the ports of TPU_PROCESS_ADDRESSES, of which 8476 is the usual one where
-        # several processes share a host. All hosts see the same list.
+        # libtpu listens on the ports of TPU_PROCESS_ADDRESSES, often 8476 where several processes
+        # share a host. All hosts see the same list.
         taken = {_port(entry) for entry in env.get("TPU_PROCESS_ADDRESSES", "").split(",")}
         port = next(i for i in range(read.DEFAULT_PORT, 65536) if i not in taken)
         return host, port
 
     @classmethod
     def size(cls, env: Mapping[str, str]) -> int:
-        """Hosts in all: slices are alike."""
+        """The number of hosts in all slices, which have equal sizes."""
         return _num_slices(env) * len(cls.hosts(env))
 
     @classmethod
     def rank(cls, env: Mapping[str, str]) -> int:
-        """The hosts of slice 0 first."""
+        """Counts the hosts of slice 0 first."""
         hosts = len(cls.hosts(env))
         worker = read.index(env, cls.worker_id, hosts, "hosts in the slice")
         slices = _num_slices(env)
@@ -82,7 +82,7 @@ class _Tpu(ABC):
 
     @classmethod
     def local_device_ids(cls, env: Mapping[str, str]) -> None:
-        """None: libtpu gives a process its chips."""
+        """None: libtpu assigns a process its chips."""
         return None
 
     @classmethod
@@ -92,7 +92,7 @@ class _Tpu(ABC):
 
     @classmethod
     def job(cls, env: Mapping[str, str]) -> str:
-        """By its name, else by its first host: two jobs, one after the other, look the same."""
+        """Its name, or else its first host, which two jobs after each other share."""
         name = env.get("PODLIFT_JOB_NAME") or env.get(read.COORDINATOR)
         return f"{cls.name} {name or cls.address(env)[0]}"
 
@@ -129,7 +129,7 @@ class TpuGce(_Tpu):
         "gce/tpu-env",
         *_SHARED,
     )
-    hint = "run on the hosts of a TPU VM, with the metadata server in reach"
+    hint = "run on the hosts of a TPU VM that can reach the metadata server"
 
     @classmethod
     def hosts(cls, env: Mapping[str, str]) -> list[str]:
@@ -148,7 +148,7 @@ class TpuGce(_Tpu):
 
 
 def _megascale(env: Mapping[str, str]) -> dict[str, str]:
-    """The MEGASCALE_* that are set, from `gce/tpu-env` (lines `KEY: 'value'`) and variables."""
+    """The MEGASCALE_* that are set, in `gce/tpu-env` (lines `KEY: 'value'`) or as variables."""
     lines = re.findall(
         r"^[ \t]*(\w+)[ \t]*:[ \t]*'?(.*?)'?[ \t\r]*$", env.get("gce/tpu-env", ""), re.MULTILINE
     )

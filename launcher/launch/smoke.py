@@ -1,4 +1,4 @@
-"""The launch of a smoke test, in a folder of its own of which nothing is left.
+"""The launch of a smoke test, in its own folder, which is removed afterwards.
 
 See `trainer.run.smoke`.
 """

@@ -203,7 +203,7 @@ class Server:
         self._deadline.cancel()
         self._held_port = hold_port(self._address)
         port = self._held_port.getsockname()[1]
-        # Without an address of its own: the one at which the others have reached this machine.
+        # A server that listens on all addresses takes the one at which the others have reached it.
         address = self._address or next(s.local_address for s in self._sessions.values())
         coordinator = join_address(address, port)
         attempt = self._claim_attempt()

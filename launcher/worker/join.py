@@ -61,7 +61,7 @@ def _wait_for(coordinator: str, seconds: float) -> None:
 def _keep_compiled_programs() -> None:
     """Lets every process write its CPU programs to jax's compilation cache.
 
-    In jax only process 0 writes, but on CPU every process looks for keys of its own, so the others
+    In jax only process 0 writes, but on CPU every process looks up its own keys, so the others
     would compile at every start while process 0 waits. jax has no option for this; if its private
     functions are missing or take other arguments, nothing changes.
     """

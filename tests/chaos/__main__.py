@@ -4,8 +4,8 @@
     python tests/chaos --rounds=10 --seed=1 --kind=corrupt
     python tests/chaos --seed=1 --round=17              that round alone, again
 
-One line a round, and a table in the end; exit code 1 if any round has failed. The folder of a round
-that has failed is kept.
+Prints one line a round, and a table at the end; exits with 1 if a round fails. The folder of a
+failed round is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# As in the tests: the states that are compared are read on the CPU.
+# As in the tests: states are compared on the CPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
@@ -29,12 +29,12 @@ from script import HOPELESS, KINDS, Script, draw
 
 def main() -> int:
     options = _parse()
-    # As Ctrl-C does: through all that cleans up.
+    # SIGTERM cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     numbers = range(options.rounds) if options.round is None else [options.round]
     scripts = [draw(options.seed, number, options.kind) for number in numbers]
     folder = Path(tempfile.mkdtemp(prefix="podlift-chaos-"))
-    place = Place(folder, folder / "cache", fast_tier=not options.no_fast_tier)
+    place = Place(folder, folder / "cache", in_memory=not options.no_in_memory)
     print(f"in {folder}", flush=True)
     reference = checks.read(make_reference(place))
     results = []
@@ -43,10 +43,10 @@ def main() -> int:
             print(f"round {script.number}  {script.kind}  left out: {why_no_disk()}", flush=True)
             continue
         results.append(run_round(script, place, reference))
-        _tell(results[-1], options)
+        _print_result(results[-1], options)
         if not results[-1].problems and not options.keep:
             shutil.rmtree(results[-1].folder)
-    _tell_all(results)
+    _print_table(results)
     failed = any(result.problems for result in results)
     if not failed and not options.keep:
         shutil.rmtree(folder)
@@ -59,25 +59,23 @@ def _parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rounds", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument("--round", type=int, help="only the one of this number")
+    parser.add_argument("--rounds", type=int, default=10, help="number of rounds (default: 10)")
+    parser.add_argument("--round", type=int, help="run only the round with this number")
     parser.add_argument("--seed", type=int, default=0, help="of the whole series (default: 0)")
     parser.add_argument("--kind", choices=(*KINDS, HOPELESS), help="only disturbances of one kind")
     parser.add_argument("--keep", action="store_true", help="keep the folders of all rounds")
-    parser.add_argument(
-        "--no_fast_tier", action="store_true", help="leave the key of the fast tier out"
-    )
+    parser.add_argument("--no_in_memory", action="store_true", help="save no in-memory checkpoints")
     return parser.parse_args()
 
 
 def again(script: Script, options: argparse.Namespace) -> str:
-    """The command that runs one round again."""
+    """The command that repeats one round."""
     kind = f" --kind={options.kind}" if options.kind else ""
-    fast_tier = " --no_fast_tier" if options.no_fast_tier else ""
-    return f"python tests/chaos --seed={script.seed} --round={script.number}{kind}{fast_tier}"
+    in_memory = " --no_in_memory" if options.no_in_memory else ""
+    return f"python tests/chaos --seed={script.seed} --round={script.number}{kind}{in_memory}"
 
 
-def _tell(result: Result, options: argparse.Namespace) -> None:
+def _print_result(result: Result, options: argparse.Namespace) -> None:
     script = result.script
     print(
         f"round {script.number}  seed {script.seed}  {script.kind}  fast {script.fast_secs}  "
@@ -92,7 +90,7 @@ def _tell(result: Result, options: argparse.Namespace) -> None:
         print(f"  folder: {result.folder}\n  again: {again(script, options)}", flush=True)
 
 
-def _tell_all(results: list[Result]) -> None:
+def _print_table(results: list[Result]) -> None:
     print(f"\n{'kind':10} {'rounds':>6} {'failed':>6} {'starts':>6} {'seconds':>8}")
     for kind in (*KINDS, HOPELESS):
         mine = [result for result in results if result.script.kind == kind]

@@ -1,4 +1,4 @@
-"""What has to hold when a round is over; each check returns what is wrong, one line a problem."""
+"""What must hold after a round; each check returns its problems, one line each."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Reference:
-    """What a run ends with that nobody disturbs.
+    """The results of a run without disturbances.
 
     Attributes:
-        state: the last one, by the names of its leaves.
-        best_state: the best one.
-        best_steps: what `best/` holds.
-        train_rows: of `metrics.jsonl`, without what depends on speed.
-        eval_rows: the others.
+        state: the last state, by the names of its leaves.
+        best_state: the best state.
+        best_steps: the steps in `best/`.
+        train_rows: training rows of `metrics.jsonl`, without what depends on speed.
+        eval_rows: the other rows.
     """
 
     state: Mapping[str, np.ndarray]
@@ -40,7 +40,7 @@ class Reference:
 
 
 def read(workdir: Path) -> Reference:
-    """What a finished run has ended with."""
+    """Reads the results of a finished run."""
     train_rows, eval_rows = rows_of(workdir / "metrics.jsonl")
     return Reference(
         state=name_leaves(trainer.load(workdir)),
@@ -52,7 +52,7 @@ def read(workdir: Path) -> Reference:
 
 
 def rows_of(metrics: Path) -> tuple[list[Row], list[Row]]:
-    """The rows of training, and all others, without what depends on speed."""
+    """The training rows and all others, without what depends on speed."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if k not in layout.SPEED_TAGS} for row in rows]
     return (
@@ -62,18 +62,18 @@ def rows_of(metrics: Path) -> tuple[list[Row], list[Row]]:
 
 
 def results(workdir: Path, reference: Reference) -> list[str]:
-    """The numbers are those of the reference, to the last bit."""
+    """The results equal those of the reference, bit for bit."""
     try:
         found = read(workdir)
-    except Exception as error:  # whatever it is, it is what is wrong
+    except Exception as error:  # of any type: this is what is wrong
         return [f"the results cannot be read: {type(error).__name__}: {error}"]
     problems = _states(found.state, reference.state, "the last state")
     if found.best_steps != reference.best_steps:
         problems.append(f"best/ holds {found.best_steps} in place of {reference.best_steps}")
     else:
         problems += _states(found.best_state, reference.best_state, "the best state")
-    problems += _rows(found.train_rows, reference.train_rows, "row of training")
-    return problems + _rows(found.eval_rows, reference.eval_rows, "row of evaluation")
+    problems += _rows(found.train_rows, reference.train_rows, "training row")
+    return problems + _rows(found.eval_rows, reference.eval_rows, "evaluation row")
 
 
 def _states(
@@ -115,55 +115,55 @@ def _rows(found: list[Row], expected: list[Row], what: str) -> list[str]:
 
 
 def files(workdir: Path, damages: list[Damage], *, set_back: bool) -> list[str]:
-    """Every file in the folder is one that belongs there, and no step too many is kept."""
+    """The folder holds only files that belong there, and not too many steps."""
     problems = []
-    strange: Counter[str] = Counter()
+    unexpected: Counter[str] = Counter()
     for path in sorted(workdir.rglob("*")):
         name = str(path.relative_to(workdir))
         if path.is_dir():
             if any(path.iterdir()):
                 continue
-            name += "/-"  # an empty folder is judged as a file in it would be
+            name += "/-"  # an empty folder is judged like a file in it
         if not layout.is_allowed(name, damaged=bool(damages), set_back=set_back):
-            strange["/".join(Path(name).parts[:2])] += 1
-    for name, count in strange.items():
+            unexpected["/".join(Path(name).parts[:2])] += 1
+    for name, count in unexpected.items():
         problems.append(f"not explained: {name}" + (f" ({count} files)" if count > 1 else ""))
     steps = layout.steps_in(workdir / layout.CHECKPOINTS)
-    # One that nobody had to look at may still be there.
+    # A damaged step that no restore has read may still be there.
     if len(steps) > layout.KEEP + len(damages):
         problems.append(f"{len(steps)} checkpoints are kept: {steps}")
     return problems
 
 
 def memory(workdir: Path) -> list[str]:
-    """Nothing of the run is left in the machine's memory."""
+    """No in-memory checkpoint of the run is left."""
     return [f"left in memory: {folder}" for folder in layout.fast_folders(workdir)]
 
 
 def damage_was_found(
-    workdir: Path, damage: Damage, starts: list[Start], *, fast_tier: bool
+    workdir: Path, damage: Damage, starts: list[Start], *, in_memory: bool
 ) -> list[str]:
-    """What was damaged was told of, kept, and not used.
+    """Damage was reported, and the damaged step was kept and not restored.
 
     Args:
         workdir: of the run.
-        damage: done to it.
-        starts: all, in order.
-        fast_tier: whether the run had one.
+        damage: to one of its checkpoints.
+        starts: all of them, in order.
+        in_memory: whether the run saved in-memory checkpoints.
     """
     if not damage.harms:
         return []
     later = starts[damage.start :]
     step = restored(later[0]) if later else None
     if step is None:
-        return [f"{damage.what}: nothing tells which step was restored"]
+        return [f"{damage.what}: no log says which step was restored"]
     if step > damage.step:
-        return []  # nobody had to look at it: memory, or a checkpoint after it, had something newer
+        return []  # not read: there was a newer checkpoint, perhaps in memory
     problems = []
-    if step == damage.step and not fast_tier:
+    if step == damage.step and not in_memory:
         problems.append(f"{damage.what}: step {step} was restored all the same")
     if not any(
-        layout.damage_is_told(start.stderr.read_text(errors="replace"), damage.step)
+        layout.damage_is_reported(start.stderr.read_text(errors="replace"), damage.step)
         for start in later
     ):
         problems.append(f"{damage.what}: no line of stderr says so")
@@ -171,17 +171,17 @@ def damage_was_found(
 
 
 def kept(workdir: Path, damage: Damage, *, where_it_was: bool = False) -> list[str]:
-    """A damaged step was moved aside as it was.
+    """A damaged step was quarantined unchanged.
 
     Args:
         workdir: of the run.
-        damage: done to it.
+        damage: to one of its checkpoints.
         where_it_was: whether it may also have stayed in its place.
     """
-    aside = list((workdir / layout.QUARANTINE).glob(f"{damage.step}-*"))
+    quarantined = list((workdir / layout.QUARANTINE).glob(f"{damage.step}-*"))
     if where_it_was:
-        aside.append(workdir / layout.CHECKPOINTS / str(damage.step))
-    # A note of why it was moved may have come to it.
-    if not any(f.is_dir() and damage.files.items() <= digests(f).items() for f in aside):
+        quarantined.append(workdir / layout.CHECKPOINTS / str(damage.step))
+    # A note with the reason may have been added.
+    if not any(f.is_dir() and damage.files.items() <= digests(f).items() for f in quarantined):
         return [f"{damage.what}: it is not kept as it was in {layout.QUARANTINE}/{damage.step}-*"]
     return []

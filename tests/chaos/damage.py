@@ -1,4 +1,4 @@
-"""Ways in which a checkpoint comes to harm."""
+"""Ways to damage a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import layout
 
 @dataclass(frozen=True)
 class Damage:
-    """What was done to a checkpoint.
+    """Damage to a checkpoint.
 
     Attributes:
         step: of the checkpoint.
-        what: for a person.
-        start: the number of the first start that finds it so.
-        harms: whether the step itself can no longer be used.
-        files: what was left of the step, by path within it: a digest of each.
-        inode: of its folder, by which it is known under another name.
+        what: what was done, in words.
+        start: the number of the first start after the damage.
+        harms: whether the step can no longer be restored.
+        files: digests of the files that were left, by path within the step.
+        inode: of its folder, which identifies it under another name.
     """
 
     step: int
@@ -44,10 +44,10 @@ def do(workdir: Path, step: int, way: str, rng: random.Random, start: int) -> Da
         start: the number of the start that will find it.
     """
     folder = workdir / layout.CHECKPOINTS / str(step)
-    if way == "fast tier" and not _fast_files(workdir):
-        way = "flip"  # a run without one
+    if way == "in memory" and not _fast_files(workdir):
+        way = "flip"  # the run saves none
     what = WAYS[way](folder, rng)
-    harms = way not in ("left-over", "fast tier")
+    harms = way not in ("left-over", "in memory")
     return Damage(step, what, start, harms, digests(folder), folder.stat().st_ino)
 
 
@@ -61,7 +61,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of a folder that hold anything."""
+    """The files of a folder that are not empty."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
 
 
@@ -130,7 +130,7 @@ def _without_state(folder: Path, rng: random.Random) -> str:
 
 
 def _left_over(folder: Path, rng: random.Random) -> str:
-    """As of a save that was killed half-way: of this step or of the one to come."""
+    """As after a save that was killed half-way, of this step or of the next."""
     step = int(folder.name) + rng.choice((0, 50))
     names = rng.choice(
         ([layout.SAVING], [layout.ORBAX_SAVING], [layout.SAVING, layout.ORBAX_SAVING])
@@ -145,7 +145,7 @@ def _left_over(folder: Path, rng: random.Random) -> str:
     return f"left {' and '.join(made)}"
 
 
-def _fast_tier(folder: Path, rng: random.Random) -> str:
+def _in_memory(folder: Path, rng: random.Random) -> str:
     path = rng.choice(_fast_files(folder.parent.parent))
     change = rng.choice((_flip, _truncate, _empty, _remove, _garbage))
     return f"{change(path, rng)} {path}"
@@ -162,5 +162,5 @@ WAYS: dict[str, Way] = {
     "hollow": _hollow,
     "no state": _without_state,
     "left-over": _left_over,
-    "fast tier": _fast_tier,
+    "in memory": _in_memory,
 }

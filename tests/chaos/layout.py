@@ -1,4 +1,4 @@
-"""Every name of podlift's that the chaos rounds rely on: files, folders, words in logs."""
+"""Every name in podlift that the chaos rounds rely on: files, folders, words in logs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MANIFEST = "manifest.json"
 COMPLETE = MANIFEST  # written last: a step without it was never saved
 DESCRIPTIONS = (MANIFEST, "metadata", "_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
 
-# Beside the steps, while they come and go.
+# Beside the steps, while one is saved or removed.
 SAVING = ".saving-{step}"
 ORBAX_SAVING = "{step}.orbax-checkpoint-tmp"
 LEFT_OVER = re.compile(r"\.saving-|\.removed-|\.orbax-checkpoint-tmp|\.part$")
 
-# What a run that is over may have left. Nothing else.
+# The only files that a finished run may leave.
 ALLOWED = (
     r"config\.json",
     r"env\.json",
@@ -38,11 +38,11 @@ ALLOWED = (
     r"\.(checkpoints|best)\.json",
     r"best/\d+/.+",
 )
-# Only where a step was damaged, and where a run went on from before its best step.
+# Only where a step was damaged, and where a run resumed from before its best step.
 ALLOWED_IF_DAMAGED = r"checkpoints/quarantine/\d+-[^/]+/.+"
 ALLOWED_IF_SET_BACK = r"best/quarantine/\d+-[^/]+/.+"
 
-# The memory of the machine: one folder a run, which says whose it is in a file.
+# In-memory checkpoints: one folder a run, with a file that names the run.
 FAST_ROOT = Path(f"/dev/shm/podlift-{os.getuid()}")
 FAST_OWNER = "workdir"
 
@@ -54,19 +54,19 @@ SPEED_TAGS = ("train/examples_per_second", "train/step_seconds")
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps that a folder of checkpoints shows, newest first; complete or not."""
+    """The steps in a folder of checkpoints, newest first, complete or not."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
 def complete_steps(workdir: Path) -> list[int]:
-    """The steps of `checkpoints/` whose save has come to its end, newest first."""
+    """The steps of `checkpoints/` whose save is complete, newest first."""
     folder = workdir / CHECKPOINTS
     return [step for step in steps_in(folder) if (folder / str(step) / COMPLETE).exists()]
 
 
 def is_saving(workdir: Path) -> bool:
-    """Whether a save is under way, or something is left of one."""
+    """Whether a save is in progress, or was interrupted."""
     for folder in (workdir / CHECKPOINTS, workdir / BEST):
         try:
             if any(LEFT_OVER.search(name) for name in os.listdir(folder)):
@@ -77,7 +77,7 @@ def is_saving(workdir: Path) -> bool:
 
 
 def fast_folders(workdir: Path) -> list[Path]:
-    """The folders in the machine's memory that say they belong to a run."""
+    """The folders with in-memory checkpoints of a run."""
     found = []
     for owner in FAST_ROOT.glob(f"*/{FAST_OWNER}"):
         try:
@@ -88,8 +88,8 @@ def fast_folders(workdir: Path) -> list[Path]:
     return found
 
 
-def damage_is_told(text: str, step: int) -> bool:
-    """Whether a line of stderr says of a checkpoint that something is wrong with it."""
+def damage_is_reported(text: str, step: int) -> bool:
+    """Whether a line of stderr says that a checkpoint is damaged."""
     return any(
         re.search(rf"\b{step}\b", line) and re.search("checkpoint|quarantine", line)
         for line in text.splitlines()
@@ -97,12 +97,12 @@ def damage_is_told(text: str, step: int) -> bool:
 
 
 def is_allowed(path: str, *, damaged: bool, set_back: bool) -> bool:
-    """Whether a finished run may hold a file, given as a path within its workdir."""
+    """Whether a finished run may leave a file, given as a path within its workdir."""
     patterns = [*ALLOWED]
     if damaged:
         patterns.append(ALLOWED_IF_DAMAGED)
         if re.fullmatch(ALLOWED_IF_DAMAGED, path):
-            return True  # whatever its name: it is kept as it was found
+            return True  # with any name: a damaged step is kept unchanged
     if set_back:
         patterns.append(ALLOWED_IF_SET_BACK)
     return not LEFT_OVER.search(path) and any(re.fullmatch(p, path) for p in patterns)

@@ -1,7 +1,7 @@
-"""The chaos rounds: a run is disturbed, started again until it is done, and looked at.
+"""The chaos rounds: a run is disturbed, started again until it is done, and checked.
 
-The same command is started over and over, as a scheduler would, and in the end everything must be
-as if nothing had happened. `python tests/chaos --help` runs rounds by hand.
+The same command is started repeatedly, as a scheduler would, and the results must be those of a run
+without disturbances. `python tests/chaos --help` runs rounds by hand.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from script import HOPELESS, LAUNCHER, Disturbance, Moment, Script
 
 MAX_STARTS = 11
 DONE, USAGE, AGAIN = 0, 2, 42
-# Seconds until all processes of a start must be gone: after its end, and after a kill.
+# Seconds until all processes of a start must be gone: after a normal end, and after a kill.
 GONE_AFTER_END, GONE_AFTER_KILL = 1.0, 5.0
 DISK_BYTES = 32 << 20
 
@@ -51,18 +51,18 @@ class Place:
     """What all rounds share.
 
     Attributes:
-        folder: of the rounds; each makes one of its own in it.
-        cache: of compiled programs.
-        fast_tier: whether podlift is told how often to save to memory.
+        folder: holds a folder for each round.
+        cache: the compilation cache.
+        in_memory: whether the runs save in-memory checkpoints.
     """
 
     folder: Path
     cache: Path
-    fast_tier: bool = True
+    in_memory: bool = True
 
     def flags(self, fast_secs: float) -> list[str]:
-        """What a run is told beside the usual."""
-        return [f"--config.{layout.FAST_KEY}={fast_secs}"] if self.fast_tier else []
+        """Further flags of a run."""
+        return [f"--config.{layout.FAST_KEY}={fast_secs}"] if self.in_memory else []
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Result:
     """How a round went.
 
     Attributes:
-        script: what was to be done.
-        done: what was done, and when.
-        starts: how often the launcher was started.
-        seconds: of the whole round.
+        script: the plan of the round.
+        done: the disturbances, and when each happened.
+        starts: number of starts of the launcher.
+        seconds: duration of the round.
         problems: what is wrong; empty if the round has passed.
         folder: of the round.
     """
@@ -90,7 +90,7 @@ def make_reference(place: Place, name: str = "reference") -> Path:
     """Runs the command undisturbed; returns the workdir.
 
     Raises:
-        RuntimeError: it does not end well.
+        RuntimeError: the run fails.
     """
     folder = place.folder / name
     folder.mkdir(parents=True)
@@ -105,7 +105,7 @@ def make_reference(place: Place, name: str = "reference") -> Path:
 
 
 def why_no_disk() -> str:
-    """Why no file system of its own can be had for a run; empty if it can."""
+    """Why a run cannot have a file system of its own; empty if it can."""
     if os.geteuid() != 0:
         return "needs root, to mount a small disk"
     if shutil.which("mount") is None:
@@ -117,7 +117,7 @@ def run_round(script: Script, place: Place, reference: Reference) -> Result:
     """Runs one round to its end.
 
     Returns:
-        What was done and what is wrong. The folder of the round is left.
+        What was done and what is wrong. The folder of the round stays.
     """
     began = time.monotonic()
     folder = place.folder / f"round-{script.number:04}-{script.kind}"
@@ -148,7 +148,7 @@ def run_round(script: Script, place: Place, reference: Reference) -> Result:
 
 @dataclass
 class _Round:
-    """A round under way."""
+    """A round in progress."""
 
     script: Script
     place: Place
@@ -158,7 +158,7 @@ class _Round:
     done: list[str] = field(default_factory=list)
     damages: list[damage.Damage] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    # What was sent to whom since the newest start began.
+    # Signals and their targets since the last start.
     sent: set[tuple[str, str]] = field(default_factory=set)
 
     def start(self) -> Start:
@@ -171,7 +171,7 @@ class _Round:
 
 
 def _run_until_done(round_: _Round) -> bool:
-    """Starts the command again until it is done; False if it never is."""
+    """Starts the command until it is done; returns False if it never is."""
     waiting = list(round_.script.disturbances)
     while len(round_.starts) < MAX_STARTS:
         start = round_.start()
@@ -187,7 +187,7 @@ def _run_until_done(round_: _Round) -> bool:
             round_.problems.append(f"start {number} leaves processes behind: {left}")
             return False
         if not round_.sent and len(logs_of(start)) > 1:
-            round_.problems.append(f"start {number} has begun anew of itself; see its logs")
+            round_.problems.append(f"start {number} has restarted without a reason; see its logs")
         if code == DONE:
             round_.done += [f"{disturbance}: came too late" for disturbance in waiting]
             return True
@@ -200,33 +200,35 @@ def _run_until_done(round_: _Round) -> bool:
 
 
 def _is_explained(code: int, sent: set[tuple[str, str]]) -> bool:
-    """Whether what was sent is a reason for a launcher to end so, and to be started again."""
+    """Whether the signals explain how a launcher ended, so that it may be started again."""
     if code == -signal.SIGKILL:
         return ("kill", LAUNCHER) in sent
-    if code == -signal.SIGTERM:  # before it could listen
+    if code == -signal.SIGTERM:  # before it had set its handlers
         return ("term", LAUNCHER) in sent
     return code == AGAIN and bool(sent)
 
 
 def _check(round_: _Round, reference: Reference) -> None:
-    """Looks at what a round has left."""
+    """Checks what a round has left."""
     workdir = round_.workdir
     set_back = len(attempts(workdir)) > 1
     round_.problems += checks.results(workdir, reference)
     round_.problems += checks.files(workdir, round_.damages, set_back=set_back)
     round_.problems += checks.memory(workdir)
-    has_fast = round_.place.fast_tier and round_.script.fast_secs > 0
+    in_memory = round_.place.in_memory and round_.script.fast_secs > 0
     for harm in round_.damages:
-        round_.problems += checks.damage_was_found(workdir, harm, round_.starts, fast_tier=has_fast)
+        round_.problems += checks.damage_was_found(
+            workdir, harm, round_.starts, in_memory=in_memory
+        )
 
 
 # Disturbances
 
 
 def _disturb(round_: _Round, start: Start, disturbance: Disturbance, since: float) -> bool:
-    """Waits for the moment and does what is due; False if the launcher ends before.
+    """Waits for the moment and disturbs the run; returns False if the launcher ends before.
 
-    After a disturbance that ends the launcher, whatever comes next waits for its next start.
+    After a disturbance that ends the launcher, the next one waits for the next start.
     """
     if start.is_over or not _wait_for(start, disturbance.moment, since):
         return False
@@ -239,10 +241,10 @@ def _disturb(round_: _Round, start: Start, disturbance: Disturbance, since: floa
     if happened:
         seconds = time.monotonic() - start.began
         number = len(round_.starts)
-        told = f"{disturbance} {disturbance.moment} ({seconds:.1f} s into start {number})"
+        text = f"{disturbance} {disturbance.moment} ({seconds:.1f} s into start {number})"
         if disturbance.kind == "corrupt":
-            told += f": {round_.damages[-1].what}"
-        round_.done.append(told)
+            text += f": {round_.damages[-1].what}"
+        round_.done.append(text)
     return happened
 
 
@@ -253,7 +255,7 @@ def _wait_for(start: Start, moment: Moment, since: float) -> bool:
     if not wait_until(start, lambda: progress(start) >= moment.step):
         return False
     if moment.kind == "saving":
-        # There may be none to come; then it is as good a moment as any.
+        # There may be no further save; then any moment will do.
         patience = time.monotonic() + 2.0
 
         def is_saving() -> bool:
@@ -273,7 +275,7 @@ def _signal(round_: _Round, start: Start, disturbance: Disturbance) -> bool:
     pid: int | None = start.process.pid
     if target != LAUNCHER:
         rank = int(target.removeprefix("rank "))
-        # It may not be there yet, or be between two attempts.
+        # The worker may not have started yet, or the launcher may be between two attempts.
         if not wait_until(start, lambda: worker_of(start.workdir, rank) is not None):
             return False
         pid = worker_of(start.workdir, rank)
@@ -281,7 +283,7 @@ def _signal(round_: _Round, start: Start, disturbance: Disturbance) -> bool:
         return False
     round_.sent.add((kind, target))
     if kind == "stop" and target == LAUNCHER:
-        time.sleep(disturbance.seconds)  # nobody supervises a launcher: this ends by our hand
+        time.sleep(disturbance.seconds)  # nothing else would continue a suspended launcher
         send(pid, signal.SIGCONT)
     if kind == "kill" and target == LAUNCHER:
         start.process.wait()
@@ -289,33 +291,33 @@ def _signal(round_: _Round, start: Start, disturbance: Disturbance) -> bool:
 
 
 def _corrupt(round_: _Round, start: Start, disturbance: Disturbance) -> bool:
-    """Ends the run, and damages its newest checkpoint; an older one that is whole is left."""
+    """Kills the run and damages its newest checkpoint, if an older undamaged one is left."""
 
-    def whole() -> list[int]:
+    def undamaged() -> list[int]:
         folder = round_.workdir / layout.CHECKPOINTS
         harmed = {harm.inode for harm in round_.damages if harm.harms}
-        with contextlib.suppress(FileNotFoundError):  # removed while we look
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             steps = layout.complete_steps(round_.workdir)
             return [step for step in steps if (folder / str(step)).stat().st_ino not in harmed]
         return []
 
-    if not wait_until(start, lambda: len(whole()) > 1):
+    if not wait_until(start, lambda: len(undamaged()) > 1):
         return False
     if start.is_over or not send(start.process.pid, signal.SIGKILL):
         return False
     round_.sent.add(("kill", LAUNCHER))
     start.process.wait()
     if left_behind(round_.workdir, GONE_AFTER_KILL):
-        return True  # said by whoever waits for the start
+        return True  # `_run_until_done` reports it
     rng = random.Random(disturbance.seed)
     next_start = len(round_.starts)
-    made = damage.do(round_.workdir, whole()[0], disturbance.target, rng, next_start)
+    made = damage.do(round_.workdir, undamaged()[0], disturbance.target, rng, next_start)
     round_.damages.append(made)
     return True
 
 
 def _fill(round_: _Round, disturbance: Disturbance) -> bool:
-    """Fills the disk of the run to the last byte for a while, also what is freed meanwhile."""
+    """Fills the disk of the run to the last byte for a while, and again what is freed meanwhile."""
     filler = round_.workdir.parent / "filler"
     until = time.monotonic() + disturbance.seconds
     with filler.open("ab", buffering=0) as file:
@@ -331,7 +333,7 @@ def _fill(round_: _Round, disturbance: Disturbance) -> bool:
 
 @contextlib.contextmanager
 def _disk(folder: Path) -> Iterator[Path]:
-    """A small file system in memory; what is on it in the end is copied to `folder`."""
+    """A small tmpfs, whose run is copied to `folder` at the end."""
     mounted = folder / "disk"
     mounted.mkdir()
     size = f"size={DISK_BYTES}"
@@ -345,7 +347,7 @@ def _disk(folder: Path) -> Iterator[Path]:
         mounted.rmdir()
 
 
-# Where nothing is left to go on from
+# Where no checkpoint is left to resume from
 
 
 def _run_hopeless(round_: _Round) -> None:
@@ -354,14 +356,14 @@ def _run_hopeless(round_: _Round) -> None:
     start = round_.start()
     workdir = round_.workdir
     if not wait_until(start, lambda: len(layout.complete_steps(workdir)) > 1):
-        round_.problems.append("it ends before it has saved twice")
+        round_.problems.append("the run ends before its second save")
         return
     send(start.process.pid, signal.SIGKILL)
     start.process.wait()
     left_behind(workdir, GONE_AFTER_KILL)
     for path in (workdir / layout.CHECKPOINTS).iterdir():
         if layout.LEFT_OVER.search(path.name):
-            shutil.rmtree(path)  # a save that had all but its name would count
+            shutil.rmtree(path)  # a save that lacks only the final name would count
     ways = ("flip", "truncate", "empty", "remove", "garbage", "hollow", "no state")
     for step in layout.steps_in(workdir / layout.CHECKPOINTS):
         harm = damage.do(workdir, step, rng.choice(ways), rng, len(round_.starts))
@@ -371,11 +373,11 @@ def _run_hopeless(round_: _Round) -> None:
     code = wait_for_end(start)
     said = start.stderr.read_text(errors="replace")
     if code != USAGE:
-        round_.problems.append(f"it ends with {code} in place of {USAGE}; its stderr:\n{said}")
+        round_.problems.append(f"the run ends with {code} in place of {USAGE}; its stderr:\n{said}")
     if "Traceback" in said or "HINT" not in said:
-        round_.problems.append(f"it does not say what to do:\n{said}")
+        round_.problems.append(f"the run does not say what to do:\n{said}")
     for harm in round_.damages:
-        if not layout.damage_is_told(said, harm.step):
+        if not layout.damage_is_reported(said, harm.step):
             round_.problems.append(f"{harm.what}: no line of stderr says so")
         round_.problems += checks.kept(workdir, harm, where_it_was=True)
     if left := left_behind(workdir, GONE_AFTER_END):

@@ -1,4 +1,4 @@
-"""One start of the launcher: begun, watched from outside, hit, and waited for."""
+"""One start of the launcher, observed and disturbed from outside."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from script import PROCESSES
 
 # Seconds that one start may take.
 LIMIT = 120.0
-# A look at the logs costs something on a machine that is busy.
+# Reading the logs costs time on a busy machine.
 LOOK_SECS = 0.02
-# Saves are over in a tenth of a second.
+# A save takes a tenth of a second.
 LOOK_AT_SAVES_SECS = 0.003
 
 
 class TooLongError(Exception):
-    """A start that does not come to its end."""
+    """A start that takes too long."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """One process of the launcher, and where it leaves what it says."""
+    """One process of the launcher, and the files with its output."""
 
     process: subprocess.Popen[bytes]
     workdir: Path
@@ -50,10 +50,10 @@ def begin(workdir: Path, folder: Path, number: int, flags: list[str], cache: Pat
 
     Args:
         workdir: of the run.
-        folder: where its output goes, as `start-<number>.out` and `.err`.
+        folder: for its output, `start-<number>.out` and `.err`.
         number: of the start.
-        flags: further ones.
-        cache: of compiled programs.
+        flags: further flags.
+        cache: the compilation cache.
     """
     stdout, stderr = folder / f"start-{number}.out", folder / f"start-{number}.err"
     command = [
@@ -71,7 +71,7 @@ def begin(workdir: Path, folder: Path, number: int, flags: list[str], cache: Pat
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
-            start_new_session=True,  # Ctrl-C is for the harness
+            start_new_session=True,  # Ctrl-C is for this program
         )
     return Start(process, workdir, time.monotonic(), before, stdout, stderr)
 
@@ -88,7 +88,7 @@ def _environ(inherited: Mapping[str, str], cache: Path) -> dict[str, str]:
 
 
 def wait_until(start: Start, is_so: Callable[[], bool], look_secs: float = LOOK_SECS) -> bool:
-    """Waits until something is so; False if the launcher ends before.
+    """Waits for a condition; returns False if the launcher ends before.
 
     Raises:
         TooLongError: the start has taken longer than `LIMIT`.
@@ -106,7 +106,7 @@ def wait_for_end(start: Start) -> int:
     """Waits for the launcher; returns its exit code.
 
     Raises:
-        TooLongError: it takes too long.
+        TooLongError: the start has taken longer than `LIMIT`.
     """
     while start.process.poll() is None:
         if time.monotonic() - start.began > LIMIT:
@@ -115,7 +115,7 @@ def wait_for_end(start: Start) -> int:
     return int(start.process.returncode)
 
 
-# What is seen from outside
+# Observations
 
 
 def attempts(workdir: Path) -> list[int]:
@@ -131,7 +131,7 @@ def logs_of(start: Start) -> list[Path]:
 
 
 def progress(start: Start) -> int:
-    """The last step that the newest attempt of a start has told of; 0 if none."""
+    """The last step in the log of a start's newest attempt; 0 if none."""
     found = re.findall(layout.STEP_LINE, _text_of(logs_of(start)[-1:]))
     return int(found[-1]) if found else 0
 
@@ -156,9 +156,9 @@ def processes_of(workdir: Path) -> list[int]:
 
 
 def worker_of(workdir: Path, rank: int) -> int | None:
-    """The process id of a worker, if it is there."""
+    """The process id of a worker; None if it does not run."""
     label = layout.WORKER.format(rank=rank, processes=PROCESSES, workdir=workdir)
-    # A process that was only just forked still shows the command line of the launcher.
+    # A process that was just forked still has the command line of the launcher.
     found = [pid for pid, line in _command_lines() if line.endswith(label + "\0")]
     return found[0] if found else None
 
@@ -173,7 +173,7 @@ def _command_lines() -> list[tuple[int, str]]:
     return found
 
 
-# What is done to it
+# Disturbances
 
 
 def send(pid: int, number: signal.Signals) -> bool:
@@ -186,7 +186,7 @@ def send(pid: int, number: signal.Signals) -> bool:
 
 
 def left_behind(workdir: Path, patience: float) -> list[int]:
-    """Processes of a run that are still there after some seconds."""
+    """Processes of a run that have not ended after `patience` seconds."""
     deadline = time.monotonic() + patience
     while (left := processes_of(workdir)) and time.monotonic() < deadline:
         time.sleep(LOOK_SECS)
@@ -194,7 +194,7 @@ def left_behind(workdir: Path, patience: float) -> list[int]:
 
 
 def end_at_once(start: Start) -> None:
-    """Kills all that is left of a start; first, the workers of one that hangs show their stacks."""
+    """Kills what is left of a start; the workers of one that hangs write their stacks before."""
     if not start.is_over:
         send(start.process.pid, signal.SIGCONT)
         send(start.process.pid, signal.SIGUSR2)

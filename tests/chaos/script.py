@@ -1,4 +1,4 @@
-"""What is to happen in a round, drawn from its seed before anything runs."""
+"""The script of a round, drawn from its seed before anything runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import damage
 
 KINDS = ("kill", "term", "stop", "corrupt", "fill")
-HOPELESS = "hopeless"  # apart: all checkpoints are damaged, and the run has to give up
+HOPELESS = "hopeless"  # all checkpoints are damaged, and the run has to give up
 PROCESSES = 2
 STEPS = 440
 FAST_SECS = (0.0, 0.3, 1.0)
@@ -17,13 +17,13 @@ LAUNCHER = "launcher"
 
 @dataclass(frozen=True)
 class Moment:
-    """When something happens.
+    """When a disturbance happens.
 
     Attributes:
-        kind: "time": `delay` seconds after the start, or after what was done before; "step": when
-            the attempt that runs has told of `step`, and `delay` seconds; "saving": the same, and a
-            save is seen to be under way.
-        step: see there.
+        kind: "time": `delay` seconds after the start, or after the previous disturbance; "step":
+            `delay` seconds after the current attempt has logged `step`; "saving": the same, while a
+            save is in progress.
+        step: of "step" and "saving".
         delay: seconds.
     """
 
@@ -40,14 +40,14 @@ class Moment:
 
 @dataclass(frozen=True)
 class Disturbance:
-    """One thing done to a run.
+    """One disturbance of a run.
 
     Attributes:
         kind: of `KINDS`.
-        target: the launcher or a rank; of "corrupt", the way of `damage.WAYS`.
-        moment: when.
-        seconds: how long, where it lasts.
-        seed: of what is left to chance when it happens, such as the file.
+        target: the launcher or a rank; for "corrupt", one of `damage.WAYS`.
+        moment: when it happens.
+        seconds: its duration, if it has one.
+        seed: for choices when it happens, such as the file.
     """
 
     kind: str
@@ -65,11 +65,11 @@ class Script:
     """A round.
 
     Attributes:
-        seed: of all rounds of a series.
+        seed: of the series of rounds.
         number: of the round.
-        kind: what it is counted under.
+        kind: of its first disturbance.
         fast_secs: `config.checkpoint.fast_every_secs`.
-        disturbances: one after another.
+        disturbances: in order.
     """
 
     seed: int
@@ -91,7 +91,7 @@ def draw(seed: int, number: int, kind: str | None = None) -> Script:
     first = kind or KINDS[number % len(KINDS)]
     fast_secs = 0.0 if first == HOPELESS else rng.choice(FAST_SECS)
     count = 1 if first == HOPELESS else rng.choices((1, 2, 3), (7, 2, 1))[0]
-    # A disk that can be filled has to be made before; the others can join any round.
+    # Only a round that begins with "fill" has a small disk; the others fit into any round.
     others = [
         kind or rng.choice(KINDS if first == "fill" else KINDS[:-1]) for _ in range(count - 1)
     ]
@@ -99,7 +99,7 @@ def draw(seed: int, number: int, kind: str | None = None) -> Script:
     rng.shuffle(kinds)
     disturbances: list[Disturbance] = []
     for each in kinds:
-        # The watchdog takes its time; once a round is enough of that.
+        # The watchdog takes long, so at most once a round.
         no_rank = any(d.kind == "stop" and d.target != LAUNCHER for d in disturbances)
         disturbances.append(_draw_one(rng, each, no_rank=no_rank))
     return Script(seed, number, first, fast_secs, tuple(disturbances))
@@ -115,19 +115,19 @@ def _draw_one(rng: random.Random, kind: str, *, no_rank: bool) -> Disturbance:
             if no_rank:
                 target = LAUNCHER
             elif target != LAUNCHER and rng.random() < 0.8:
-                # Elsewhere than in training the watchdog waits ten times as long.
+                # Outside training the watchdog waits ten times as long.
                 moment = Moment("step", rng.randint(1, STEPS - 40), rng.uniform(0, 0.3))
     elif kind == "corrupt":
         target = rng.choice(list(damage.WAYS))
     elif kind == "fill":
-        # A run may refuse to begin on a full disk, or not get its last save onto it.
+        # On a full disk a run may refuse to start, or may fail at its last save.
         moment = Moment("step", rng.randint(1, 300), rng.uniform(0, 0.3))
         seconds = rng.uniform(1, 2)
     return Disturbance(kind, target, moment, seconds, rng.random())
 
 
 def _draw_moment(rng: random.Random) -> Moment:
-    """Start-up, restoring, training, evaluating, saving and the end all get their share."""
+    """Covers start, restore, training, evaluation, saves and the end."""
     kind = rng.choices(("time", "step", "saving", "end"), (30, 40, 20, 10))[0]
     if kind == "time":
         return Moment("time", 0, rng.uniform(0, 4))

@@ -1,4 +1,4 @@
-"""Twenty seeded rounds of chaos, and one from which there is no way back. See `rounds`."""
+"""Twenty seeded chaos rounds, and one that cannot be recovered. See `rounds`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """A folder that the workers of xdist share, of this session alone."""
+    """A folder that the xdist workers of this session share."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         return tmp_path_factory.getbasetemp().parent / "chaos"
     return tmp_path_factory.mktemp("chaos")
@@ -28,7 +28,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reference(shared, cache_dir):
-    """What the undisturbed run ends with; the first worker that needs it runs it for all."""
+    """The results of the undisturbed run, which the first worker that needs it runs for all."""
     shared.mkdir(exist_ok=True)
     with (shared / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -41,10 +41,10 @@ def reference(shared, cache_dir):
 
 def run_and_check(script, reference, tmp_path, cache_dir):
     result = run_round(script, Place(tmp_path, cache_dir), reference)
-    told = "\n".join([*result.done, *result.problems])
+    text = "\n".join([*result.done, *result.problems])
     kind = f" --kind={HOPELESS}" if script.kind == HOPELESS else ""
     again = f"python tests/chaos --seed={script.seed} --round={script.number}{kind}"
-    assert not result.problems, f"{told}\nin {result.folder}\nagain: {again}"
+    assert not result.problems, f"{text}\nin {result.folder}\nagain: {again}"
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,9 @@ def run_and_check(script, reference, tmp_path, cache_dir):
         for s in SCRIPTS
     ],
 )
-def test_in_the_end_nothing_has_happened(script, reference, tmp_path, cache_dir):
+def test_a_disturbed_run_has_the_results_of_an_undisturbed_one(
+    script, reference, tmp_path, cache_dir
+):
     run_and_check(script, reference, tmp_path, cache_dir)
 
 

@@ -1,4 +1,4 @@
-"""What is decided before anything is started: processes, devices, environments, limits."""
+"""What is decided before anything starts: processes, devices, environments, limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums by exchange have the bits of jax's own sums, and are the same on both devices."""
+"""Sums by all-to-all have the bits of jax's own sums, and are the same on both devices."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(functions, dtypes, size=0):
         x = jnp.asarray(random.normal(0, 2, (2, 3, 5 + size))).astype(dtype)
         for name, lift in LIFTS.items():
             for what, function in functions.items():
-                # A new function each time: what jax has compiled before would be taken again.
+                # A new function each time, because jax caches what it has compiled.
                 call = lift(lambda x, function=function: function(x))
                 found = jax.tree.leaves(call(x))
                 results[dtype, name, what] = [np.asarray(a) for a in found]
@@ -77,7 +77,7 @@ print("equal")
 
 
 @pytest.mark.wide
-def test_the_bits_of_sums_by_exchange():
+def test_the_bits_of_sums_by_all_to_all():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, text=True, capture_output=True, check=False
     )

@@ -32,7 +32,7 @@ def recorded(name):
 
 
 def of_processes(*counts):
-    """CPU devices, so many on each process."""
+    """CPU devices, `counts` of them on each process."""
     processes = [process for process, count in enumerate(counts) for _ in range(count)]
     return [
         SimpleNamespace(id=i, process_index=process, platform="cpu", device_kind="cpu")
