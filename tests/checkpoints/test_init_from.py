@@ -35,7 +35,7 @@ SOURCE = ("params/enc/Dense_0/kernel", "params/head/kernel", "model_state/stats/
         (["enc/Dense_0->a", "enc->b"], ("params/a/kernel",), (SOURCE[0],), SOURCE[1:]),
     ],
 )
-def test_names_are_matched_by_whole_parts(rules, wanted, sources, unused):
+def test_names_match_by_full_components(rules, wanted, sources, unused):
     match = match_leaves(SOURCE, wanted, rules)
     pairs = zip(wanted, sources, strict=True)
     assert match.sources == {name: source for name, source in pairs if source is not None}

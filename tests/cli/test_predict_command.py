@@ -77,7 +77,7 @@ def test_a_model_with_several_outputs(run, caplog):
     assert "left out, without an example axis: outputs/aux" in caplog.text
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
+def test_a_file_is_complete_or_absent(tmp_path):
     path = epath.Path(tmp_path / "file")
     with opened_whole(path) as file:
         file.write(b"old")

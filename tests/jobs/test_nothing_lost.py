@@ -311,7 +311,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_good_checkpoint(
     assert (workdir / "checkpoints" / told[1] / "manifest.json").exists()
 
 
-def test_a_second_job_is_told_who_owns_the_folder(begin, run, tmp_path):
+def test_a_second_job_reports_the_owner_of_the_folder(begin, run, tmp_path):
     begin(tmp_path / "run", *TWO)
     same = ["--config.num_steps=2000", "--config.data.delay=0.02"]
     code, _, err = run(tmp_path / "run", *TWO, *same)
@@ -325,7 +325,7 @@ def test_a_second_job_is_told_who_owns_the_folder(begin, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_launchers_with_different_code_are_told_apart(start, tmp_path):
+def test_launchers_with_different_code_are_refused(start, tmp_path):
     from job_helpers import ends
 
     folders = []

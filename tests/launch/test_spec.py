@@ -79,7 +79,7 @@ def test_one_process_of_a_cluster(tmp_path):
         make_launch_spec(options, SLURM)
 
 
-def test_the_workers_get_the_whole_config(tmp_path):
+def test_the_workers_get_the_full_config(tmp_path):
     spec = spec_of(tmp_path, "--processes=2")
     again = config_from_json(spec.config)
     assert flatten(again.to_dict()) == flatten(spec.settings.config.to_dict())

@@ -59,7 +59,7 @@ def rows_of(name, depth=9):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_whole_is_the_sum_of_its_parts(name):
+def test_the_total_is_the_sum_of_the_modules(name):
     task, state, x, rows = rows_of(name)
     whole = rows[0]
     assert whole.path == ()

@@ -50,7 +50,7 @@ def test_a_launcher_of_another_job_or_a_late_one_does_not_end_the_job():
     assert check_hello(RANK_1, {0: RANK_0}, has_started=False) is None
 
 
-def test_a_launcher_of_another_version_is_told_so():
+def test_a_launcher_of_another_version_gets_a_clear_error():
     """Whatever its hello holds."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

@@ -86,7 +86,7 @@ def test_allowing_the_keys_alone_does_not_allow_the_leaves(workdir):
     assert not (workdir / "checkpoints/quarantine").exists()  # it is not damaged
 
 
-def test_leaves_of_another_shape_start_afresh_and_the_others_go_on(workdir, capsys):
+def test_leaves_of_another_shape_are_initialised_and_the_others_restored(workdir, capsys):
     before = trainer.load(workdir)
     config = narrower(stop_at_step=10)
     config.num_steps = 15
@@ -129,7 +129,7 @@ def test_another_dtype_is_never_cast_in_silence(workdir, capsys):
     assert "dtype" in capsys.readouterr().err
 
 
-def test_a_changed_learning_rate_goes_on_from_the_same_state(workdir):
+def test_a_changed_learning_rate_resumes_from_the_same_state(workdir):
     config = digits(10, optimizer={**ADAM, "learning_rate": 1e-4})
     with pytest.raises(UserError, match=r"optimizer.learning_rate: 0.001 -> 0.0001"):
         trainer.train(config, workdir, mesh_of(2))
@@ -138,7 +138,7 @@ def test_a_changed_learning_rate_goes_on_from_the_same_state(workdir):
     assert_bitwise_equal(trainer.train(config, workdir, mesh_of(2)).state.params, before["params"])
 
 
-def test_a_typo_in_what_is_allowed_is_told(tmp_path):
+def test_a_typo_in_what_is_allowed_is_reported(tmp_path):
     config = digits(10)
     config.checkpoint.allow = "modle"
     with pytest.raises(UserError, match="did you mean model"):

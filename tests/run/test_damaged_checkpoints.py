@@ -89,7 +89,7 @@ def saving_every_10(**changes):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_damaged_is_named_and_moved_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_is_restored(
     tmp_path, capsys, stopped_run, damage
 ):
     run, whole = stopped_run
@@ -107,7 +107,7 @@ def test_what_is_damaged_is_named_and_moved_and_the_one_before_is_used(
     assert_bitwise_equal(whole, rest.state)
 
 
-def test_a_checkpoint_that_is_gone_is_told_of(tmp_path, capsys, stopped_run):
+def test_a_missing_checkpoint_is_reported(tmp_path, capsys, stopped_run):
     run, whole = stopped_run
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/20")
@@ -117,7 +117,7 @@ def test_a_checkpoint_that_is_gone_is_told_of(tmp_path, capsys, stopped_run):
 
 
 @pytest.mark.parametrize("what", ["damaged", "removed", "moved aside"])
-def test_if_none_is_whole_nothing_is_started_afresh_or_deleted(tmp_path, stopped_run, what):
+def test_without_an_intact_checkpoint_nothing_is_started_or_deleted(tmp_path, stopped_run, what):
     run, _ = stopped_run
     shutil.copytree(run, tmp_path / "run")
     checkpoints = tmp_path / "run/checkpoints"
@@ -156,9 +156,7 @@ def test_a_folder_of_checkpoints_that_is_gone_is_no_fresh_start(tmp_path, stoppe
         trainer.train(saving_every_10(), tmp_path / "run", mesh_of(2))
 
 
-def test_a_disk_that_does_not_answer_at_once_costs_no_checkpoint(
-    tmp_path, stopped_run, monkeypatch, capsys
-):
+def test_a_slow_disk_costs_no_checkpoint(tmp_path, stopped_run, monkeypatch, capsys):
     run, _ = stopped_run
     shutil.copytree(run, tmp_path / "run")
     read, calls = arrays.read, []

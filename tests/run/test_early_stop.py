@@ -56,7 +56,7 @@ def test_another_metric_begins_to_count_anew():
     ("lift", "steps_per_call"),
     [("pmap", 1), wide("shard_map", 1), wide("vmap", 1), wide("pmap", 4)],
 )
-def test_it_ends_stays_ended_and_goes_on_with_more_patience(tmp_path, capsys, lift, steps_per_call):
+def test_it_ends_stays_ended_and_resumes_with_more_patience(tmp_path, capsys, lift, steps_per_call):
     changes = {"lift": lift, "steps_per_call": steps_per_call}
     # Evaluations after calls of 4 steps come at 8, 12, 16, 20.
     ends, later = (20, 30) if steps_per_call == 1 else (20, 32)

@@ -59,7 +59,7 @@ def test_a_trace_ends_with_the_run(tmp_path, capsys):
     assert "nothing is traced: --profile=2:3 lies before step 8" in capsys.readouterr().out
 
 
-def test_training_goes_on_where_there_can_be_no_trace(tmp_path, capsys):
+def test_training_continues_where_no_trace_is_possible(tmp_path, capsys):
     jax.profiler.start_trace(str(tmp_path / "other"))
     try:
         trainer.train(digits(6), tmp_path / "run", mesh_of(2), profile="2:2")

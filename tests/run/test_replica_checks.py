@@ -16,7 +16,7 @@ from trainer.errors import ReplicasDiffer
 from trainer.lift.replicas import check_replicas
 
 
-def test_devices_that_differ_leave_no_copy_in_memory_to_go_on_from(tmp_path, capsys):
+def test_devices_that_differ_leave_no_in_memory_checkpoint(tmp_path, capsys):
     memory = tmp_path / "memory"
     memory.mkdir()
     config = digits(40, model={"target": "test_resume:Drifting"}, replica_check_every_steps=20)

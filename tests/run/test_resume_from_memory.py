@@ -27,7 +27,7 @@ class Crash(Exception):
     """What a kill is, as far as files are concerned."""
 
 
-def with_copies(steps, folder, **changes):
+def with_in_memory_checkpoints(steps, folder, **changes):
     made = digits(steps, **changes)
     made.checkpoint.fast_every_secs = 1e-6
     made.checkpoint.fast_dir = str(folder)
@@ -62,7 +62,7 @@ def crash(tmp_path, monkeypatch):
 
 
 def test_a_last_state_that_is_only_in_memory_is_saved(tmp_path, crash, monkeypatch, capsys):
-    config = with_copies(10, tmp_path / "memory")
+    config = with_in_memory_checkpoints(10, tmp_path / "memory")
     with monkeypatch.context() as patched:
         patched.setattr(Saver, "save", lambda *arguments: None)
         patched.setattr(Saver, "finish", lambda self: (_ for _ in ()).throw(Crash))
@@ -74,12 +74,12 @@ def test_a_last_state_that_is_only_in_memory_is_saved(tmp_path, crash, monkeypat
     assert steps_of(tmp_path / "run/checkpoints") == [10]
 
 
-def test_a_copy_of_an_abandoned_future_is_not_taken(tmp_path, crash, capsys):
+def test_an_in_memory_checkpoint_of_abandoned_steps_is_not_restored(tmp_path, crash, capsys):
     run, memory = tmp_path / "run", tmp_path / "memory"
-    config = with_copies(30, memory)
+    config = with_in_memory_checkpoints(30, memory)
     config.checkpoint.every_steps = 5
     crash(14, config, run)
-    without = with_copies(30, memory, stop_at_step=12)
+    without = with_in_memory_checkpoints(30, memory, stop_at_step=12)
     without.checkpoint.fast_every_secs = 0.0
     trainer.train(without, run, mesh_of(2))
     assert "restored step 10 from" in capsys.readouterr().out
@@ -87,9 +87,11 @@ def test_a_copy_of_an_abandoned_future_is_not_taken(tmp_path, crash, capsys):
     assert "restored step 12 from" in capsys.readouterr().out
 
 
-def test_rows_that_the_disk_did_not_take_are_in_the_copy(tmp_path, crash, monkeypatch, capsys):
+def test_rows_that_the_disk_refused_are_in_the_in_memory_checkpoint(
+    tmp_path, crash, monkeypatch, capsys
+):
     whole = trainer.train(digits(20), tmp_path / "whole", mesh_of(2))
-    config = with_copies(20, tmp_path / "memory")
+    config = with_in_memory_checkpoints(20, tmp_path / "memory")
     with monkeypatch.context() as patched:
         patched.setattr(rows, "os", FullDisk())
         crash(13, config, tmp_path / "run")
@@ -112,7 +114,7 @@ class FullDisk:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_run_that_another_has_overtaken_does_not_take_its_folder(tmp_path):
+def test_a_run_does_not_take_the_folder_of_another_that_was_faster(tmp_path):
     def stop(step, phase):
         if phase == "compile":
             trainer.train(digits(5), tmp_path / "run", mesh_of(2))

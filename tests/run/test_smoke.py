@@ -57,7 +57,7 @@ def test_all_is_well_and_the_run_there_is_as_it_was(launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_tells(launch, tmp_path):
+def test_one_of_two_processes_reports(launch, tmp_path):
     argv = [MLP, "--processes=2", "--fake_devices=2", f"--workdir={tmp_path}/run", "--smoke"]
     code, out, err = launch(*argv, "--log_ranks=all")
     assert code == 0, err
@@ -70,7 +70,7 @@ def test_of_two_processes_one_tells(launch, tmp_path):
 
 
 @pytest.mark.parametrize("more", [[], pytest.param(["--processes=2"], marks=pytest.mark.slow)])
-def test_a_fault_of_the_users_code_is_told_and_what_is_left_is_named(launch, tmp_path, more):
+def test_an_error_of_user_code_is_reported_with_the_files_that_remain(launch, tmp_path, more):
     (tmp_path / "mine.py").write_text("def loss(outputs, batch):\n    return outputs.no_such\n")
     argv = [MLP, "--fake_devices=2", f"--workdir={tmp_path}/run", "--smoke", *more]
     argv += ["--config.loss.target=mine:loss"]
@@ -98,7 +98,7 @@ def test_lifts_and_several_steps_a_call(tmp_path, capsys, lift, steps_per_call):
 
 
 @pytest.mark.parametrize("state_sharding", [wide("zero1"), "fsdp"])
-def test_a_state_that_is_cut_and_begins_with_that_of_another_run(tmp_path, capsys, state_sharding):
+def test_a_sharded_state_initialised_from_another_run(tmp_path, capsys, state_sharding):
     trainer.train(digits(2), tmp_path / "run", mesh_of(2))
     config = digits(1, lift="shard_map", state_sharding=state_sharding)
     config.init_from = str(tmp_path / "run")

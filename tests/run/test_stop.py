@@ -19,7 +19,7 @@ import trainer
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_goes_on(start, launch, tmp_path, number):
+def test_asked_to_stop_it_saves_and_resumes(start, launch, tmp_path, number):
     arguments = [
         "--config=configs/digits.py",
         "--fake_devices=2",
@@ -44,7 +44,7 @@ def test_asked_to_stop_it_saves_and_goes_on(start, launch, tmp_path, number):
     assert last[0]["eval/loss"] == last[1]["eval/loss"]
 
 
-def test_ctrl_c_saves_also_where_it_has_ended_who_reads_the_log(start, tmp_path):
+def test_ctrl_c_saves_even_if_it_also_ends_the_reader_of_the_log(start, tmp_path):
     process = start("--config=configs/digits.py", "--fake_devices=2", "--config.num_steps=100000",
                     "--config.log_every_steps=20", f"--workdir={tmp_path}/run")  # fmt: skip
     wait_for(tmp_path / "run/metrics.jsonl")

@@ -16,7 +16,7 @@ from trainer.metrics_writer.goodput import Goodput
 from trainer.summaries.stragglers import find_slowest
 
 
-def test_who_is_slowest_and_whether_it_matters():
+def test_the_slowest_rank_and_whether_it_matters():
     # 40 ms of data on rank 2 of 4, in a step of 50 ms.
     found = find_slowest([0.001, 0.001, 0.040, 0.002], [0.002, 0.004, 0.002, 0.001], 0.050)
     assert (found.rank, found.cause, found.is_notable) == (2, "waiting for data", True)
