@@ -28,7 +28,7 @@ from trainer.config.settings import Settings
 from trainer.lift.lift import Lift, make_lift
 from trainer.lift.update import lift_update_step, make_job_step
 from trainer.state.leaves import count_params, name_leaves
-from trainer.step.flops import flops_of_step
+from trainer.step.analysis import flops_of_step
 from trainer.step.job import Job, make_init
 from trainer.step.task import AXIS
 

@@ -22,9 +22,9 @@ from trainer.losses import softmax_cross_entropy, squared_error
 from trainer.models.mlp import MLP
 from trainer.models.transformer import Transformer
 from trainer.state.checksums import checksum_of, checksums
+from trainer.state.freezing import freeze
 from trainer.state.leaves import name_leaves
 from trainer.state.partition import shard_dimension
-from trainer.step.freezing import freeze
 from trainer.step.init import init_state
 from trainer.step.task import PLAIN, Recipe, Task
 from trainer.step.update import make_update_step

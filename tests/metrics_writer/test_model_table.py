@@ -14,7 +14,7 @@ from trainer.models.from_nnx import from_nnx
 from trainer.models.resnet import ResNet
 from trainer.models.transformer import Transformer
 from trainer.state.leaves import count_params
-from trainer.step.flops import count_flops
+from trainer.step.analysis import count_flops
 from trainer.step.init import init_state
 from trainer.step.task import Task
 

@@ -14,7 +14,7 @@ from launcher.planning.hlo import (
     module_of,
     size_of,
 )
-from trainer.step.flops import count_flops
+from trainer.step.analysis import count_flops
 
 
 def flops_of(function, *shapes):

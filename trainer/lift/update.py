@@ -15,11 +15,11 @@ from trainer.errors import UserError
 from trainer.lift.lift import Lift
 from trainer.state.partition import SHARDED_FIELDS, ParamSharding, shard_dimensions
 from trainer.state.train_state import TrainState
+from trainer.step.analysis import has_convolution
 from trainer.step.collectives import all_gather
 from trainer.step.gradients import GATHER_SCOPE, Gradients, make_gradient_step
 from trainer.step.job import Job
 from trainer.step.task import AXIS, Batch, Recipe, Task
-from trainer.step.tracing import has_convolution
 from trainer.step.update import apply_gradients, make_update_step, stack_metrics
 
 

@@ -15,7 +15,7 @@ import jax
 
 from trainer.state.leaves import count_params, name_leaves
 from trainer.state.train_state import TrainState
-from trainer.step.flops import count_flops_by_scope
+from trainer.step.analysis import count_flops_by_scope
 from trainer.step.task import AXIS, Task
 
 Path = tuple[str, ...]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import NonFiniteLoss
+from trainer.lift.call import Call
 from trainer.lift.in_flight import InFlight
 from trainer.metrics_writer.goodput import Goodput
 from trainer.metrics_writer.train_log import TrainLog
-from trainer.step.call import Call
 
 
 class StepMetrics:

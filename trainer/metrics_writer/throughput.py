@@ -13,7 +13,7 @@ from trainer.config.settings import Settings
 from trainer.lift.lift import Lift
 from trainer.lift.update import make_job_step
 from trainer.metrics_writer.chip_peaks import PEAKS, utilization
-from trainer.step.flops import flops_of_step
+from trainer.step.analysis import flops_of_step
 from trainer.step.job import Job
 
 

@@ -16,13 +16,13 @@ import jax
 
 from trainer.checkpoints.saver import Saver
 from trainer.inference.evaluate import Evaluator
+from trainer.lift.call import Call
 from trainer.lift.lift import Lift
 from trainer.lift.replicas import check_replicas
 from trainer.metrics_writer.run_log import RunLog
 from trainer.metrics_writer.step_metrics import StepMetrics
 from trainer.run.early_stop import EarlyStop
 from trainer.state.train_state import TrainState
-from trainer.step.call import Call
 
 StopRequested = Callable[[int, str], bool]
 

@@ -19,6 +19,7 @@ from trainer.console import say
 from trainer.data.prefetch import depth_for, prefetch
 from trainer.errors import NonFiniteLoss, Preempted
 from trainer.inference.evaluate import Evaluator
+from trainer.lift.call import Call, calls
 from trainer.lift.lift import Lift
 from trainer.lift.replicas import check_replicas
 from trainer.lift.update import lift_update_step
@@ -41,7 +42,6 @@ from trainer.run.early_stop import EarlyStop
 from trainer.run.ownership import Ownership
 from trainer.run.profiling import Profile, Profiler, annotated
 from trainer.state.train_state import TrainState
-from trainer.step.call import Call, calls
 from trainer.step.job import Job, make_init
 from trainer.step.update import metric_names
 from trainer.summaries.held_out import make_held_out_summaries

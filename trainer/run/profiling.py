@@ -16,8 +16,8 @@ from trainer.errors import UserError, first_line
 from trainer.workdir.paths import opened_whole
 
 if TYPE_CHECKING:  # a launcher parses the flag, without numpy
+    from trainer.lift.call import Call
     from trainer.metrics_writer.step_metrics import StepMetrics
-    from trainer.step.call import Call
     from trainer.workdir.workdir import Workdir
 
 # The files that jax writes in each process, named by its host.

@@ -18,6 +18,7 @@ from trainer.state.leaves import fill_in
 from trainer.state.partition import ParamSharding
 from trainer.state.train_state import TrainState
 from trainer.step.accumulation import accumulate, check_shapes
+from trainer.step.analysis import rematerialises
 from trainer.step.collectives import (
     all_gather,
     global_norm,
@@ -35,7 +36,6 @@ from trainer.step.per_example import (
     sum_and_count,
 )
 from trainer.step.task import AXIS, PLAIN, Batch, Metrics, Recipe, Task
-from trainer.step.tracing import rematerialises
 
 # Profiles and plans show the step's own collectives under these names.
 MEAN_SCOPE = "mean_over_axis"

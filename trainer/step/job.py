@@ -16,8 +16,8 @@ from trainer.config.settings import Settings
 from trainer.config.targets import bind, build, takes
 from trainer.data.stream import Source, TrainStream, as_source
 from trainer.errors import UserError
+from trainer.state.freezing import freeze
 from trainer.state.train_state import TrainState
-from trainer.step.freezing import freeze
 from trainer.step.init import init_state
 from trainer.step.precision import DTYPES
 from trainer.step.task import Recipe, Task

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import optax
 
-from trainer.step.freezing import without_frozen
+from trainer.state.freezing import without_frozen
 from trainer.step.precision import to_dtype, to_float32
 
 Batch = Mapping[str, jax.Array]
@@ -34,7 +34,7 @@ class Task:
         metrics: functions with the signature of `loss`, by name.
         dtype: the model computes in bfloat16 or float16; None: the model decides.
         frozen: paths of the subtrees of the params that are not trained; the optimizer must come
-            from `trainer.step.freezing.freeze` with the same paths.
+            from `trainer.state.freezing.freeze` with the same paths.
     """
 
     model: nn.Module

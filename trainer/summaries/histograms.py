@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer.config.settings import Settings
+from trainer.lift.call import Call
 from trainer.lift.lift import Lift
 from trainer.lift.update import recipe_for
 from trainer.metrics_writer.run_log import RunLog
 from trainer.metrics_writer.step_metrics import StepMetrics
 from trainer.metrics_writer.tensorboard import Histogram
 from trainer.state.leaves import name_leaves
-from trainer.step.call import Call
 from trainer.step.gradients import make_gradient_step
 from trainer.step.job import Job
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from trainer.config.settings import Settings
 from trainer.console import say
+from trainer.lift.call import Call
 from trainer.lift.lift import Lift
 from trainer.metrics_writer.run_log import RunLog
 from trainer.metrics_writer.step_metrics import StepMetrics
 from trainer.metrics_writer.tensorboard import TensorBoardWriter
-from trainer.step.call import Call
 
 # A rank is notable from this ratio to the median of the others, and this fraction of a step, on.
 _NOTABLE_RATIO = 1.5

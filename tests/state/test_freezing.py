@@ -19,8 +19,8 @@ from trainer.errors import UserError
 from trainer.lift.lift import make_lift
 from trainer.losses import squared_error
 from trainer.models.mlp import MLP
+from trainer.state.freezing import freeze
 from trainer.state.leaves import name_leaves
-from trainer.step.freezing import freeze
 from trainer.step.init import init_state
 from trainer.step.task import Recipe, Task
 from trainer.step.update import make_update_step

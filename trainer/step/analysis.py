@@ -1,8 +1,8 @@
-"""Floating-point operations of a function, counted from its jaxpr: matmuls and convolutions.
+"""Properties of a function, found by tracing it on shapes; nothing is compiled or run.
 
-The count is independent of the compiler and includes every iteration of a loop. (XLA's own analysis
-counts the body of a loop once, and does not see what GPU libraries compute.) All other operations
-of a step are bound by memory bandwidth and are not counted.
+FLOPs are those of matmuls and convolutions, counted from the jaxpr. The count does not depend on a
+compiler and multiplies loops out; XLA's own analysis counts the body of a loop once, and ignores
+what a GPU library computes. All else that a step does is bound by memory and not counted.
 """
 
 from __future__ import annotations
@@ -143,3 +143,25 @@ def _products(
     places = places + np.arange(kernel)[None, :] * kernel_dilation
     inside = (places >= 0) & (places < (size - 1) * dilation + 1)
     return int(np.count_nonzero(inside & (places % dilation == 0)))
+
+
+def has_convolution(function: Callable[[Any, Any], Any], state: Any, batch: Any) -> bool:
+    """Whether a per-shard function contains a convolution.
+
+    Args:
+        function: `(state, batch) -> any`, written for one shard.
+        state: a state, or its shapes.
+        batch: the shapes of one shard of a batch, with a leading axis of size 1.
+    """
+    mapped = jax.vmap(function, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+    return "conv_general_dilated" in str(jax.make_jaxpr(mapped)(state, batch))
+
+
+def rematerialises(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether a function contains a `jax.checkpoint` (`nn.remat`).
+
+    Args:
+        function: takes arrays; may use the axes that are bound at the call.
+        args: arrays, tracers or shapes.
+    """
+    return re.search(r"\b(remat2?|checkpoint)\[", str(jax.make_jaxpr(function)(*args))) is not None
