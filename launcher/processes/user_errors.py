@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
-_PACKAGE_FOLDERS = [str(_ROOT / "launcher"), str(_ROOT / "trainer")]
+_LIBRARIES = (sysconfig.get_path("stdlib"), str(_ROOT / "launcher"), str(_ROOT / "trainer"))
+# By name: there are several where a virtual environment includes the packages of the system.
+_INSTALLED = ("site-packages", "dist-packages")
 
 
 def describe(what: str, error: Exception, environ: Mapping[str, str], hint: str = "") -> str:
@@ -23,8 +25,7 @@ def describe(what: str, error: Exception, environ: Mapping[str, str], hint: str 
         hint: what to do about it.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    libraries = [sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"), *_PACKAGE_FOLDERS]
-    own = [f for f in frames if not f.filename.startswith((*libraries, "<"))]
+    own = [frame for frame in frames if not _is_library(frame.filename)]
     lines = str(error).strip().splitlines() or [""]
     text = f"error: {what}: {type(error).__name__}: {lines[0]}"
     # Where no line is the user's, the last line of podlift's own models is the nearest.
@@ -39,3 +40,9 @@ def describe(what: str, error: Exception, environ: Mapping[str, str], hint: str 
         return "".join(traceback.format_exception(error)) + text
     more = "PODLIFT_TRACEBACK=1 shows the whole traceback"
     return f"{text}\n  HINT: {hint}; {more}" if hint else f"{text}\n  HINT: {more}"
+
+
+def _is_library(filename: str) -> bool:
+    if filename.startswith((*_LIBRARIES, "<")):
+        return True
+    return any(name in Path(filename).parts for name in _INSTALLED)
