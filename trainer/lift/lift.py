@@ -132,8 +132,8 @@ class Lift(Placement):
                 else ""
             )
             raise UserError(
-                f"config.global_batch_size={global_batch_size} does not divide evenly "
-                f"over {self.num_shards} {over}{times}",
+                f"config.global_batch_size={global_batch_size} does not divide by "
+                f"{self.num_shards} {over}{times}",
                 f"the nearest sizes that do: {sizes}",
             )
 

@@ -129,8 +129,7 @@ def _check_optimizer(settings: Settings, task: Task, state: Any) -> None:
             jax.make_jaxpr(task.optimizer.update, axis_env=[(AXIS, 1)])(*args)
             raise UserError(
                 f"config.optimizer.target={settings.optimizer['target']!r} uses the axis {AXIS!r} "
-                f"itself, which is not possible under "
-                f"config.state_sharding={settings.state_sharding!r}",
+                f"itself, which it cannot under config.state_sharding={settings.state_sharding!r}",
                 "the gradients it receives are already means over the axis: take no mean in the "
                 "optimizer, or use --config.state_sharding=replicated",
             ) from error
