@@ -35,7 +35,7 @@ class Histograms:
     Args:
         settings: how to reduce.
         job: what is trained.
-        lift: how the batch axis is laid over devices.
+        lift: how the batch axis maps to devices.
     """
 
     def __init__(self, settings: Settings, job: Job, lift: Lift) -> None:
