@@ -8,5 +8,5 @@ bin=${PODLIFT_VENV:-.venv}/bin
 "$bin/ruff" format --check .
 "$bin/python" -m mypy
 "$bin/lint-imports" --no-logo --no-cache
-"$bin/shellcheck" scripts/*.sh scripts/slurm.sbatch scripts/k8s/*.sh .ci/run
+"$bin/shellcheck" scripts/*.sh scripts/slurm.sbatch scripts/k8s/*.sh findings/*.sh .ci/run
 "$bin/sphinx-build" -W -q docs docs/_build
