@@ -26,12 +26,13 @@ def test_outputs_are_in_order_and_do_not_depend_on_devices(run, lift):
     source = trained.job.held_out
     everything = source[np.arange(len(source))]
     expected = apply(trained, everything["x"])
+    # Logits of up to ten: kernels for other batch sizes sum in another order, so a few ulp differ.
     for devices in (1, 8):
         lifted = make_lift(lift, mesh_of(devices))
         state = lifted.put_state(trained.state)
         found = predict_source(trained.job.task, state, source, lifted, 100, depth=devices % 2)
         assert list(found) == ["outputs", "y"]
-        np.testing.assert_allclose(found["outputs"], expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(found["outputs"], expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_array_equal(found["y"], everything["y"])
 
 
@@ -55,7 +56,7 @@ def test_predict_writes_a_numpy_file(launch, run, tmp_path):
         everything = source[np.arange(count)]
         expected = apply(trained, everything["x"])
         with np.load(file) as found:
-            np.testing.assert_allclose(found["outputs"], expected, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(found["outputs"], expected, rtol=1e-6, atol=1e-6)
             np.testing.assert_array_equal(found["y"], everything["y"])
     assert not list(tmp_path.glob(".*"))
 
