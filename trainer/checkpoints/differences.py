@@ -11,10 +11,16 @@ import numpy as np
 
 from trainer.checkpoints.folder import CheckpointFolder
 from trainer.checkpoints.manifest import Damaged, Leaf
-from trainer.console import warn
+from trainer.console import say, warn
 from trainer.errors import UserError
+from trainer.state.leaves import is_narrow_float
 
 _SHOWN = 20
+
+# An average that an earlier podlift kept in less than 32 bits. Its cast to float32 is exact, so
+# this kind needs no permission.
+WIDER = "wider"
+_AVERAGES = ("ema/", "opt_state/")
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Difference:
 
     Attributes:
         name: the name of the leaf.
-        kind: "shape", "dtype", "missing" (not saved) or "extra" (not in the model).
+        kind: "shape", "dtype", "missing" (not saved), "extra" (not in the model) or `WIDER`.
         before: what was saved, for a message.
         after: what is expected, for a message.
     """
@@ -50,7 +56,8 @@ def compare(saved: Mapping[str, Leaf], expected: Mapping[str, Any]) -> list[Diff
         elif old.shape != leaf.shape:
             found.append(Difference(name, "shape", _show(old.shape, old.dtype), after))
         elif old.dtype != str(leaf.dtype):
-            found.append(Difference(name, "dtype", _show(old.shape, old.dtype), after))
+            kind = WIDER if _is_wider(name, old.dtype, str(leaf.dtype)) else "dtype"
+            found.append(Difference(name, kind, _show(old.shape, old.dtype), after))
     for name, old in saved.items():
         if name not in expected:
             before = _show(old.shape, old.dtype)
@@ -83,7 +90,7 @@ def check_allowed(differences: Sequence[Difference], allow: Sequence[str], where
     Raises:
         UserError: lists the differences that are not permitted.
     """
-    kinds = sorted({d.kind for d in differences} - set(allow))
+    kinds = sorted({d.kind for d in differences} - {*allow, WIDER})
     together = ",".join([*allow, *kinds])
     refuse(
         [d for d in differences if d.kind in kinds],
@@ -95,14 +102,14 @@ def check_allowed(differences: Sequence[Difference], allow: Sequence[str], where
 
 
 def refuse(differences: Sequence[Difference], where: str, hint: str) -> None:
-    """Raises a UserError that lists the differences, if there are any.
+    """Raises a UserError that lists the differences, if there are any but `WIDER`.
 
     Args:
         differences: between the saved state and the expected one.
         where: the checkpoint.
         hint: what to do.
     """
-    if differences:
+    if any(d.kind != WIDER for d in differences):
         raise UserError(
             f"the state in {where} does not match this code and config "
             f"(saved -> expected):\n{show(differences)}",
@@ -131,14 +138,23 @@ def adapt(
         kind = kinds.get(name)
         if kind is None:
             adapted[name] = arrays[name]
-        elif kind == "dtype":
+        elif kind in ("dtype", WIDER):
             adapted[name] = arrays[name].astype(jax.numpy.dtype(leaf.dtype))
         else:
             adapted[name] = np.asarray(initialised[name])
-    if differences:
-        table = show(differences)
+    wider = [d.name for d in differences if d.kind == WIDER]
+    others = [d for d in differences if d.kind != WIDER]
+    if wider:
+        say(f"{len(wider)} averages in 16 bits are float32 from now on, such as {wider[0]}")
+    if others:
+        table = show(others)
         warn(f"the state differs from the saved one, as config.checkpoint.allow permits:\n{table}")
     return adapted
+
+
+def _is_wider(name: str, before: str, after: str) -> bool:
+    is_average = name.startswith(_AVERAGES) and after == "float32"
+    return is_average and is_narrow_float(jax.numpy.dtype(before))
 
 
 def _show(shape: Sequence[int], dtype: str) -> str:
@@ -163,5 +179,5 @@ def how_leaves_differ(
             continue
         except Exception:  # the user's model may raise anything
             return []
-        return found
+        return [d for d in found if d.kind != WIDER]
     return []

@@ -55,13 +55,14 @@ def initialise_from(settings: Settings, lift: Lift, state: TrainState) -> TrainS
         name: arrays[source].astype(wanted[name].dtype) for name, source in match.sources.items()
     }
     _report(place, match, listed, loaded)
+    initial = name_leaves(state)
     if state.ema is not None:  # initially it equals the params
-        loaded |= {
+        averages = {
             f"ema/{name.removeprefix('params/')}": leaf
             for name, leaf in loaded.items()
             if name.startswith("params/")
         }
-    initial = name_leaves(state)
+        loaded |= {name: leaf.astype(initial[name].dtype) for name, leaf in averages.items()}
     return cast(
         TrainState,
         fill_in(state, {name: lift.put_like(leaf, initial[name]) for name, leaf in loaded.items()}),

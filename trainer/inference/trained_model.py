@@ -96,11 +96,9 @@ def restore(
     shapes = jax.eval_shape(make_init(job, settings.seed))
     abstract = dataclasses.replace(shapes, opt_state=())
     listed = {n: leaf for n, leaf in saved.listed.items() if not n.startswith(_LEFT_OUT)}
-    differences.refuse(
-        differences.compare(listed, name_leaves(abstract)),
-        str(saved.place),
-        "use the code and config it was saved with",
-    )
+    found = differences.compare(listed, name_leaves(abstract))
+    differences.refuse(found, str(saved.place), "use the code and config it was saved with")
+    # What is left is an average in 16 bits, which `TrainState.eval_params` casts in any case.
     return TrainedModel(settings, job, with_leaves(abstract, saved.leaves), saved.step, saved.place)
 
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from trainer.config.settings import Settings
 from trainer.errors import UserError
 from trainer.lift.lift import Lift
+from trainer.state.leaves import widen
 from trainer.state.partition import SHARDED_FIELDS, ParamSharding, shard_dimensions
 from trainer.state.train_state import TrainState
 from trainer.step.analysis import has_convolution
@@ -121,12 +122,16 @@ def recipe_for(settings: Settings, job: Job, platform: str, *, unroll: bool) -> 
 def _check_optimizer(settings: Settings, task: Task, state: Any) -> None:
     """Raises a UserError if the optimizer uses the axis: a sharded step runs it outside."""
     args = task.trainable(state.params), state.opt_state, state.params
+
+    def update(grads: Any, opt_state: Any, params: Any) -> Any:
+        return task.optimizer.update(widen(grads), opt_state, widen(params))
+
     try:
-        jax.eval_shape(task.optimizer.update, *args)
+        jax.eval_shape(update, *args)
     except NameError as error:
         # If the name is unbound with the axis too, the step itself raises the better error.
         with contextlib.suppress(NameError):
-            jax.make_jaxpr(task.optimizer.update, axis_env=[(AXIS, 1)])(*args)
+            jax.make_jaxpr(update, axis_env=[(AXIS, 1)])(*args)
             raise UserError(
                 f"config.optimizer.target={settings.optimizer['target']!r} uses the axis {AXIS!r} "
                 f"itself, which it cannot under config.state_sharding={settings.state_sharding!r}",

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from os import PathLike
 
 import jax
+import jax.numpy as jnp
 
 from trainer.checkpoints.saver import Saver
 from trainer.config.settings import Settings
@@ -21,7 +22,7 @@ from trainer.lift.unsynced import unsynced_state
 from trainer.metrics_writer.goodput import Goodput
 from trainer.metrics_writer.model_table import draw_table, model_rows
 from trainer.metrics_writer.train_log import LogRow
-from trainer.state.leaves import count_params
+from trainer.state.leaves import count_params, is_narrow_float, name_leaves
 from trainer.state.train_state import TrainState
 from trainer.step.job import Job
 from trainer.workdir.workdir import Workdir
@@ -52,6 +53,22 @@ def warn_of_unsynced_state(lift: Lift, job: Job, state: TrainState) -> None:
             f"each device computes {names[0]}{more} from its own examples; the copies are "
             "averaged after each step\n  HINT: right for a plain running mean; a BatchNorm "
             'needs axis_name="batch", or its outputs depend on the number of devices'
+        )
+
+
+def warn_of_narrow_state(state: TrainState) -> None:
+    """Warns of params and model state in 16 bits, in which small changes are lost."""
+    leaves = name_leaves({"params": state.params, "model_state": state.model_state})
+    narrow = {name: leaf.dtype for name, leaf in leaves.items() if is_narrow_float(leaf.dtype)}
+    if narrow:
+        name, dtype = next(iter(narrow.items()))
+        more = f" and {len(narrow) - 1} more" if len(narrow) > 1 else ""
+        # Half the distance between two numbers: at least eps / 4 of the number.
+        share = int(4 / float(jnp.finfo(dtype).eps))  # type: ignore[no-untyped-call]
+        warn(
+            f"{name}{more} are {dtype}: a change of less than 1/{share} of a value is lost\n"
+            "  HINT: keep parameters and running averages in float32; --config.precision=bf16 "
+            "computes in 16 bits all the same"
         )
 
 

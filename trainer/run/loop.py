@@ -29,6 +29,7 @@ from trainer.metrics_writer.messages import (
     say_nothing_to_do,
     say_start,
     warn_of_changes,
+    warn_of_narrow_state,
     warn_of_unsynced_state,
 )
 from trainer.metrics_writer.run_log import RunLog
@@ -177,6 +178,7 @@ class Run:
         if self.workdir.exists:
             self.ownership.record(self.saver.run)
         warn_of_unsynced_state(self.lift, self.job, state)
+        warn_of_narrow_state(state)
         self.goodput.begin_steps()
         update = lift_update_step(self.settings, self.job, self.lift, state)
         began = time.monotonic()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -33,6 +34,25 @@ def with_leaves(template: Any, leaves: Mapping[str, Any]) -> Any:
 def fill_in(tree: Any, subset: Any) -> Any:
     """`tree` with those leaves replaced that `subset` has, by name."""
     return with_leaves(tree, name_leaves(tree) | name_leaves(subset))
+
+
+def is_narrow_float(dtype: Any) -> bool:
+    """Whether a dtype is a float of less than 32 bits, such as bfloat16."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.dtype(dtype).itemsize < 4
+
+
+def widen(tree: Any) -> Any:
+    """Casts floats of less than 32 bits to float32; other leaves are unchanged.
+
+    In bfloat16 a sum stands still once its terms are 256 times smaller than it, and an average
+    once `1 - decay` is below 1/256.
+    """
+
+    def to_float32(leaf: Any) -> Any:
+        dtype = getattr(leaf, "dtype", None)
+        return leaf.astype(jnp.float32) if dtype is not None and is_narrow_float(dtype) else leaf
+
+    return jax.tree.map(to_float32, tree)
 
 
 def count_params(params: Any) -> int:

@@ -7,6 +7,7 @@ there, a flat buffer only adds copies.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,11 +16,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from trainer.state.leaves import is_narrow_float, widen
 from trainer.state.partition import ParamSharding
 
 
 def mean_over_axis(tree: Any, axis: str | None, *, flat: bool) -> Any:
     """Replaces every inexact leaf with its mean over `axis`; other leaves are unchanged.
+
+    The mean of leaves with less than 32 bits is computed in float32.
 
     Args:
         tree: any pytree of arrays.
@@ -28,7 +32,7 @@ def mean_over_axis(tree: Any, axis: str | None, *, flat: bool) -> Any:
     """
     if axis is None:
         return tree
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves, treedef = jax.tree.flatten(widen(tree))
     by_dtype: dict[Any, list[int]] = {}
     for index, leaf in enumerate(leaves):
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
@@ -44,7 +48,13 @@ def mean_over_axis(tree: Any, axis: str | None, *, flat: bool) -> Any:
         else:
             for i, mean in zip(indices, lax.pmean([leaves[i] for i in indices], axis), strict=True):
                 leaves[i] = mean
-    return jax.tree.unflatten(treedef, leaves)
+    return jax.tree.map(_narrow_like, tree, jax.tree.unflatten(treedef, leaves))
+
+
+def _narrow_like(before: Any, after: Any) -> Any:
+    """Casts a leaf back to the dtype that it had before `widen`."""
+    dtype = jnp.result_type(before)
+    return after.astype(dtype) if is_narrow_float(dtype) else after
 
 
 def global_norm(tree: Any, *, flat: bool) -> jax.Array:
@@ -55,6 +65,7 @@ def global_norm(tree: Any, *, flat: bool) -> jax.Array:
         flat: compute it on one buffer. After a flat mean the compiler sees through the slices and
             reduces that buffer, with one kernel instead of one per leaf.
     """
+    tree = widen(tree)  # in 16 bits, squares overflow or lose digits
     if flat:
         buffer = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
         return cast(jax.Array, jnp.linalg.norm(buffer))
@@ -73,7 +84,7 @@ def all_gather(params: Any, axis: str | None, sharding: ParamSharding, *, flat: 
     leaves, structure = jax.tree.flatten(params)
     if not flat:
         gathered = [
-            leaf if dim is None else lax.all_gather(leaf, axis, axis=dim, tiled=True)
+            leaf if dim is None else _all_gather(leaf, axis, dim)
             for leaf, dim in zip(leaves, sharding.param_dimensions, strict=True)
         ]
         return jax.tree.unflatten(structure, gathered)
@@ -95,6 +106,22 @@ def all_gather(params: Any, axis: str | None, sharding: ParamSharding, *, flat: 
             leaves[i] = adjacent.reshape(shape)
             offset += leaf.size
     return jax.tree.unflatten(structure, leaves)
+
+
+def _all_gather(leaf: jax.Array, axis: str | None, dim: int) -> jax.Array:
+    gather = functools.partial(lax.all_gather, axis_name=axis, axis=dim, tiled=True)
+    if not is_narrow_float(leaf.dtype):
+        return cast(jax.Array, gather(leaf))
+
+    def sum_and_scatter(_: Any, cotangent: jax.Array) -> tuple[jax.Array]:
+        # The transpose of `gather` would add up the gradients of all shards in 16 bits.
+        wide = cotangent.astype(jnp.float32)
+        total = lax.psum_scatter(wide, axis, scatter_dimension=dim, tiled=True)
+        return (total.astype(cotangent.dtype),)
+
+    gather_in_16_bits = jax.custom_vjp(gather)
+    gather_in_16_bits.defvjp(lambda leaf: (gather(leaf), None), sum_and_scatter)
+    return cast(jax.Array, gather_in_16_bits(leaf))
 
 
 def slice_shard(grads: Any, axis: str | None, sharding: ParamSharding) -> Any:
@@ -128,7 +155,7 @@ def reduce_scatter_mean(grads: Any, axis: str | None, sharding: ParamSharding) -
 
 def sharded_norm(grads: Any, axis: str | None, sharding: ParamSharding) -> jax.Array:
     """The 2-norm of all leaves of sharded gradients together, shape ()."""
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)]
+    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(widen(grads))]
     pairs = list(zip(squares, sharding.grad_dimensions, strict=True))
     sharded = sum((square for square, dim in pairs if dim is not None), jnp.zeros(()))
     replicated = sum((square for square, dim in pairs if dim is None), jnp.zeros(()))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from trainer.state.leaves import fill_in
+from trainer.state.leaves import fill_in, widen
 from trainer.state.partition import ParamSharding
 from trainer.state.train_state import TrainState
 from trainer.step.accumulation import accumulate, check_shapes
@@ -54,7 +54,8 @@ class Gradients(NamedTuple):
     """The result of a step before the optimizer.
 
     Attributes:
-        grads: of the mean loss over the global batch, in the structure of the trainable params.
+        grads: of the mean loss over the global batch, in the structure of the trainable params;
+            float32 where the params have less bits.
         model_state: after the step.
         metrics: `loss`, `grad_norm` and the metrics of the task.
     """
@@ -146,7 +147,7 @@ def _shard_gradients(
             task.trainable(state.params)
         )
         sums = {"loss": sum_and_count(losses, batch)} | metric_sums(task, outputs, batch)
-        return grads, updated, sums
+        return widen(grads), updated, sums
 
     if recipe.accum_steps == 1:
         return cast(

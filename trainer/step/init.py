@@ -8,6 +8,7 @@ import flax.core
 import jax
 import jax.numpy as jnp
 
+from trainer.state.leaves import widen
 from trainer.state.train_state import TrainState
 from trainer.step.precision import LossScale
 from trainer.step.task import AXIS, PLAIN, Recipe, Task
@@ -35,9 +36,9 @@ def init_state(task: Task, seed: int, example: jax.Array, recipe: Recipe = PLAIN
         step=jnp.zeros((), jnp.int32),
         params=params,
         model_state=model_state,
-        opt_state=task.optimizer.init(params),
+        opt_state=task.optimizer.init(widen(params)),
         rng=jax.random.key_data(run_key),
         # A copy, because a buffer must not be donated twice.
-        ema=None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params),
+        ema=None if recipe.ema_decay is None else jax.tree.map(jnp.copy, widen(params)),
         loss_scale=LossScale.initial() if recipe.scale_loss else None,
     )

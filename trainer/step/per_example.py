@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from trainer.errors import UserError
+from trainer.state.leaves import widen
 from trainer.step.task import Batch, PerExample, Task
 
 
@@ -18,7 +19,7 @@ def per_example(function: PerExample, outputs: Any, batch: Batch, where: str) ->
 
     Args:
         function: the loss or metric.
-        outputs: of the model.
+        outputs: of the model; the function receives them in at least 32 bits.
         batch: one shard.
         where: the config key that names the function, for the error message.
 
@@ -28,7 +29,7 @@ def per_example(function: PerExample, outputs: Any, batch: Batch, where: str) ->
     Raises:
         UserError: it returns another shape.
     """
-    values = function(outputs, batch)
+    values = function(widen(outputs), batch)
     examples = batch["x"].shape[0]
     if jnp.shape(values) != (examples,):
         raise UserError(

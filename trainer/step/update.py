@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainer.state.leaves import fill_in
+from trainer.state.leaves import fill_in, widen
 from trainer.state.train_state import TrainState
 from trainer.step.gradients import Gradients, make_gradient_step
 from trainer.step.task import AXIS, PLAIN, Batch, Metrics, Recipe, Task
@@ -69,7 +69,8 @@ def apply_gradients(
     if recipe.clip_norm is not None:
         factor = jnp.minimum(1.0, recipe.clip_norm / (norm + 1e-12))
         grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
-    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+    # The gradients have at least 32 bits; so have the optimizer's averages, if the params do.
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, widen(state.params))
     rate = task.learning_rate
     metrics["learning_rate"] = jnp.asarray(
         rate(state.step) if callable(rate) else rate, jnp.float32
@@ -79,10 +80,11 @@ def apply_gradients(
         state, params=params, model_state=gradients.model_state, opt_state=opt_state
     )
     if state.ema is not None:
+        wide = widen(params)
         ema = optax.incremental_update(
-            task.trainable(params), task.trainable(state.ema), 1 - (recipe.ema_decay or 0.0)
+            task.trainable(wide), task.trainable(state.ema), 1 - (recipe.ema_decay or 0.0)
         )
-        updated = dataclasses.replace(updated, ema=fill_in(params, ema))
+        updated = dataclasses.replace(updated, ema=fill_in(wide, ema))
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     if recipe.skip_nonfinite or state.loss_scale is not None:
         updated = jax.tree.map(functools.partial(jnp.where, finite), updated, state)
