@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import jax
@@ -23,6 +24,10 @@ def join(assignment: Assignment) -> None:
     if assignment.coordinator is None:
         return
     _listen_on(assignment.address)
+    host = assignment.coordinator.rpartition(":")[0].strip("[]")
+    bypass_proxies(os.environ, (host, assignment.address))
+    with contextlib.suppress(AttributeError):  # it would warn of proxies, on every rank
+        jax.config.update("jax_check_proxy_envs", False)
     _keep_compiled_programs()
     if assignment.rank:
         _wait_for(assignment.coordinator, assignment.start_timeout_secs)
@@ -45,6 +50,30 @@ def leave() -> None:
     """Disconnects from the peers."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
+
+
+# The variables in which gRPC looks for a proxy. It takes no notice of the others.
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+
+
+def bypass_proxies(environ: MutableMapping[str, str], hosts: Iterable[str]) -> None:
+    """Lets gRPC reach the hosts of the job directly, where the environment names a proxy.
+
+    jax's connection to its coordinator is gRPC, which would go through the proxy, also to an
+    address of this machine; a proxy that does not know the address holds up the start for minutes.
+    gRPC reads the exceptions in `no_grpc_proxy`, and those in `no_proxy` only where that is not
+    set, so the entries of the user are kept.
+
+    Args:
+        environ: changed in place.
+        hosts: names or addresses.
+    """
+    if not any(environ.get(name) for name in _PROXIES):
+        return
+    given = environ.get("no_grpc_proxy", environ.get("no_proxy", ""))
+    entries = [entry.strip() for entry in given.split(",")]
+    entries += ["localhost", "127.0.0.1", "::1", *hosts]
+    environ["no_grpc_proxy"] = ",".join(dict.fromkeys(filter(None, entries)))
 
 
 def _wait_for(coordinator: str, seconds: float) -> None:

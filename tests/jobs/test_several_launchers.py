@@ -56,7 +56,9 @@ def is_listening(port):
 SLOW = ["--config.num_steps=2000", "--config.data.delay=0.02"]
 
 
-def test_two_launchers_train_one_model(begin, tmp_path):
+def test_two_launchers_train_one_model(begin, tmp_path, monkeypatch):
+    """Also where the environment names a proxy, here one that does not answer."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     for code, out, err in ends(begin(1), begin(0)):
         assert code == 0, out + err
         assert err == ""
