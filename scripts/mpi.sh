@@ -165,7 +165,7 @@ interrupt() {
     request
   fi
 }
-trap request TERM HUP USR1
+trap request TERM HUP USR1 USR2 XCPU
 trap interrupt INT
 while true; do
   signalled=

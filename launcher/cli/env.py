@@ -15,6 +15,7 @@ from launcher.clusters.detect import detect
 from launcher.clusters.gce_metadata import read_gce_metadata
 from launcher.launch.dry_run import describe_placement
 from launcher.launch.workers import count_gpus
+from trainer.console import show
 from trainer.errors import UserError
 
 HELP = """\
@@ -81,18 +82,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_environment(environ: Mapping[str, str]) -> None:
-    print(f"python       {platform.python_version()} ({sys.executable})")
-    print(f"system       {platform.platform()}, {os.cpu_count()} cores")
+    show(f"python       {platform.python_version()} ({sys.executable})")
+    show(f"system       {platform.platform()}, {os.cpu_count()} cores")
     for package in _PACKAGES:
         try:
-            print(f"{package:12} {importlib.metadata.version(package)}")
+            show(f"{package:12} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    print(f"NVIDIA GPUs  {count_gpus(environ)}")
-    print(f"devices      {_devices()}")
-    print(f"cluster      {_cluster(environ)}")
+    show(f"NVIDIA GPUs  {count_gpus(environ)}")
+    show(f"devices      {_devices()}")
+    show(f"cluster      {_cluster(environ)}")
     for name, value in sorted(relevant(environ).items()):
-        print(f"  {name}={value}")
+        show(f"  {name}={value}")
 
 
 def relevant(environ: Mapping[str, str]) -> dict[str, str]:

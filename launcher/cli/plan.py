@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from launcher.planning.topology import is_topology, parse_topology
 from launcher.processes import user_errors
 from trainer.config.keys import LIFTS, STATE_SHARDINGS
 from trainer.config.settings import check
+from trainer.console import complain, show
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _plan(argv: Sequence[str]) -> None:
         figure.check_available()
     forecasts = _make_forecasts(requests, options)
     text = render.render(forecasts)
-    print(text, end="", flush=True)
+    show(text, end="")
     writers: list[tuple[str | None, Callable[[str], Any]]] = [
         (files.json, lambda path: render.write_json(path, forecasts)),
         (files.plot, lambda path: figure.write_png(path, forecasts)),
@@ -109,7 +109,7 @@ def _plan(argv: Sequence[str]) -> None:
                 write(path)
             except OSError as error:
                 raise UserError(f"{path} cannot be written: {error.strerror}") from error
-            print(f"wrote {path}")
+            show(f"wrote {path}")
 
 
 def _make_forecasts(requests: Sequence[PlanRequest], options: PlanOptions) -> list[Forecast]:
@@ -136,7 +136,7 @@ def _make_forecasts(requests: Sequence[PlanRequest], options: PlanOptions) -> li
 
 
 def _print_progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    complain(text)
 
 
 def _parse(argv: Sequence[str]) -> tuple[list[PlanRequest], PlanOptions, _Files]:

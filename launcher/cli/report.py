@@ -10,6 +10,7 @@ from absl import flags as absl_flags
 
 from launcher.cli.run_command import run_command
 from launcher.command_line.parse import Flags, read_arguments
+from trainer.console import show
 from trainer.errors import UserError, first_line
 from trainer.version import __version__
 from trainer.workdir.paths import absolute, write_whole
@@ -94,5 +95,5 @@ def _write_page(options: _Options) -> None:
         best = run.best
         ranked = f", best {best.tag} {best.value:.4g} at step {best.step}" if best else ""
         status = f"{run.status}, {run.steps} steps" if run.state == "finished" else run.status
-        print(f"{run.name}: {status}{ranked}")
-    print(f"wrote {options.out}")
+        show(f"{run.name}: {status}{ranked}")
+    show(f"wrote {options.out}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import sys
 from collections.abc import Callable, Sequence
 
 from launcher import exit_codes
+from trainer.console import OutputLost, check_output, complain, show
 from trainer.errors import UserError
 
 
@@ -29,20 +28,22 @@ def run_command(argv: Sequence[str], usage: str, work: Callable[[Sequence[str]],
         usage: what --help prints.
         work: does what the arguments ask for. It raises UserError or CommandFailed.
     """
-    if asks_for_help(argv):
-        print(usage, end="")
-        return exit_codes.DONE
     try:
-        work(argv)
+        if asks_for_help(argv):
+            show(usage, end="")
+        else:
+            work(argv)
+            check_output()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return exit_codes.USAGE
     except CommandFailed as error:
-        print(error, file=sys.stderr)
+        complain(str(error))
         return exit_codes.FAILED
-    except BrokenPipeError:  # as in `| head`: nobody reads the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OutputLost as error:
+        complain(f"error: {error.strerror}")
+        return exit_codes.FAILED
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        complain("stopped")
         return 128 + signal.SIGINT
     return exit_codes.DONE

@@ -16,6 +16,7 @@ from launcher.cli.commands import COMMANDS, NAMES
 from launcher.cli.run_command import asks_for_help
 from launcher.command_line import flags
 from launcher.command_line.flags import Options
+from trainer.console import OutputLost, complain, open_terminal, show
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,7 +97,6 @@ def run(options: Options, argv: Sequence[str]) -> int:
     from launcher.launch import smoke
     from launcher.launch.build import make_launch_spec
     from launcher.launch.dry_run import describe_launch
-    from trainer.console import open_terminal
     from trainer.workdir import lock
 
     open_terminal()
@@ -111,14 +111,17 @@ def run(options: Options, argv: Sequence[str]) -> int:
         if options.smoke:
             spec = smoke.smoke_spec(spec)
         if options.dry_run:
-            print(describe_launch(spec, os.environ), end="")
+            show(describe_launch(spec, os.environ), end="")
             return exit_codes.DONE
         lock.check_free(spec.folder.path, spec.local_base)
         smoke_folder = smoke.SmokeFolder(spec)
         code = _start(spec)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return exit_codes.USAGE
+    except OutputLost as error:
+        complain(f"error: {error.strerror}")
+        return exit_codes.FAILED
     return smoke_folder.report(code) if options.smoke else code
 
 
@@ -126,17 +129,20 @@ def _parse_or_exit(argv: Sequence[str]) -> Options:
     """`flags.parse` for `absl.app.run`. Prints help and errors itself: absl would exit with 1."""
     absl_flags.FLAGS(argv[:1])  # absl's own flags, which app.run reads
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs its every action as info
-    if asks_for_help(argv[1:]):
-        print(HELP, end="")
-        sys.exit(exit_codes.DONE)
     try:
+        if asks_for_help(argv[1:]):
+            show(HELP, end="")
+            sys.exit(exit_codes.DONE)
         options = flags.parse(argv, commands=NAMES)
+        if options.print_config:
+            show(flags.format_config(options.config), end="")
+            sys.exit(exit_codes.DONE)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(exit_codes.USAGE)
-    if options.print_config:
-        print(flags.format_config(options.config), end="")
-        sys.exit(exit_codes.DONE)
+    except OutputLost as error:
+        complain(f"error: {error.strerror}")
+        sys.exit(exit_codes.FAILED)
     return options
 
 

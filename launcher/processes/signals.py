@@ -1,7 +1,9 @@
 """Requests to stop, and how all processes of a job agree on the step at which they stop.
 
-SIGTERM, SIGUSR1 (which schedulers and mpirun send), SIGINT and SIGHUP (a closed terminal) all mean:
-save, then stop.
+SIGTERM, SIGINT, SIGHUP (a closed terminal), SIGUSR1 and SIGUSR2 (before a time limit: SLURM as its
+--signal says, submitit, LSF, SGE; mpirun forwards both) and SIGXCPU (a limit of CPU time) all mean:
+save, then stop. SIGQUIT (Ctrl-Backslash) stops nothing: as in Java, it asks for the stacks of all
+threads.
 """
 
 from __future__ import annotations
@@ -13,11 +15,18 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 
 # All threads write their stacks to stderr, and so to the rank's log, even while the process is
 # inside a collective.
-STACKS_SIGNAL = signal.SIGUSR2
+STACKS_SIGNAL = signal.SIGQUIT
 
 STOPPED_AT_ONCE = "stopped at once; not saved"
 

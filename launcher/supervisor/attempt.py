@@ -251,10 +251,16 @@ class Attempt:
         log = str(self._logs[stuck.rank].path)
         self._report(failures.hang(stuck, log, is_suspended=is_suspended(pid)))
 
-    def dump_stacks(self) -> None:
-        """Has all workers write their stacks into their logs; they continue."""
+    def dump_stacks(self) -> str:
+        """Has all workers write their stacks into their logs; they continue.
+
+        Returns:
+            Where the stacks are; empty if there are no workers.
+        """
         for child in self._children:
             child.signal(STACKS_SIGNAL)
+        folders = {str(log.path.parent) for log in self._logs.values()}
+        return "".join(f"the stacks of its workers are in {folder}" for folder in folders)
 
     # Failures
 

@@ -88,8 +88,9 @@ class _Supervisor:
             self._attempt.reap()
 
     def _dump_stacks(self) -> None:
-        if self._attempt is not None:
-            self._attempt.dump_stacks()
+        found = self._attempt is not None and self._attempt.dump_stacks()
+        name = signal.Signals(STACKS_SIGNAL).name
+        print_out(f"{name}: {found or 'there are no workers now'}; the run continues")
 
     def _request_stop(self, number: int) -> None:
         """Stops the run after a save, or at once after a second Ctrl-C."""

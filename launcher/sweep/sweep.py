@@ -23,7 +23,7 @@ from launcher.sweep.foreground import Foreground
 from launcher.sweep.table import FILE, Row, format_table, read_row, write_rows
 from trainer.checkpoints.folder import CheckpointFolder
 from trainer.checkpoints.manifest import Damaged
-from trainer.console import say, warn
+from trainer.console import say, show, warn
 from trainer.errors import UserError
 from trainer.run.early_stop import EarlyStop
 from trainer.workdir.paths import absolute
@@ -79,12 +79,12 @@ def run_sweep(options: Options, argv: Sequence[str], environ: Mapping[str, str])
         )
     specs = [_make_spec(sweep, variant, environ) for variant in sweep.variants]
     if options.dry_run:
-        print(f"{format_table(_rows(sweep, specs, {}))}\nworkdir {folder}")
+        show(f"{format_table(_rows(sweep, specs, {}))}\nworkdir {folder}")
         return exit_codes.DONE
     with Foreground() as foreground:
         codes, stopped = _run_all(sweep, specs, foreground, environ)
     rows = _rows(sweep, specs, codes)
-    print(f"\n{format_table(rows)}", flush=True)
+    show(f"\n{format_table(rows)}")
     say(f"results: {os.path.join(folder, FILE)}")
     say(f"curves: tensorboard --logdir {shlex.quote(folder)}")
     if stopped:

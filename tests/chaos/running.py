@@ -197,7 +197,7 @@ def end_at_once(start: Start) -> None:
     """Kills what is left of a start; the workers of one that hangs write their stacks before."""
     if not start.is_over:
         send(start.process.pid, signal.SIGCONT)
-        send(start.process.pid, signal.SIGUSR2)
+        send(start.process.pid, signal.SIGQUIT)
         time.sleep(1)
     for pid in processes_of(start.workdir):
         send(pid, signal.SIGKILL)

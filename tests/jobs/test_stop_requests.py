@@ -7,7 +7,16 @@ import signal
 import time
 
 import pytest
-from job_helpers import AT_ONCE, TWO, begin, processes_of, run, worker_of
+from job_helpers import (
+    AT_ONCE,
+    TWO,
+    begin,
+    log_of,
+    processes_of,
+    run,
+    wait_for_line,
+    worker_of,
+)
 from runs import wait_for
 
 from launcher.report.attempts import read_attempts
@@ -23,16 +32,20 @@ slow = pytest.mark.slow
         ("launcher", signal.SIGTERM),
         pytest.param("launcher", signal.SIGINT, marks=slow),
         pytest.param("launcher", signal.SIGUSR1, marks=slow),
+        pytest.param("launcher", signal.SIGUSR2, marks=slow),
         pytest.param("launcher", signal.SIGHUP, marks=slow),
         pytest.param("rank 0", signal.SIGTERM, marks=slow),
-        ("rank 1", signal.SIGTERM),
+        pytest.param("rank 1", signal.SIGTERM, marks=slow),
         pytest.param("rank 1", signal.SIGINT, marks=slow),
         pytest.param("rank 1", signal.SIGUSR1, marks=slow),
+        ("rank 1", signal.SIGUSR2),  # from submitit
     ],
 )
 def test_asked_to_stop_all_ranks_save_the_same_step(begin, run, tmp_path, target, number):
     workdir = tmp_path / "run"
     process = begin(workdir, *TWO)
+    process.send_signal(signal.SIGQUIT)  # Ctrl-Backslash
+    wait_for_line(log_of(workdir, 1), "Current thread 0x")
     pid = process.pid if target == "launcher" else worker_of(workdir, int(target[-1]))
     os.kill(pid, number)
     asked = time.monotonic()
@@ -45,6 +58,10 @@ def test_asked_to_stop_all_ranks_save_the_same_step(begin, run, tmp_path, target
     assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name == str(step)]
     assert not (workdir / "failure.json").exists()
     assert processes_of(workdir) == []
+    stacks = (
+        f"SIGQUIT: the stacks of its workers are in {workdir}/logs/attempt-1; the run continues"
+    )
+    assert stacks in out
 
 
 @pytest.mark.slow

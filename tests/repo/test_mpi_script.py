@@ -74,7 +74,7 @@ def test_mpi_names_the_machine_of_rank_0(run_script, tmp_path, hosts, first, by_
     assert given.stdout.strip() == "me:1234"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_mpi_asks_the_ranks_to_save(run_script, tmp_path, number):
     run_script.stand_in(
         "mpirun",

@@ -59,6 +59,17 @@ def test_only_its_room_names_what_lays_a_step_over_devices(name):
     assert not elsewhere
 
 
+def test_only_the_console_prints():
+    """It shows control characters instead of obeying them, and survives a closed stream."""
+    printers = [
+        module_of(path)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+    ]
+    assert set(printers) == {"trainer.console"}
+
+
 def test_what_runs_before_the_flags_are_checked_imports_nothing_heavy():
     """Modules are imported for real: import-linter cannot tell an import inside a function."""
     modules = [module_of(path) for path in SOURCES if is_in(module_of(path), LIGHT)]

@@ -97,7 +97,7 @@ def test_each_job_of_a_slurm_array_takes_a_run_of_the_sweep(job, tmp_path):
     assert only(job.calls("scontrol")) == ["requeue", "75_2"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_slurm_forwards_signals_to_the_tasks(run_script, job, tmp_path, number):
     run_script.stand_in("python", f"touch {tmp_path}/started; sleep 2; exit 42")
     environ = {
