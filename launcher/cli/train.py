@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -147,6 +148,10 @@ def _parse_or_exit(argv: Sequence[str]) -> Options:
 
 
 def _start(spec: LaunchSpec) -> int:
+    from trainer.workdir.paths import make_local_base
+
+    with contextlib.suppress(OSError):  # training does not fail because its logs cannot be written
+        make_local_base(spec.workdir, spec.local_base)
     if spec.supervised:
         from launcher.supervisor.supervise import supervise
 

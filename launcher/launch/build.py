@@ -33,6 +33,7 @@ def make_launch_spec(options: Options, environ: Mapping[str, str]) -> LaunchSpec
         Profile.parse(options.profile)
     placement = _find_placement(options, environ)
     _check_workdir_is_given(options, placement)
+    local_dir = local_folder(options.workdir, options.local_dir)
     folder = Workdir.check(options.workdir, settings.config)
     if placement is not None and placement.num_processes == 1:
         placement = None  # no rendezvous
@@ -48,7 +49,7 @@ def make_launch_spec(options: Options, environ: Mapping[str, str]) -> LaunchSpec
         settings=settings,
         config=config_to_json(settings.config),
         workdir=os.fspath(folder.path),
-        local_dir=local_folder(options.workdir, options.local_dir),
+        local_dir=local_dir,
         local_base=options.local_dir,
         folder=folder,
         num_processes=num_processes,

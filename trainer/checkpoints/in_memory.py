@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from trainer.checkpoints import manifest
 from trainer.checkpoints.manifest import Damaged, File, Leaf, Manifest
 from trainer.console import warn
 from trainer.state.checksums import checksum_of
+from trainer.workdir import private
 from trainer.workdir.paths import absolute, digest_of, write_whole
 
 SLOTS = (0, 1)
@@ -62,7 +62,7 @@ class InMemoryCheckpoints:
         max_bytes: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.folder = root / f"podlift-{os.getuid()}" / digest_of(workdir)
+        self.folder = private.folder_in(root) / digest_of(workdir)
         self._workdir = workdir
         self._root = root
         self._every_secs = every_secs
@@ -94,23 +94,15 @@ class InMemoryCheckpoints:
 
     def _older_slot(self) -> int:
         """The slot to write first: not the one with the newest checkpoint."""
-        newest = {}
-        for slot in SLOTS:
+        newest: dict[int, int] = {}
+        for slot in SLOTS if self._is_ours() else ():
             with contextlib.suppress(Damaged, OSError):
                 newest[manifest.read_alone(self.folder / str(slot)).step] = slot
         return 1 - newest[max(newest)] if newest else 0
 
     def _is_ours(self) -> bool:
         """Whether only this user can write to the folder: in `/dev/shm` anyone can create it."""
-        try:
-            status = self.folder.parent.lstat()
-        except OSError:
-            return False
-        return (
-            stat.S_ISDIR(status.st_mode)
-            and status.st_uid == os.getuid()
-            and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        )
+        return private.is_private(self.folder.parent)
 
     def read(self, slot: int) -> tuple[dict[str, np.ndarray], Manifest]:
         """The arrays of a slot, by name, and its manifest. The next save spares this slot.

@@ -20,7 +20,15 @@ from etils import epath
 
 from trainer.console import warn
 from trainer.errors import UserError
-from trainer.workdir.paths import absolute, digest_of, is_local, local_base, local_folder
+from trainer.workdir import private
+from trainer.workdir.paths import (
+    absolute,
+    digest_of,
+    is_local,
+    local_base,
+    local_folder,
+    make_local_base,
+)
 
 NAME = ".lock"
 
@@ -36,14 +44,17 @@ def acquire(folder: epath.Path, local_dir: str | None = None) -> None:
         local_dir: where the lock of a remote folder is; see `trainer.workdir.paths.local_folder`.
 
     Raises:
-        UserError: another process holds the lock; names it.
+        UserError: another process holds the lock; names it. Or another user has a say in the
+            folder of the lock.
         OSError: the lock file cannot be made.
     """
     name = os.fspath(absolute(folder))
     if name in _held:
         return
+    make_local_base(os.fspath(folder), local_dir)
     handle = _lock(_place(folder, local_dir), folder)
     if handle is None and is_local(folder):
+        private.make(local_base(local_dir))
         warn(
             f"{folder} is on a file system without locks: nothing stops a second job on another "
             "machine"
@@ -74,9 +85,12 @@ def check_free(folder: epath.Path, local_dir: str | None = None) -> None:
     """
     if is_held(folder):
         return
-    for place in (_place(folder, local_dir), _place_elsewhere(folder, local_dir)):
+    places = [_place(folder, local_dir)]
+    if private.is_private(local_base(local_dir)):  # else no lock of this user is there
+        places.append(_place_elsewhere(folder, local_dir))
+    for place in places:
         try:
-            with place.open(encoding="utf-8", errors="replace") as handle:
+            with private.open_regular(place) as handle:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -97,7 +111,7 @@ def _place_elsewhere(folder: epath.Path, local_dir: str | None) -> Path:
 def _lock(place: Path, folder: epath.Path) -> IO[str] | None:
     """The locked file, or None where the file system has no locks."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    handle = place.open("a+", encoding="utf-8", errors="replace")
+    handle = private.open_regular(place, append=True)
     try:
         _flock_soon(handle)
     except BlockingIOError:

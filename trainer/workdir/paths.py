@@ -13,6 +13,8 @@ from typing import IO
 
 from etils import epath
 
+from trainer.workdir import private
+
 
 def is_local(path: epath.PathLike) -> bool:
     """Whether a path is on a file system, where files can be renamed, appended to and locked."""
@@ -84,13 +86,31 @@ def local_folder(workdir: str, local_dir: str | None = None) -> Path:
         workdir: the run's folder.
         local_dir: the parent of local folders of remote runs; by default the system's temporary
             folder.
+
+    Raises:
+        UserError: the workdir is remote, and another user has a say in the local folder.
     """
     if is_local(workdir):
         return Path(absolute(workdir))
-    return local_base(local_dir) / digest_of(workdir)
+    base = local_base(local_dir)
+    private.check(base)
+    return base / digest_of(workdir)
+
+
+def make_local_base(workdir: str, local_dir: str | None = None) -> None:
+    """Makes the parent of `local_folder` for this user alone; does nothing for a local workdir.
+
+    Raises:
+        UserError: another user has a say in that folder.
+        OSError: it cannot be made.
+    """
+    if not is_local(workdir):
+        private.make(local_base(local_dir))
 
 
 def local_base(local_dir: str | None = None) -> Path:
-    """The folder of this user on this machine that holds local folders of remote runs."""
-    base = Path(local_dir or tempfile.gettempdir())
-    return base.expanduser().absolute() / f"podlift-{os.getuid()}"
+    """The folder of this user on this machine that holds local folders of remote runs.
+
+    It may be another user's: see `trainer.workdir.private`.
+    """
+    return private.folder_in(Path(local_dir or tempfile.gettempdir()).expanduser().absolute())
