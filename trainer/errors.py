@@ -102,6 +102,15 @@ class Preempted(Exception):
         self.step = step
 
 
+def text_of(error: BaseException) -> str:
+    """The message of an error; its type if it has none, or none that can be shown."""
+    name = type(error).__name__
+    try:
+        return str(error).strip() or name
+    except BaseException:  # a user's __str__ may raise anything
+        return f"{name}, whose message cannot be shown"
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters; its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of `text_of`, at most 200 characters."""
+    return text_of(error).splitlines()[0][:200]

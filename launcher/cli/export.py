@@ -86,9 +86,9 @@ def _export(argv: Sequence[str]) -> None:
     try:
         exported = export_model(trained, platforms, batch)
         data = exported.serialize()
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever a user's model raises when traced
+    except BaseException as error:  # whatever a user's model raises when traced
         sizes = "any number of examples" if batch is None else f"{batch} examples"
         what = f"the model cannot be exported for {sizes} on {', '.join(platforms)}"
         hint = "--batch=N exports it for N examples only, --platforms=NAME for one platform"

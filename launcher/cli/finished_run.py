@@ -93,9 +93,9 @@ def run(argv: Sequence[str], usage: str, work: Callable[[Sequence[str]], None]) 
         open_terminal()
         try:
             work(argv)
-        except (UserError, CommandFailed):
+        except (UserError, CommandFailed, KeyboardInterrupt):
             raise
-        except Exception as error:  # whatever a user's model or data raises
+        except BaseException as error:  # whatever a user's model or data raises, SystemExit too
             text = user_errors.describe("it failed", error, os.environ)
             raise CommandFailed(text) from error
 

@@ -122,14 +122,14 @@ def _make_forecasts(requests: Sequence[PlanRequest], options: PlanOptions) -> li
     for request in requests:
         try:
             forecasts.append(make_forecast(request, options, cache, _print_progress))
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             raise
         except CompilerRefuses as error:
             name = request.topology.label
             raise CommandFailed(
                 f"error: the compiler of {name} refuses the step: {error}"
             ) from error
-        except Exception as error:  # whatever a user's model raises when traced
+        except BaseException as error:  # whatever a user's model raises when traced
             what = f"{request.config_name} does not trace"
             raise CommandFailed(user_errors.describe(what, error, os.environ)) from error
     return forecasts

@@ -177,6 +177,8 @@ def _refuse_changes(spec: LaunchSpec) -> None:
         except UserError as error:
             if "another config" in error.message:
                 raise
-        except Exception:  # noqa: S110 (of the user's code; the line below names the config anyway)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # noqa: S110 (of the user's code; the line below names the config)
             pass
     spec.folder.refuse_changes()

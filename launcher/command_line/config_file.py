@@ -13,8 +13,9 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
+from launcher.processes import user_errors
 from trainer.config.keys import with_defaults
-from trainer.errors import UserError
+from trainer.errors import UserError, text_of
 
 
 def load_config(spec: str) -> tuple[Path, ConfigDict]:
@@ -82,12 +83,16 @@ def run_file(spec: str) -> tuple[Path, list[str], ModuleType]:
 
 @contextlib.contextmanager
 def errors_in_file(spec: str, path: Path) -> Iterator[None]:
-    """Turns any exception of a config file into a UserError that names the line."""
+    """Turns any exception of a config file into a UserError that names the line.
+
+    Also SystemExit: `sys.exit(0)` in a config would look like a run that is done.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as raised:
+        error = user_errors.cause_of(raised)
         raise UserError(
             f"--config={spec}: {type(error).__name__}: {message_of(error)}{_line_in(error, path)}"
         ) from error
@@ -108,7 +113,9 @@ def _line_in(error: BaseException, path: Path) -> str:
 
 def message_of(error: BaseException) -> str:
     """The first line of the message of an error."""
-    if isinstance(error, SyntaxError):
-        return error.msg
-    message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-    return (str(message).strip().splitlines() or [type(error).__name__])[0]
+    text = text_of(error)
+    if isinstance(error, SyntaxError) and error.msg:
+        text = error.msg
+    elif isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+        text = error.args[0].strip() or text  # without quotes
+    return text.splitlines()[0]

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from launcher import exit_codes
 from launcher.launch.spec import LaunchSpec
+from launcher.processes import user_errors
 from launcher.processes.assignment import Assignment, Outcome
 from launcher.processes.failure import clear_failure, is_lost_peer_error, write_failure
 from launcher.processes.messages import how_to_resume
@@ -44,6 +45,7 @@ from trainer.errors import (
     SmokeFailed,
     StateUnreadable,
     UserError,
+    text_of,
 )
 
 
@@ -188,7 +190,7 @@ def _outcome_of(
     try:
         train()
     except UserError as error:
-        return Outcome(exit_codes.USAGE, str(error))
+        return Outcome(exit_codes.USAGE, text_of(error))
     except Preempted as error:
         return Outcome(exit_codes.RETRY, str(error), step=error.step)
     except NonFiniteLoss as error:
@@ -202,15 +204,12 @@ def _outcome_of(
         return Outcome(exit_codes.FAILED, str(error), step=step())
     except PeerFailed as error:
         return Outcome(exit_codes.FAILED, str(error), step=step(), lost_peer=True)
-    except BaseException as error:
-        trace = traceback.format_exc()
-        try:
-            text = str(error)
-        except Exception:
-            text = trace.splitlines()[-1]
-        message = f"{type(error).__name__} on rank {rank}: {text}"
+    except BaseException as error:  # also SystemExit: sys.exit(0) in user code is no success
+        trace, cause = traceback.format_exc(), user_errors.cause_of(error)
+        message = f"{type(cause).__name__} on rank {rank}: {user_errors.message_of(cause)}"
         # An OSError is from the user's code: jax has its own types for a lost peer.
-        lost_peer = has_peers and not isinstance(error, OSError) and is_lost_peer_error(text)
+        may_be_lost = has_peers and not isinstance(error, OSError) and user_errors.is_of_jax(error)
+        lost_peer = may_be_lost and is_lost_peer_error(text_of(error))
         return Outcome(exit_codes.FAILED, message, trace, step(), lost_peer)
     return Outcome(exit_codes.DONE)
 

@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+from conftest import ROOT
 from job_helpers import (
     AT_ONCE,
     TWO,
@@ -56,6 +57,20 @@ def test_the_rank_that_raised_is_the_root_cause(run, tmp_path, rank):
     assert "gloo" not in err.lower(), "a consequence for another rank is no root cause"
     assert "Traceback" in log_of(workdir, rank).read_text()
     assert json.loads((workdir / "failure.json").read_text())["rank"] == rank
+
+
+def test_a_rank_whose_data_stop_is_the_root_cause(launch, tmp_path):
+    """It is no end of the training there, for which the other rank would wait."""
+    code, out, err = launch(
+        f"--config={ROOT}/tests/user_code.py",
+        f"--workdir={tmp_path}/run",
+        *TWO,
+        *("--config.data.error=stop", "--config.data.place=augment", "--config.data.rank=1"),
+        environ={"PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
+    )
+    assert code == 1, out + err
+    assert "\nerror: StopIteration on rank 1: at tests/user_code.py:" in err, err
+    assert "stopped at" not in out
 
 
 @pytest.mark.slow

@@ -25,7 +25,9 @@ def depth_for(asked: int | None, platform: str) -> int:
 def prefetch(make: Callable[[Any], Any], keys: Iterable[Any], depth: int) -> Generator[Any]:
     """Yields `make(key)` for each key, in order, computed up to `depth` ahead in a thread.
 
-    Exceptions of `make` are raised here. Closing the iterator stops the thread.
+    Exceptions of `make` are raised here. A StopIteration among them becomes a RuntimeError, as in
+    any generator; `map` would take it for the end of the keys. Closing the iterator stops the
+    thread.
 
     Args:
         make: called in the thread, one key at a time.
@@ -33,7 +35,8 @@ def prefetch(make: Callable[[Any], Any], keys: Iterable[Any], depth: int) -> Gen
         depth: how many results to keep ready; 0 computes each on demand, without a thread.
     """
     if depth == 0:
-        yield from map(make, keys)
+        for key in keys:
+            yield make(key)
         return
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
     stop = threading.Event()

@@ -47,11 +47,11 @@ class Goodput:
 
     def waiting(self, batches: Iterable[Any]) -> Generator[Any]:
         """Yields the batches, and counts the wait for each as "data"."""
-        iterator = iter(batches)
+        iterator, end = iter(batches), object()
         while True:
             with self.spending("data"):
-                batch = next(iterator, None)
-            if batch is None:
+                batch = next(iterator, end)
+            if batch is end:
                 return
             yield batch
 

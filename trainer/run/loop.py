@@ -203,6 +203,8 @@ class Run:
                 step = call.step
                 if self.early_stop.reason:
                     break
+        if step < self.job.stop and not self.early_stop.reason:
+            raise RuntimeError(f"the batches ended after step {step} of {self.job.stop}")
         if self._evaluation_pending:
             self._save_and_stop(step, state)
         return self._finish(step, state)
