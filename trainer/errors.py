@@ -48,6 +48,8 @@ class NonFiniteLoss(Exception):
         text = f"{what} not finite at step {self.step} ({shown})"
         if self.skipped:
             text += f", after {self.skipped} skipped before it (config.nan_limit)"
+        if math.isnan(self.values.get("loss", 0.0)) and self.values.get("grad_norm") == 0:
+            text += "; no example of that step counts: all are masked, or have the label ignored"
         return text + (f"\n  last good checkpoint: {self.last_good}" if self.last_good else "")
 
 

@@ -1,4 +1,8 @@
-"""Losses: `(outputs, batch) -> (examples,)`, one value per example."""
+"""Losses: `(outputs, batch) -> (examples,)`, one value per example.
+
+A loss may return `(values, weights)` instead, both `(examples,)`: their mean is then weighted, over
+the examples of all devices.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,9 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from trainer.errors import UserError
-from trainer.metrics import mean_per_example, same_shape
+from trainer.metrics import Values, cross_entropy, mean_of_counted, mean_per_example, same_shape
 
 
 def squared_error(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -24,22 +27,30 @@ def squared_distance_to_input(outputs: jax.Array, batch: Mapping[str, jax.Array]
 
 
 def softmax_cross_entropy(
-    outputs: jax.Array, batch: Mapping[str, jax.Array], *, label_smoothing: float = 0.0
-) -> jax.Array:
+    outputs: jax.Array,
+    batch: Mapping[str, jax.Array],
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+) -> Values:
     """Cross entropy, in nats, of logits `(examples, ..., classes)` and integer labels `y`.
+
+    It is averaged over the positions between examples and classes, if there are any. It is NaN for
+    a label that is neither a class nor `ignore_index`; `trainer.step.labels` then names the label.
 
     Args:
         outputs: the logits.
         batch: contains the labels.
         label_smoothing: the fraction of each label that is distributed evenly over all classes
             (Szegedy et al., arXiv:1512.00567, section 7).
+        ignore_index: positions with this label do not count: the loss is the mean over all others
+            of the global batch. -100 is common; a class may be ignored too. None: all count.
     """
-    same_shape(outputs.shape[:-1], batch["y"].shape, "the logits, without the axis of classes,")
     if not 0 <= label_smoothing < 1:
         raise UserError(f"config.loss.label_smoothing={label_smoothing} is not in [0, 1)")
-    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"].astype(jnp.int32))
+    losses = cross_entropy(outputs, batch["y"])
     if label_smoothing:
         # The mean over the classes of -log(softmax(outputs)).
         even = jax.nn.logsumexp(outputs, axis=-1) - jnp.mean(outputs, axis=-1)
         losses = (1 - label_smoothing) * losses + label_smoothing * even
-    return mean_per_example(losses)
+    return mean_of_counted(losses, batch["y"], ignore_index)

@@ -84,9 +84,12 @@ def takes(block: Mapping[str, Any], where: str, name: str) -> bool:
         return False
 
 
-def bind(block: Mapping[str, Any], where: str) -> Callable[..., Any]:
-    """The function that a block names, with the rest of the block bound as keyword arguments."""
-    function, arguments = _prepare(block, where, {})
+def bind(block: Mapping[str, Any], where: str, **offered: Any) -> Callable[..., Any]:
+    """The function that a block names, with the rest of the block bound as keyword arguments.
+
+    The arguments are those of `build`.
+    """
+    function, arguments = _prepare(block, where, offered)
     return functools.partial(function, **arguments) if arguments else function
 
 

@@ -172,8 +172,7 @@ class TrainStream:
         self, step: int, steps: int, rows: slice | np.ndarray = slice(None)
     ) -> HostBatch:
         """The given rows for several consecutive steps; each array is `(steps, rows, ...)`."""
-        size = self.global_batch_size
-        positions = step * size + np.arange(steps * size).reshape(steps, size)[:, rows]
+        positions = self._positions(step, steps, rows)
         indices = self._indices(positions)
         if self._augment is None and self._augmented is None:
             return self.source[indices]
@@ -184,6 +183,16 @@ class TrainStream:
         if self._augment is not None:
             batch = self._augment(batch, random)
         return {name: array.reshape(*shape, *array.shape[1:]) for name, array in batch.items()}
+
+    def indices_at(
+        self, step: int, steps: int, rows: slice | np.ndarray = slice(None)
+    ) -> np.ndarray:
+        """The indices of these examples in the source, `(steps, rows)`."""
+        return self._indices(self._positions(step, steps, rows))
+
+    def _positions(self, step: int, steps: int, rows: slice | np.ndarray) -> np.ndarray:
+        size = self.global_batch_size
+        return step * size + np.arange(steps * size).reshape(steps, size)[:, rows]
 
     def shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and dtypes of a batch with this many rows."""

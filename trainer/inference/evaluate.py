@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from trainer.data.prefetch import depth_for, prefetch
-from trainer.data.stream import Source, eval_batches
+from trainer.data.stream import HostBatch, Source, eval_batches
+from trainer.errors import UserError
 from trainer.inference.trained_model import TrainedModel, restore_onto_devices
 from trainer.lift.in_flight import InFlight
 from trainer.lift.lift import Lift
 from trainer.step.evaluate import make_eval_step
+from trainer.step.labels import LabelCheck
 from trainer.step.task import Task
 
 
@@ -79,7 +81,13 @@ class HeldOutSums:
         lift: the lift over the devices.
         batch_size: examples per batch; rounded up to a multiple of the shards.
         depth: how many batches to prefetch.
+
+    Attributes:
+        after: called with each host batch and the numbers of its examples, once the function is
+            dispatched on it; None: nothing is called.
     """
+
+    after: Callable[[HostBatch, np.ndarray], None] | None = None
 
     def __init__(
         self,
@@ -116,18 +124,26 @@ class HeldOutSums:
                     totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
 
         rows = self._lift.rows(self._batch_size)
+        numbers = np.arange(self._batch_size)[rows]
         batches = eval_batches(self._source, self._batch_size, rows)
-        with closing(prefetch(self._lift.put_batch, batches, self._depth)) as on_devices:
-            for batch in on_devices:
+
+        def put(batch: HostBatch) -> tuple[HostBatch | None, Any]:
+            return batch if self.after else None, self._lift.put_batch(batch)
+
+        with closing(prefetch(put, batches, self._depth)) as on_devices:
+            for batch, on_device in on_devices:
                 if asked_to_stop or stop_requested():
                     return None
-                add(in_flight.push(None, self._function(state, batch)))
+                add(in_flight.push(None, self._function(state, on_device)))
+                if batch is not None and self.after is not None:
+                    self.after(batch, numbers)
+                numbers = numbers + self._batch_size
         add(in_flight.drain())
         return totals
 
 
 class Evaluator:
-    """Evaluates states on one set of held-out examples.
+    """Evaluates states on one set of held-out examples; the first time it checks their labels.
 
     Args:
         task: the model, its loss and its metrics.
@@ -141,6 +157,8 @@ class Evaluator:
         self, task: Task, source: Source, lift: Lift, batch_size: int, depth: int = 0
     ) -> None:
         self._sums = HeldOutSums(make_eval_step(task), source, lift, batch_size, depth)
+        rank = lift.process if lift.num_processes > 1 else None
+        self._sums.after = LabelCheck(task, "held-out", rank).check
 
     def __call__(
         self, state: Any, stop_requested: Callable[[], bool] = lambda: False
@@ -148,10 +166,20 @@ class Evaluator:
         """The mean of the loss and of each metric over all examples, tagged `eval/...`.
 
         Returns None if asked to stop.
+
+        Raises:
+            UserError: a label is no class of the model, or no example counts.
         """
         totals = self._sums(state, stop_requested)
         if totals is None:
             return None
+        self._sums.after = None
+        if not totals["loss"][1]:
+            raise UserError(
+                "no held-out example counts: all are masked, or have the label "
+                "config.loss.ignore_index",
+                'correct the data, or return no "eval" source',
+            )
         return {
             f"eval/{name}": float(total / count) if count else float("nan")
             for name, (total, count) in totals.items()

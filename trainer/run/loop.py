@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ from trainer.run.actions import StopRequested
 from trainer.run.early_stop import EarlyStop
 from trainer.run.ownership import Ownership
 from trainer.run.profiling import Profile, Profiler, annotated
+from trainer.run.training_labels import TrainingLabels
 from trainer.state.train_state import TrainState
 from trainer.step.job import Job, make_init
 from trainer.step.update import metric_names
@@ -93,6 +94,7 @@ class Run:
         self.prefetch_depth = depth_for(settings.prefetch, lift.platform)
         self.scan = settings.steps_per_call > 1
         self.step = 0  # before the call in progress
+        self.labels = TrainingLabels(job, lift)
         self.run_log = RunLog(
             workdir,
             self.goodput,
@@ -183,7 +185,7 @@ class Run:
         update = lift_update_step(self.settings, self.job, self.lift, state)
         began = time.monotonic()
         with closing(self._batches(step)) as batches:
-            for call, batch in batches:
+            for call, batch, check_labels in batches:
                 phase = "compile" if call.is_first else "train"
                 if self.stop_requested(call.before, phase):
                     self._save_and_stop(call.before, state)
@@ -193,6 +195,7 @@ class Run:
                     state, values = update(state, batch)
                     if call.is_first:
                         jax.block_until_ready(state)
+                check_labels()
                 self.metrics.add(call, values)
                 if call.is_first:
                     self._begin(call, state, time.monotonic() - began)
@@ -286,23 +289,24 @@ class Run:
 
     # In the loop
 
-    def _batches(self, first: int) -> Generator[tuple[Call, Any]]:
-        """Each call from step `first` on, with its batch on the devices."""
+    def _batches(self, first: int) -> Generator[tuple[Call, Any, Callable[[], None]]]:
+        """Each call from step `first` on, its batch on the devices, and a check of its labels."""
         rows = self.lift.rows(self.settings.global_batch_size)
         stream = self.job.stream
 
-        def make(call: Call) -> tuple[Call, Any]:
+        def make(call: Call) -> tuple[Call, Any, Callable[[], None]]:
             if self.scan:
                 batch = stream.batches_at(call.before, call.steps, rows)
             else:
                 batch = stream.batch_at(call.before, rows)
-            return call, self.lift.put_batch(batch, scan=self.scan)
+            check_labels = self.labels.check_after(call, batch)
+            return call, self.lift.put_batch(batch, scan=self.scan), check_labels
 
         to_make = calls(first, self.job.stop, self.settings.steps_per_call)
         with closing(prefetch(make, to_make, self.prefetch_depth)) as made:
             self.profiler.before(first)
-            for call, batch in self.goodput.waiting(made):
-                yield call, batch
+            for call, batch, check_labels in self.goodput.waiting(made):
+                yield call, batch, check_labels
                 self.profiler.before(call.step)
                 self.stop_requested(call.step, "wait")
 
@@ -315,6 +319,7 @@ class Run:
         self.run_log.non_finite(error)
         self.saver.close()  # completes the save in progress: its state is good
         error.last_good = self.saver.last_good
+        self.labels.blame(error)
         if not self.lift.writes:
             time.sleep(_PATIENCE_SECS)  # the first failure ends the job, and process 0 still saves
 

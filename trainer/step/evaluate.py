@@ -29,7 +29,7 @@ def make_eval_step(
         rng = jax.random.wrap_key_data(state.rng)
         outputs, _ = task.apply(state.eval_params, state.model_state, batch, train=False, rng=rng)
         losses = per_example(task.loss, outputs, batch, "config.loss")
-        sums = {"loss": sum_and_count(losses, batch)} | metric_sums(task, outputs, batch)
+        sums = {"loss": sum_and_count(losses)} | metric_sums(task, outputs, batch)
         return sums if axis is None else lax.psum(sums, axis)
 
     return eval_step

@@ -28,13 +28,7 @@ from trainer.step.collectives import (
     slice_shard,
 )
 from trainer.step.mixup import mix
-from trainer.step.per_example import (
-    loss_reduction,
-    mask_of,
-    metric_sums,
-    per_example,
-    sum_and_count,
-)
+from trainer.step.per_example import blend, metric_sums, per_example, sum_and_count
 from trainer.step.task import AXIS, PLAIN, Batch, Metrics, Recipe, Task
 
 # Profiles and plans show the step's own collectives under these names.
@@ -87,7 +81,7 @@ def make_gradient_step(
         if axis is not None:
             rng = jax.random.fold_in(rng, lax.axis_index(axis))
         params, apply = _gather_params(task, recipe, axis, sharding, state.params)
-        grads, model_state, sums = _shard_gradients(
+        grads, model_state, sums, weighted = _shard_gradients(
             task, recipe, axis, apply, dataclasses.replace(state, params=params), batch, rng
         )
         check_shapes(state.model_state, model_state)
@@ -101,6 +95,10 @@ def make_gradient_step(
             else:
                 model_state, sums = mean_over_axis((model_state, sums), axis, flat=flat)
                 grads = reduce_scatter_mean(grads, axis, sharding)
+        if weighted:  # the gradient is that of a sum so far, divided by the number of examples
+            count = sums["loss"][1]
+            factor = jnp.where(count > 0, batch["x"].shape[0] / count, 0.0)
+            grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
         if state.loss_scale is not None:
             grads = jax.tree.map(lambda leaf: leaf / state.loss_scale.scale, grads)
         metrics = {name: numerator / count for name, (numerator, count) in sums.items()}
@@ -123,22 +121,30 @@ def _shard_gradients(
     state: TrainState,
     batch: Batch,
     rng: jax.Array,
-) -> tuple[Any, Any, dict[str, Any]]:
-    """A shard's gradients, its new model state, and the sums and counts of loss and metrics."""
+) -> tuple[Any, Any, dict[str, Any], bool]:
+    """A shard's gradients, its new model state, the sums and counts of loss and metrics, a flag.
+
+    The flag says that examples have weights; the gradients are then those of
+    `sum(weights * losses) / examples`, because the sum of the weights of all shards is not known
+    yet.
+    """
     partners, ratio = None, jnp.ones(())
     if recipe.mixup:
         batch, partners, ratio = mix(batch, recipe.mixup, jax.random.fold_in(rng, 1))
-    reduce_loss = loss_reduction(batch, axis)
+    examples = batch["x"].shape[0]
+    weighted = False  # known once the loss is traced
 
     def gradients(model_state: Any, rng: jax.Array, batch: Batch, partners: Batch | None) -> Any:
         def objective(trainable: Any) -> tuple[jax.Array, Any]:
+            nonlocal weighted
             params = fill_in(state.params, trainable)
             outputs, updated = apply(params, model_state, batch, train=True, rng=rng)
             losses = per_example(task.loss, outputs, batch, "config.loss")
             if partners is not None:
                 second = per_example(task.loss, outputs, partners, "config.loss")
-                losses = ratio * losses + (1 - ratio) * second
-            total = reduce_loss(losses, mask_of(batch))
+                losses = blend(losses, second, ratio)
+            weighted = losses.weights is not None
+            total = sum_and_count(losses)[0] / examples
             if state.loss_scale is not None:
                 total = total * state.loss_scale.scale
             return total, (outputs, updated, losses)
@@ -146,22 +152,22 @@ def _shard_gradients(
         grads, (outputs, updated, losses) = jax.grad(objective, has_aux=True)(
             task.trainable(state.params)
         )
-        sums = {"loss": sum_and_count(losses, batch)} | metric_sums(task, outputs, batch)
+        sums = {"loss": sum_and_count(losses)} | metric_sums(task, outputs, batch)
         return widen(grads), updated, sums
 
     if recipe.accum_steps == 1:
-        return cast(
-            tuple[Any, Any, dict[str, Any]], gradients(state.model_state, rng, batch, partners)
+        found = gradients(state.model_state, rng, batch, partners)
+    else:
+        found = accumulate(
+            gradients,
+            state.model_state,
+            rng,
+            batch,
+            partners,
+            steps=recipe.accum_steps,
+            unroll=recipe.unroll,
         )
-    return accumulate(
-        gradients,
-        state.model_state,
-        rng,
-        batch,
-        partners,
-        steps=recipe.accum_steps,
-        unroll=recipe.unroll,
-    )
+    return *found, weighted
 
 
 def _gather_params(

@@ -59,8 +59,11 @@ def build_job(settings: Settings) -> Job:
     """
     # Before data is loaded, so that a typo in a target does not wait for a download.
     loss = bind(settings.loss, "config.loss")
+    # What the loss ignores, metrics ignore too.
+    ignored = {k: v for k, v in settings.loss.items() if k == "ignore_index" and v is not None}
     metrics = {
-        name: bind(block, f"config.metrics.{name}") for name, block in settings.metrics.items()
+        name: bind(block, f"config.metrics.{name}", **ignored)
+        for name, block in settings.metrics.items()
     }
     model = _build_model(settings.model)
     sources = build(settings.data, "config.data", seed=settings.seed)

@@ -11,11 +11,12 @@ import flax.linen as nn
 import jax
 import optax
 
+from trainer.metrics import Values
 from trainer.state.freezing import without_frozen
 from trainer.step.precision import to_dtype, to_float32
 
 Batch = Mapping[str, jax.Array]
-PerExample = Callable[[Any, Batch], jax.Array]
+PerExample = Callable[[Any, Batch], Values]
 Metrics = dict[str, jax.Array]
 
 AXIS = "batch"
@@ -28,13 +29,16 @@ class Task:
     Attributes:
         model: a Flax Linen module (`trainer.models.from_nnx` turns an NNX module into one), called
             with `batch["x"]` and, if it has such a parameter, `train`.
-        loss: `(outputs, batch) -> (examples,)`, the loss of each example.
+        loss: `(outputs, batch) -> (examples,)`, the loss of each example, or a pair of these
+            losses and their weights in the mean.
         optimizer: an optax transformation.
         learning_rate: a number or a schedule, for reporting only.
         metrics: functions with the signature of `loss`, by name.
         dtype: the model computes in bfloat16 or float16; None: the model decides.
         frozen: paths of the subtrees of the params that are not trained; the optimizer must come
             from `trainer.state.freezing.freeze` with the same paths.
+        traced: filled by tracing: under "outputs", the shape of the model's outputs on a shard, if
+            they are one array.
     """
 
     model: nn.Module
@@ -44,6 +48,7 @@ class Task:
     metrics: Mapping[str, PerExample] = field(default_factory=dict)
     dtype: Any = None
     frozen: tuple[str, ...] = ()
+    traced: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def trainable(self, params: Any) -> Any:
         """Params, or a tree of the same structure, without the frozen leaves."""
@@ -58,6 +63,8 @@ class Task:
             mutable=list(model_state),
             rngs={"dropout": rng},
         )
+        if hasattr(outputs, "shape"):
+            self.traced["outputs"] = outputs.shape
         return to_float32(outputs, self.dtype), to_float32(updated, self.dtype)
 
     def init(self, rng: Any, x: jax.Array) -> Any:
