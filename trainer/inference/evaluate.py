@@ -18,6 +18,7 @@ from trainer.data.stream import Source, eval_batches
 from trainer.inference.trained_model import TrainedModel, restore_onto_devices
 from trainer.lift.in_flight import InFlight
 from trainer.lift.lift import Lift
+from trainer.lift.same_data import agree_on_data
 from trainer.step.evaluate import make_eval_step
 from trainer.step.task import Task
 
@@ -51,7 +52,7 @@ def evaluate(
     Raises:
         CheckpointsUnreadable: the checkpoint does not exist or is damaged.
         UserError: `workdir` is not the folder of a run, the data has no held-out examples, or the
-            config, its targets or the mesh are invalid.
+            config, its targets or the mesh are invalid; or processes have different examples.
     """
     trained, lift = restore_onto_devices(workdir, best=best, step=step, config=config, mesh=mesh)
     return evaluate_trained(trained, lift)
@@ -64,6 +65,8 @@ def evaluate_trained(trained: TrainedModel, lift: Lift) -> dict[str, float]:
         UserError: the data has no held-out examples.
     """
     source = trained.examples("eval")
+    if lift.num_processes > 1:
+        agree_on_data(lift, {"eval": source})
     depth = depth_for(trained.settings.prefetch, lift.platform)
     metrics = Evaluator(trained.job.task, source, lift, trained.batch_size, depth)(trained.state)
     assert metrics is not None  # nothing asks it to stop
