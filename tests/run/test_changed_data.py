@@ -184,3 +184,15 @@ def test_a_pending_evaluation_is_made_with_the_data_there_are(run):
         file.write(json.dumps({"step": 16, "eval/loss": 0.5}) + "\n")
     trainer.train(config(16, "data", eval_shift=100.0), run, mesh_of(1))
     assert meta_of(run / "best/16")["best"]["value"] > 1000
+
+
+def test_an_evaluation_on_another_test_set_says_so(eight, capsys):
+    config()
+    expected = trainer.evaluate(eight, mesh=mesh_of(2))
+    assert capsys.readouterr().err == ""
+    config(eval_shift=1.0)
+    assert trainer.evaluate(eight, mesh=mesh_of(2)) != expected
+    assert capsys.readouterr().err == (
+        "warning: the held-out examples are not those of the run: row 0 differs (x), as do 31 of "
+        "the others\n"
+    )

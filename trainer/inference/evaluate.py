@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from trainer.console import warn
+from trainer.data.fingerprint import describe_change
 from trainer.data.prefetch import depth_for, prefetch
 from trainer.data.stream import Source, eval_batches
 from trainer.inference.trained_model import TrainedModel, restore_onto_devices
@@ -61,12 +63,16 @@ def evaluate(
 def evaluate_trained(trained: TrainedModel, lift: Lift) -> dict[str, float]:
     """The same for a model whose state is on the devices of a lift.
 
+    Warns if the examples are not those that the run was evaluated on.
+
     Raises:
-        UserError: the data has no held-out examples.
+        UserError: the data has no held-out examples, or processes have different ones.
     """
     source = trained.examples("eval")
-    if lift.num_processes > 1:
-        agree_on_data(lift, {"eval": source})
+    now = agree_on_data(lift, {"eval": source})["eval"]
+    what = describe_change(trained.data.get("eval"), now) if trained.data else ""
+    if what and lift.writes:
+        warn(f"the held-out examples are not those of the run: {what}")
     depth = depth_for(trained.settings.prefetch, lift.platform)
     metrics = Evaluator(trained.job.task, source, lift, trained.batch_size, depth)(trained.state)
     assert metrics is not None  # nothing asks it to stop
