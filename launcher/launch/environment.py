@@ -1,4 +1,4 @@
-"""The variables that jax reads once, when it is first imported."""
+"""The variables that Python reads when it starts, and jax when it is first imported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def fake_device_count(environ: Mapping[str, str]) -> int:
 
 
 def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None:
-    """Sets up fake devices and the compilation cache; variables that are set already stay.
+    """Sets up fake devices, the compilation cache and one order of sets in all processes.
+
+    Variables that are set already stay.
 
     Args:
         environ: changed in place.
@@ -29,6 +31,8 @@ def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None
     Raises:
         UserError: XLA_FLAGS asks for another number of devices.
     """
+    # Else every process and every start has its own order of a set of strings.
+    environ.setdefault("PYTHONHASHSEED", "0")
     flags = environ.get("XLA_FLAGS", "")
     match = _COUNT.search(flags)
     if fake_devices is not None:

@@ -207,14 +207,17 @@ def test_environment_of_fake_devices(tmp_path):
     assert environ["JAX_PLATFORMS"] == "cpu"
     assert int(environ["PJRT_NPROC"]) >= 16
     assert environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(tmp_path))
+    assert environ["PYTHONHASHSEED"] == "0"  # in every process and at every start
 
     asked = {
+        "PYTHONHASHSEED": "7",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "XDG_CACHE_HOME": str(tmp_path),
     }
     environment.prepare(asked, None)
     assert int(asked["PJRT_NPROC"]) >= 8
     assert "JAX_PLATFORMS" not in asked
+    assert asked["PYTHONHASHSEED"] == "7"
     with pytest.raises(UserError, match="asks for 4"):
         environment.prepare(asked, 8)
 

@@ -145,3 +145,16 @@ def test_a_second_job_is_refused_while_the_first_runs(begin, run, tmp_path):
     assert code == 2, err
     assert "already training" in err
     process.kill()
+
+
+def test_ranks_with_another_order_of_examples_are_refused(launch, tmp_path):
+    """Python orders a set anew in every process, unless PYTHONHASHSEED is the same."""
+    config, folder = f"--config={HERE}/set_order.py", f"--workdir={tmp_path}/run"
+    environ = {**ENVIRON, "PYTHONHASHSEED": "random"}
+    code, out, err = launch(config, folder, *TWO, environ=environ)
+    assert code == 2, out + err
+    assert err.startswith("error: rank 1 has other data than rank 0: train: row 0 differs (x"), err
+    assert "HINT: every process must load the same examples in the same order" in err
+    assert not (tmp_path / "run").exists()
+    code, out, err = launch(config, folder, *TWO, environ=ENVIRON)
+    assert code == 0, out + err

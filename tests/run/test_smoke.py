@@ -63,7 +63,7 @@ def test_one_of_two_processes_reports(launch, tmp_path):
     assert code == 0, err
     told = [line.removeprefix("[0] ") for line in out.splitlines()]
     assert [line for line in told if line.startswith("processes")] == [
-        "processes    2; all see the workdir"
+        "processes    2; all see the workdir and the same data"
     ]
     assert [line for line in told if line.startswith("smoke:")] == ["smoke: ok"]
     assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ import numpy as np
 from trainer.checkpoints.folder import CheckpointFolder
 from trainer.checkpoints.manifest import Damaged, Leaf
 from trainer.console import say, warn
+from trainer.data.fingerprint import describe_changes
 from trainer.errors import UserError
 from trainer.state.leaves import is_narrow_float
 
@@ -99,6 +100,36 @@ def check_allowed(differences: Sequence[Difference], allow: Sequence[str], where
         f"--config.checkpoint.allow={together} to resume anyway: leaves that were not saved or "
         "have another shape are initialised, other dtypes are cast, extra leaves are dropped",
     )
+
+
+def check_data(
+    saved: Mapping[str, Any] | None, now: Mapping[str, Any], allow: Sequence[str], where: str
+) -> str:
+    """Raises unless the data are those that a state was trained on, or may differ.
+
+    Args:
+        saved: the fingerprints in the checkpoint; None if an earlier podlift wrote it.
+        now: the fingerprints of the data of this start, by the name of the source; empty: unknown.
+        allow: the entries of `config.checkpoint.allow`.
+        where: the checkpoint.
+
+    Returns:
+        How they differ, as `allow` permits; empty if they do not.
+
+    Raises:
+        UserError: says how they differ.
+    """
+    what = describe_changes(saved, now) if saved and now else ""
+    if what and "data" not in allow:
+        together = ",".join([*allow, "data"])
+        raise UserError(
+            f"the data are not those of the state in {where}: {what}",
+            "bring the data back (an order that comes from a set or an unsorted list of files "
+            "changes between starts), name another --workdir, or pass "
+            f"--config.checkpoint.allow={together} to resume anyway: epochs are counted in the new "
+            "data, and a best state that other held-out examples chose is put aside",
+        )
+    return what
 
 
 def refuse(differences: Sequence[Difference], where: str, hint: str) -> None:

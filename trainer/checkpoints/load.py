@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,14 @@ class Saved:
         place: the checkpoint.
         leaves: its leaves, by name.
         listed: shape, dtype and checksum of each leaf, by name.
+        data: the fingerprints of the data it was trained on; empty if an earlier podlift saved it.
     """
 
     step: int
     place: epath.Path
     leaves: dict[str, np.ndarray]
     listed: dict[str, Leaf]
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load(
@@ -116,4 +119,5 @@ def _read(folder: CheckpointFolder, step: int) -> Saved:
     for name, leaf in listed.leaves.items():
         if checksum_of(leaves[name]) != leaf.checksum:
             raise Damaged(f"{name} is not what was saved")
-    return Saved(step, folder.path / str(step), leaves, dict(listed.leaves))
+    data = listed.meta.get("data") or {}
+    return Saved(step, folder.path / str(step), leaves, dict(listed.leaves), data)

@@ -40,12 +40,14 @@ class Restored:
         step: the step of the state.
         meta: the JSON that was saved with it.
         in_memory: whether it comes from an in-memory checkpoint.
+        other_data: how the data differ from those it was trained on, as `allow` permits.
     """
 
     state: TrainState
     step: int
     meta: Mapping[str, Any]
     in_memory: bool
+    other_data: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Restorer:
         lift: for collectives among the processes.
         run: the id of the run; in-memory checkpoints of another run are ignored.
         allow: the kinds of difference to the saved state that are permitted.
+        data: the fingerprints of the data of this start.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Restorer:
         lift: Lift,
         run: str,
         allow: Sequence[str],
+        data: Mapping[str, Any],
     ) -> None:
         self._latest = latest
         self._best = best
@@ -94,6 +98,7 @@ class Restorer:
         self._lift = lift
         self._run = run
         self._allow = allow
+        self._data = data
 
     def restore(self, abstract: TrainState, fresh: Callable[[], Any]) -> Restored | None:
         """Restores the newest intact state; None if the run has never saved one.
@@ -107,7 +112,8 @@ class Restorer:
         Raises:
             CheckpointsUnreadable: the run saved checkpoints and none is intact.
             StateUnreadable: a checkpoint is intact but Orbax cannot read it.
-            UserError: the checkpoint has other leaves, and `allow` does not permit that.
+            UserError: the checkpoint has other leaves or was trained on other data, and `allow`
+                does not permit that.
         """
         waiting = self._candidates()
         last_resort: list[_Candidate] = []
@@ -159,6 +165,7 @@ class Restorer:
         changed = differences.compare(listed.leaves, wanted)
         where = "memory" if candidate.in_memory else f"{self._latest.path / str(candidate.step)}"
         differences.check_allowed(changed, self._allow, where)
+        other_data = differences.check_data(listed.meta.get("data"), self._data, self._allow, where)
         arrays = self._lift.broadcast_arrays(leaves, listed.leaves, candidate.source)
         adapted = differences.adapt(arrays, wanted, changed, lambda: name_leaves(fresh()))
         state = self._lift.put_state(with_leaves(abstract, adapted))
@@ -173,7 +180,9 @@ class Restorer:
             source = "" if self._lift.num_processes == 1 else f" of rank {candidate.source}'s host"
             place = f"memory{source}" if candidate.in_memory else str(self._latest.path)
             say(f"restored step {candidate.step} from {place}")
-        return Restored(state, candidate.step, listed.meta, candidate.in_memory)
+            if other_data:
+                warn(f"resumes with other data, as allowed: {other_data}")
+        return Restored(state, candidate.step, listed.meta, candidate.in_memory, other_data)
 
     def _read_for_all(
         self, candidate: _Candidate, at_last: bool

@@ -24,6 +24,7 @@ from trainer.checkpoints.restorer import Restored, Restorer, quarantine
 from trainer.checkpoints.writer import Save, Writer
 from trainer.config.settings import Settings
 from trainer.console import say, warn
+from trainer.data.fingerprint import describe_change
 from trainer.errors import NonFiniteState, PeerFailed, SavesFailed, UserError
 from trainer.lift.lift import Lift
 from trainer.lift.replicas import check_replicas
@@ -38,6 +39,7 @@ class Saver:
 
     Attributes:
         run: the id of the run; in-memory checkpoints carry it.
+        data: the fingerprints of the data, which every checkpoint carries; empty: unknown.
         best_value: the best value of the ranking metric so far, or None.
         best_step: the step of that value, or None.
     """
@@ -53,6 +55,7 @@ class Saver:
         self._saves_in_memory = self._is_first_of_host()
         self._saved_step: int | None = None
         self.run = ""
+        self.data: Mapping[str, Any] = {}
         self.best_value: float | None = None
         self.best_step: int | None = None
 
@@ -98,7 +101,8 @@ class Saver:
         Raises:
             CheckpointsUnreadable: the run saved checkpoints and none is intact.
             StateUnreadable: a checkpoint is intact but Orbax cannot read it.
-            UserError: the checkpoint has other leaves, and `checkpoint.allow` does not permit that.
+            UserError: the checkpoint has other leaves or was trained on other data, and
+                `checkpoint.allow` does not permit that.
         """
         if self._lift.writes:
             for folder in (self._latest, self._best):
@@ -106,13 +110,20 @@ class Saver:
                 if cleared:
                     say(f"cleared in {folder.path}: {', '.join(cleared)}")
         restorer = Restorer(
-            self._latest, self._best, self._in_memory, self._lift, self.run, self._settings.allow
+            self._latest,
+            self._best,
+            self._in_memory,
+            self._lift,
+            self.run,
+            self._settings.allow,
+            self.data,
         )
         restored = restorer.restore(abstract, fresh)
         if restored is not None and not restored.in_memory:
             self._saved_step = self._writer.last_saved = restored.step
             if self._in_memory is not None:
                 self._in_memory.remove()  # older, or of a run that has been abandoned
+        has_changed |= restored is not None and bool(restored.other_data)
         self._restore_best(restored, has_changed)
         return restored
 
@@ -130,20 +141,24 @@ class Saver:
     ) -> tuple[float | None, int | None]:
         """The best value and step up to the restored step; quarantines what does not belong."""
         metric, restored_step = self._settings.best_metric, restored.step if restored else 0
-        known = restored.meta["best"] if restored else None
-        if known is not None and known["metric"] != metric:
+        saved_meta = restored.meta if restored else {"best": None}
+        known = saved_meta["best"]
+        if known is not None and (known["metric"] != metric or self.has_other_examples(saved_meta)):
             known = None
         for step in self._best.steps():
             try:
-                found = self._best.check(step).meta["best"]
+                meta = self._best.check(step).meta
             except Damaged as damage:
                 warn(f"the best state, step {step}, is damaged: {damage}")
                 quarantine(self._best, step, str(damage))
                 continue
-            is_abandoned = step > restored_step and has_changed
-            if found["metric"] != metric or is_abandoned:
-                why = "from another config" if is_abandoned else f"ranked by {found['metric']}"
-                quarantine(self._best, step, why)
+            found = meta["best"]
+            if self.has_other_examples(meta):
+                quarantine(self._best, step, "ranked on other held-out examples")
+            elif step > restored_step and has_changed:
+                quarantine(self._best, step, "from another config or other data")
+            elif found["metric"] != metric:
+                quarantine(self._best, step, f"ranked by {found['metric']}")
             elif step <= restored_step:
                 known = found
             # A later step stays: the run reaches it again.
@@ -151,6 +166,13 @@ class Saver:
             warn(f"the best state, step {known['step']}, is gone from {self._best.path}")
             known = None
         return (None, None) if known is None else (known["value"], known["step"])
+
+    def has_other_examples(self, meta: Meta) -> bool:
+        """Whether a saved state was evaluated on other held-out examples than this start has."""
+        before = meta.get("data")
+        if not before or not self.data:
+            return False
+        return bool(describe_change(before.get("eval"), self.data.get("eval")))
 
     # Save
 
@@ -193,7 +215,7 @@ class Saver:
         if self.best_value is not None:
             metric = self._settings.best_metric
             best = {"metric": metric, "value": self.best_value, "step": self.best_step}
-        return {"run": self.run, "best": best}
+        return {"run": self.run, "best": best, "data": self.data}
 
     def _submit(self, folder: CheckpointFolder, step: int, state: TrainState, meta: Meta) -> None:
         report = check_replicas(self._lift, state)

@@ -133,7 +133,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "checkpoint.allow": (
         "",
         "differences from the checkpoint to accept on a resume, separated by commas: config keys, "
-        "and shape, dtype, missing or extra for leaves of the state",
+        "shape, dtype, missing or extra for leaves of the state, and data for other examples",
     ),
     "checkpoint.max_failures": (5, "stop the run after this many failed saves in a row"),
     "checkpoint.fast_every_secs": (5.0, "seconds between in-memory checkpoints; 0: none"),

@@ -13,12 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from trainer.console import warn
+from trainer.data.fingerprint import describe_change
 from trainer.data.prefetch import depth_for, prefetch
 from trainer.data.stream import HostBatch, Source, eval_batches
 from trainer.errors import UserError
 from trainer.inference.trained_model import TrainedModel, restore_onto_devices
 from trainer.lift.in_flight import InFlight
 from trainer.lift.lift import Lift
+from trainer.lift.same_data import agree_on_data
 from trainer.step.evaluate import make_eval_step
 from trainer.step.labels import LabelCheck
 from trainer.step.task import Task
@@ -53,7 +56,7 @@ def evaluate(
     Raises:
         CheckpointsUnreadable: the checkpoint does not exist or is damaged.
         UserError: `workdir` is not the folder of a run, the data has no held-out examples, or the
-            config, its targets or the mesh are invalid.
+            config, its targets or the mesh are invalid; or processes have different examples.
     """
     trained, lift = restore_onto_devices(workdir, best=best, step=step, config=config, mesh=mesh)
     return evaluate_trained(trained, lift)
@@ -62,10 +65,16 @@ def evaluate(
 def evaluate_trained(trained: TrainedModel, lift: Lift) -> dict[str, float]:
     """The same for a model whose state is on the devices of a lift.
 
+    Warns if the examples are not those that the run was evaluated on.
+
     Raises:
-        UserError: the data has no held-out examples.
+        UserError: the data has no held-out examples, or processes have different ones.
     """
     source = trained.examples("eval")
+    now = agree_on_data(lift, {"eval": source})["eval"]
+    what = describe_change(trained.data.get("eval"), now) if trained.data else ""
+    if what and lift.writes:
+        warn(f"the held-out examples are not those of the run: {what}")
     depth = depth_for(trained.settings.prefetch, lift.platform)
     metrics = Evaluator(trained.job.task, source, lift, trained.batch_size, depth)(trained.state)
     assert metrics is not None  # nothing asks it to stop

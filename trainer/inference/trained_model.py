@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 from etils import epath
@@ -37,6 +39,7 @@ class TrainedModel:
         state: without the optimizer's; in host memory or on the devices.
         step: the step of the state.
         place: the checkpoint.
+        data: the fingerprints of the data of the run; empty if an earlier podlift saved it.
     """
 
     settings: Settings
@@ -44,6 +47,7 @@ class TrainedModel:
     state: TrainState
     step: int
     place: epath.Path
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def batch_size(self) -> int:
@@ -99,7 +103,8 @@ def restore(
     found = differences.compare(listed, name_leaves(abstract))
     differences.refuse(found, str(saved.place), "use the code and config it was saved with")
     # What is left is an average in 16 bits, which `TrainState.eval_params` casts in any case.
-    return TrainedModel(settings, job, with_leaves(abstract, saved.leaves), saved.step, saved.place)
+    state = with_leaves(abstract, saved.leaves)
+    return TrainedModel(settings, job, state, saved.step, saved.place, saved.data)
 
 
 def restore_onto_devices(

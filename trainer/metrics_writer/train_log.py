@@ -87,6 +87,14 @@ class TrainLog:
         if len(saved["row"]) == len(self._names):  # else the config has other metrics now
             self._total = np.array(saved["row"])
 
+    def begin_epoch(self, step: int) -> None:
+        """Leaves the steps so far out of the mean over the current epoch, which is another now.
+
+        Args:
+            step: how many steps were taken.
+        """
+        self._epoch_sum, self._epoch_skipped = 0.0, step % self._steps_per_epoch
+
     def add(self, first_step: int, rows: np.ndarray) -> None:
         """Adds the metrics of one finished call.
 

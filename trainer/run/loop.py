@@ -22,6 +22,7 @@ from trainer.inference.evaluate import Evaluator
 from trainer.lift.call import Call, calls
 from trainer.lift.lift import Lift
 from trainer.lift.replicas import check_replicas
+from trainer.lift.same_data import agree_on_data
 from trainer.lift.update import lift_update_step
 from trainer.metrics_writer.goodput import Goodput
 from trainer.metrics_writer.messages import (
@@ -227,6 +228,8 @@ class Run:
         began = time.monotonic()
         self.stop_requested(0, "start")
         self.ownership.agree()
+        sources = {"train": self.job.stream.source, "eval": self.job.held_out}
+        self.saver.data = agree_on_data(self.lift, sources)
         if self.workdir.exists:
             self.saver.run = self.ownership.claim()
         state = self._restore_or_initialise()
@@ -243,6 +246,7 @@ class Run:
         if self.workdir.exists:
             changed = bool(self.workdir.changes)
             restored = self.saver.restore(jax.eval_shape(init), init, has_changed=changed)
+            changed |= restored is not None and bool(restored.other_data)
             if restored is None or not restored.in_memory or changed:
                 # In-memory checkpoints on any host are of steps that this start takes anew.
                 self.saver.run = self.ownership.new_run_id()
@@ -259,12 +263,18 @@ class Run:
     def _resume(self, restored: Restored) -> None:
         """Takes up what was saved beside the state."""
         meta = restored.meta
+        # A test set that is another one now says nothing about these counts.
+        has_other_examples = self.saver.has_other_examples(meta)
+        steps_per_epoch = self.job.stream.steps_per_epoch
         self.log.from_json(meta["log"])
+        if meta.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:
+            self.log.begin_epoch(restored.step)
         self.run_log.resume(restored.step, meta.get("rows", []))
         self.goodput.resume(meta.get("goodput"))
-        self.early_stop.from_json(meta.get("early_stop"))
+        self.early_stop.from_json(None if has_other_examples else meta.get("early_stop"))
         if meta["evaluation_pending"] and self.evaluate is not None:
-            found = json.dumps(evaluation_at(self.workdir, restored.step))
+            row = None if has_other_examples else evaluation_at(self.workdir, restored.step)
+            found = json.dumps(row)
             done = json.loads(self.lift.broadcast_text(found))
             self.evaluate.pending = done is None
             if done is not None:  # by an attempt that ended before it saved again
@@ -328,6 +338,7 @@ class Run:
         return {
             "log": self.log.to_json(),
             "num_steps": self.job.num_steps,
+            "steps_per_epoch": self.job.stream.steps_per_epoch,
             "goodput": self.goodput.to_json(),
             "evaluation_pending": self._evaluation_pending,
             "early_stop": self.early_stop.to_json(),

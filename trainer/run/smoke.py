@@ -24,6 +24,7 @@ from trainer.errors import CheckpointsUnreadable, Preempted, SmokeFailed
 from trainer.inference.evaluate import Evaluator
 from trainer.lift.lift import Lift, make_lift
 from trainer.lift.replicas import check_replicas
+from trainer.lift.same_data import agree_on_data
 from trainer.lift.update import lift_update_step
 from trainer.metrics_writer.messages import describe_devices, warn_of_unsynced_state
 from trainer.run.ownership import Ownership
@@ -118,7 +119,9 @@ class _Smoke:
         with self._check("processes") as report:
             run = self.ownership.claim()
             self.ownership.record(run)
-            seen = "; all see the workdir" if lift.num_processes > 1 else ""
+            sources = {"train": self.job.stream.source, "eval": self.job.held_out}
+            agree_on_data(lift, sources)
+            seen = "; all see the workdir and the same data" if lift.num_processes > 1 else ""
             report(f"{lift.num_processes}{seen}")
         init = make_init(self.job, settings.seed)
         with self._check("first step") as report:
