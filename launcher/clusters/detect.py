@@ -4,40 +4,118 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from launcher.clusters import read
+from launcher.clusters import launchers, read
+from launcher.clusters.allocation import read_node_file, refuse_idle_hosts
+from launcher.clusters.gce_metadata import read_gce_metadata
+from launcher.clusters.host_lists import SageMaker, TfConfig, Vertex, Volcano
 from launcher.clusters.kubernetes import Kubernetes
 from launcher.clusters.open_mpi import OpenMpi
 from launcher.clusters.placement import Cluster, Placement
+from launcher.clusters.pmi import read_pmi
+from launcher.clusters.ranks import Ranks
 from launcher.clusters.slurm import Slurm
 from launcher.clusters.tpu import TpuGce, TpuGke
 from trainer.errors import UserError
 
-# The order matters: mpirun runs inside SLURM jobs and pods, and a pod with TPUs is a pod.
-CLUSTERS: tuple[Cluster, ...] = (OpenMpi(), Slurm(), TpuGke(), TpuGce(), Kubernetes())
+# The first that started this process counts. What runs inside others comes before them: torchrun
+# in a SLURM task, mpirun in a SLURM job, jsrun that poses as Open MPI, SLURM that speaks PMI. Then
+# comes what starts one process a host, and last Kubernetes, on which most of these run.
+CLUSTERS: tuple[Cluster, ...] = (
+    launchers.TORCHRUN,
+    launchers.HOROVOD,
+    launchers.JSRUN,
+    OpenMpi(),
+    launchers.FLUX,
+    launchers.HYDRA,
+    launchers.MVAPICH,
+    Slurm(),
+    launchers.PMI,
+    launchers.KUBEFLOW,
+    launchers.TORCH_ENV,
+    TpuGke(),
+    TpuGce(),
+    launchers.JAX,
+    launchers.JAX_JOB,
+    Vertex(),
+    TfConfig(),
+    SageMaker(),
+    launchers.LWS,
+    launchers.SKYPILOT,
+    launchers.DSTACK,
+    launchers.METAFLOW,
+    launchers.BEAKER,
+    launchers.AWS_BATCH,
+    Volcano(),
+    Kubernetes(),
+)
+_MPI = ("open_mpi", "jsrun", "flux", "hydra", "mvapich")
+# Launchers that podlift cannot join: the first count processes, the others only number them.
+_COUNTS = {"_CONDOR_NPROCS": "HTCondor", "NGC_ARRAY_SIZE": "Base Command"}
+_SIGNS = (
+    "PMIX_RANK",
+    "PALS_RANKID",
+    "ALPS_APP_PE",
+    "JAX_COORDINATOR_ADDRESS",
+    "MEGASCALE_COORDINATOR_ADDRESS",
+)
 
 
-def detect(env: Mapping[str, str], choice: str = "auto") -> Placement | None:
+def detect(
+    env: Mapping[str, str], choice: str = "auto", this_machine: bool = False
+) -> Placement | None:
     """The place of this process in its job.
 
     Args:
-        env: environment variables, with those that the launcher adds: `gce/*` from
-            `gce_metadata.read_gce_metadata`, and PODLIFT_NUM_GPUS, the number of this machine's
-            GPUs.
+        env: environment variables, with those that `with_machine` adds.
         choice: "auto", "none", or the name of one of `CLUSTERS`.
+        this_machine: whether the user has asked for processes on this machine, so that it is no
+            mistake if a batch job has other hosts too.
 
     Returns:
         The placement; None for a job on this machine alone.
 
     Raises:
-        UserError: the chosen cluster was not found, or its variables contradict each other.
+        UserError: the chosen cluster was not found, its variables contradict each other, or
+            something that has started several processes does not say what podlift must know.
     """
     if choice == "none":
         return None
-    if choice == "auto":
-        for cluster in CLUSTERS:
-            if cluster.detect(env):
-                return _place(cluster, env)
+    cluster = _find(env, choice)
+    if cluster is None:
+        _refuse_unknown(env)
+        if not this_machine:
+            refuse_idle_hosts(env)
         return None
+    found = _place(cluster, env)
+    if choice == "auto" and found.num_processes == 1:
+        _refuse_another(env, cluster, found)
+    return found
+
+
+def with_machine(environ: Mapping[str, str], num_gpus: int, choice: str = "auto") -> dict[str, str]:
+    """Environment variables, and with them what only this machine or its services know.
+
+    Args:
+        environ: environment variables.
+        num_gpus: number of GPUs of this machine, as PODLIFT_NUM_GPUS.
+        choice: as for `detect`. What the choice does not need is not asked for.
+
+    Raises:
+        UserError: a service exists but does not answer.
+    """
+    env = {**environ, **({"PODLIFT_NUM_GPUS": str(num_gpus)} if num_gpus else {})}
+    if choice in ("auto", "tpu_gce"):
+        env |= read_gce_metadata(environ)
+    env |= read_node_file(environ)
+    cluster = None if choice == "none" else _find(env, choice)
+    if cluster and launchers.PMI_HOST in cluster.variables and not env.get(read.COORDINATOR):
+        env |= read_pmi(environ)
+    return env
+
+
+def _find(env: Mapping[str, str], choice: str) -> Cluster | None:
+    if choice == "auto":
+        return next((cluster for cluster in CLUSTERS if cluster.detect(env)), None)
     chosen = next((cluster for cluster in CLUSTERS if cluster.name == choice), None)
     if chosen is None:
         names = ", ".join(cluster.name for cluster in CLUSTERS)
@@ -47,7 +125,55 @@ def detect(env: Mapping[str, str], choice: str = "auto") -> Placement | None:
         raise UserError(f"--cluster={choice}, but {', '.join(missing)} is not set", chosen.hint)
     if not chosen.detect(env):
         raise UserError(f"--cluster={choice}, but it did not start this process", chosen.hint)
-    return _place(chosen, env)
+    return chosen
+
+
+def _refuse_another(env: Mapping[str, str], cluster: Cluster, found: Placement) -> None:
+    """Refuses a job of one process inside one of several.
+
+    Two tasks of SLURM that run torchrun without --nnodes, say, would train two models. SLURM's
+    variables are exempt inside MPI, where they count the daemons of mpirun.
+    """
+    for other in CLUSTERS[CLUSTERS.index(cluster) + 1 :]:
+        if cluster.name in _MPI and other.name == "slurm":
+            continue
+        try:
+            size = other.size(env) if other.detect(env) else 1
+        except UserError:
+            continue  # half of its variables: no sign of a job of several
+        if size > 1:
+            raise UserError(
+                f"{cluster.name} has 1 process ({', '.join(found.variables)}), but {other.name} "
+                f"has {size} ({', '.join(name for name in other.variables if env.get(name))})",
+                f"--cluster={other.name}, or --cluster=none to train on this machine alone",
+            )
+
+
+def _refuse_unknown(env: Mapping[str, str]) -> None:
+    """Refuses to train alone where something may have started several processes.
+
+    Each of them would train a model of its own.
+    """
+    for cluster in CLUSTERS:
+        if isinstance(cluster, Ranks):
+            size = next((name for name in cluster.size_names if env.get(name)), None)
+            if size and not cluster.marker_names and read.integer(env, size) > 1:
+                names = " or ".join(cluster.rank_names)
+                raise UserError(f"{size}={env[size]}, but {names} is not set", read.BY_HAND)
+    for name, system in _COUNTS.items():
+        if read.integer(env, name, default=1) > 1:
+            raise UserError(
+                f"{name}={env[name]}: podlift does not know how to join a job of {system}",
+                read.BY_HAND,
+            )
+    for name in _SIGNS:
+        # The shells of a SLURM job may be started by srun with PMIx.
+        if env.get(name) and not (name == "PMIX_RANK" and env.get("SLURM_JOB_ID")):
+            raise UserError(
+                f"{name}={env[name]} is of a job of several processes, and no variable says how "
+                "many",
+                read.BY_HAND,
+            )
 
 
 def by_hand(

@@ -83,19 +83,13 @@ class OpenMpi:
 
     @staticmethod
     def local_device_ids(env: Mapping[str, str]) -> tuple[int, ...] | None:
-        """This rank's share of the GPUs that it sees; mpirun does not bind them.
-
-        The launcher sets PODLIFT_NUM_GPUS to the number of GPUs of this machine.
-        """
+        """This rank's share of the GPUs that it sees; mpirun does not bind them."""
         tasks = _local_size(env)
         local_rank = read.index(
             env, "OMPI_COMM_WORLD_LOCAL_RANK", tasks, "ranks on this machine", default=0
         )
-        on_node = read.integer(env, "PODLIFT_NUM_GPUS", default=0) or None
-        visible = read.visible_devices(env)
-        visible = on_node if visible is None else visible
         hint = "mpirun --map-by ppr:1:node, or a number of ranks that divides the accelerators"
-        return read.device_share(visible, on_node, tasks, local_rank, False, hint)
+        return read.unbound_share(env, tasks, local_rank, hint)
 
     @staticmethod
     def attempt(env: Mapping[str, str]) -> int:

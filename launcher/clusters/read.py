@@ -13,6 +13,13 @@ from trainer.errors import UserError
 
 COORDINATOR = "PODLIFT_COORDINATOR_ADDRESS"
 DEFAULT_PORT = 8476
+BY_HAND = (
+    "give each process --coordinator_address=HOST:PORT --num_processes=N --process_id=RANK, or "
+    "--cluster=none to train on this machine alone"
+)
+SET_COORDINATOR = (
+    f"set {COORDINATOR}=HOST:PORT to where rank 0 runs, the same for all ranks; or {BY_HAND}"
+)
 _PORTS = range(20000, 30000)  # below the ports that Linux gives to outgoing connections
 
 
@@ -165,3 +172,26 @@ def device_share(
     if rest:
         raise UserError(f"{tasks} tasks on this node cannot share {visible} accelerators", hint)
     return tuple(range(local_rank * share, (local_rank + 1) * share))
+
+
+def unbound_share(
+    env: Mapping[str, str], tasks: int, local_rank: int, hint: str
+) -> tuple[int, ...] | None:
+    """A process's share of the accelerators, from a launcher that does not bind them.
+
+    Args:
+        env: the variables; the launcher sets PODLIFT_NUM_GPUS to the number of this machine's GPUs.
+        tasks: number of processes of the job on this machine.
+        local_rank: index of this process among them.
+        hint: what to do if they cannot be shared.
+
+    Returns:
+        Indices into the visible accelerators; None for all of them.
+
+    Raises:
+        UserError: the accelerators cannot be shared equally.
+    """
+    on_node = integer(env, "PODLIFT_NUM_GPUS", default=0) or None
+    visible = visible_devices(env)
+    visible = on_node if visible is None else visible
+    return device_share(visible, on_node, tasks, local_rank, False, hint)

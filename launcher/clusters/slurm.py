@@ -45,14 +45,26 @@ class Slurm:
 
     @staticmethod
     def detect(env: Mapping[str, str]) -> bool:
-        """Whether this is a task of a step; False in the shell of a job of one task.
+        """Whether this is a task of a step; False in the shell of a job.
 
         Raises:
-            UserError: this is the shell of a job of several tasks, or a variable is missing.
+            UserError: a variable is missing.
         """
-        if not env.get("SLURM_JOB_ID"):
+        if not env.get("SLURM_JOB_ID") or _is_shell(env):
             return False
-        if env.get("SLURM_STEP_ID", "") in ("", *_SHELLS):
+        lack = read.missing(env, Slurm.required)
+        if lack:
+            raise UserError(f"in a SLURM step, but {', '.join(lack)} is not set", Slurm.hint)
+        return True
+
+    @staticmethod
+    def refuse_shell(env: Mapping[str, str]) -> None:
+        """Refuses to train as one task in the shell of a job of several.
+
+        Raises:
+            UserError: this is such a shell.
+        """
+        if env.get("SLURM_JOB_ID") and _is_shell(env):
             # Without --ntasks srun starts one task a node. SLURM_TASKS_PER_NODE does not say so:
             # with --exclusive it may be the number of cores.
             tasks = read.integer(env, "SLURM_NTASKS", "SLURM_JOB_NUM_NODES", default=1)
@@ -60,11 +72,6 @@ class Slurm:
                 raise UserError(
                     f"SLURM has {tasks} tasks for this job, but srun is missing", Slurm.hint
                 )
-            return False
-        lack = read.missing(env, Slurm.required)
-        if lack:
-            raise UserError(f"in a SLURM step, but {', '.join(lack)} is not set", Slurm.hint)
-        return True
 
     @staticmethod
     def address(env: Mapping[str, str]) -> tuple[str, int]:
@@ -134,6 +141,10 @@ class Slurm:
     def job(env: Mapping[str, str]) -> str:
         """`slurm JOB.STEP`."""
         return f"slurm {env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}"
+
+
+def _is_shell(env: Mapping[str, str]) -> bool:
+    return env.get("SLURM_STEP_ID", "") in ("", *_SHELLS)
 
 
 def _tasks_on_node(env: Mapping[str, str]) -> int:

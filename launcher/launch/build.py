@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 
 from launcher.clusters import detect
-from launcher.clusters.gce_metadata import read_gce_metadata
 from launcher.clusters.placement import Placement
 from launcher.command_line.flags import Options
 from launcher.launch.spec import LaunchSpec, Limits, WorkerSpec
@@ -80,15 +79,12 @@ def _find_placement(options: Options, environ: Mapping[str, str]) -> Placement |
             f"{other} and --coordinator_address, --num_processes, --process_id exclude each other",
             "the three flags give the place of this one process in a job",
         )
-    env = {**environ}
-    gpus = count_gpus(environ)
-    if gpus:
-        env["PODLIFT_NUM_GPUS"] = str(gpus)
     if given:
-        return detect.by_hand(*by_hand, env)
+        return detect.by_hand(*by_hand, environ)
+    env = detect.with_machine(environ, count_gpus(environ), options.cluster)
+    found = detect.detect(env, options.cluster, this_machine=bool(options.processes))
     if options.processes and options.cluster == "auto":
-        # --processes overrides a scheduler, unless that has started several ranks already.
-        found = detect.detect(env) if _is_started_by_scheduler(environ) else None
+        # --processes overrides a scheduler, unless that has started several processes already.
         if found is not None and found.num_processes > 1:
             raise UserError(
                 f"--processes={options.processes}, but {found.cluster} has started "
@@ -96,14 +92,7 @@ def _find_placement(options: Options, environ: Mapping[str, str]) -> Placement |
                 "leave --processes out, or give --cluster=none",
             )
         return None
-    if options.cluster in ("auto", "tpu_gce"):
-        env |= read_gce_metadata(environ)
-    return detect.detect(env, options.cluster)
-
-
-def _is_started_by_scheduler(environ: Mapping[str, str]) -> bool:
-    """Whether this process is a task of a scheduler, not a program in its batch shell."""
-    return any(name in environ for name in ("SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE"))
+    return found
 
 
 def _check_workdir_is_given(options: Options, placement: Placement | None) -> None:

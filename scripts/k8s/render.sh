@@ -23,6 +23,7 @@ Prints the manifest of a JobSet that trains on GKE TPU slices or on GPU nodes.
   --topology=AxB[xC]     chips of a slice; the product is hosts x chips (default: 4x4)
   --slices=N             TPU slices, or groups of GPU hosts (default: 1)
   --gpus=N               GPUs per host (default: 8)
+  --queue=QUEUE          a local queue of Kueue, which starts the job when there is quota
   --account=ACCOUNT      a Kubernetes service account with access to the bucket
   --user=UID             of the processes (default: 1000); 0 if only root may open the
                          accelerators
@@ -54,6 +55,7 @@ accelerator=
 topology=4x4
 slices=1
 gpus=8
+queue=
 account=
 user=1000
 max_restarts=100
@@ -76,6 +78,7 @@ while (($#)); do
     --topology=*) topology=${1#*=} ;;
     --slices=*) slices=${1#*=} ;;
     --gpus=*) gpus=${1#*=} ;;
+    --queue=*) queue=${1#*=} ;;
     --account=*) account=${1#*=} ;;
     --user=*) user=${1#*=} ;;
     --max-restarts=*) max_restarts=${1#*=} ;;
@@ -111,7 +114,7 @@ done
 for option in "user=$user" "max-restarts=$max_restarts"; do
   [[ $option =~ =(0|[1-9][0-9]{0,8})$ ]] || fail "--$option is not a number" "see --help"
 done
-for option in "claim=$claim" "account=$account"; do
+for option in "claim=$claim" "queue=$queue" "account=$account"; do
   [[ $option =~ =([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?$ ]] ||
     fail "--$option is not a name in Kubernetes" "a-z, 0-9, - and ."
 done
@@ -158,6 +161,7 @@ done
 coordinator=$name-train-0-0.$name
 
 conditions=" $kind "
+[[ -z $queue ]] || conditions+="queue "
 [[ -z $account ]] || conditions+="account "
 [[ -z $claim ]] || conditions+="claim "
 [[ -z $accelerator ]] || conditions+="accelerator "
@@ -171,6 +175,7 @@ value_of() {
     MAX_RESTARTS) printf %s "$max_restarts" ;;
     SLICES) printf %s "$slices" ;;
     HOSTS) printf %s "$hosts" ;;
+    QUEUE) quote "$queue" ;;
     ACCOUNT) quote "$account" ;;
     ACCELERATOR) quote "$accelerator" ;;
     TOPOLOGY) quote "$topology" ;;

@@ -12,8 +12,12 @@ from recorded_environ import RECORDED, changed, recorded
 from launcher.clusters.detect import CLUSTERS, detect
 from trainer.errors import UserError
 
+SKYPILOT_TASK = "sky-2026-11-29-18-24-50-000000_mlp_7"
+TORCH_RUNS = ("d97f3def-f048-46f2-91ee-d2350303505e", "d3095231-62b2-4691-a3d5-5effe0c2f399")
+VERTEX_HOST = "cmle-training-workerpool0-ab-0"
 MEGASCALE_HOST = "multislice-job-slice-0-0.multislice-job"
 
+# What rank 0 answers over PMI_FD, and the lines of PBS_NODEFILE, are in the recordings too.
 # file: host, port, processes, rank, devices, attempt, job (after the cluster, which is the file's)
 PLACEMENTS = {
     "kubernetes-job-pod1": ("train-0.svc", 8476, 2, 1, None, 0, "train-0.svc"),
@@ -66,9 +70,65 @@ PLACEMENTS = {
         0,
         "train-0.headless-svc",
     ),
+    "aws_batch-child-node0": ("10.0.1.5", 20735, 3, 2, None, 1, "5f3c-77"),
+    "aws_batch-main-node1": ("ip-10-0-1-5.ec2.internal", 20735, 3, 0, None, 1, "5f3c-77"),
+    "beaker-replica1": ("jupiter-cs-aus-101", 8476, 2, 1, None, 0, "jupiter-cs-aus-101:8476"),
+    "dstack-node1": ("10.0.0.4", 8476, 2, 1, None, 0, "10.0.0.4:8476"),
+    "flux-1n2t-rank1": ("127.0.0.1", 24843, 2, 1, None, 0, "f3ETxsR9H"),
+    "flux-2n4t-rank3": ("n1", 24843, 4, 3, None, 0, "f3ETxsR9H"),
+    "horovod-2-rank1": ("127.0.0.1", 25926, 2, 1, None, 0, "10.0.0.4 40217"),
+    "hydra-intel-2-rank0": ("127.0.0.1", 22068, 2, 0, None, 0, "n1 kvs_16733_0"),
+    "hydra-mpich-1-rank0": ("127.0.0.1", 8476, 1, 0, None, 0, "127.0.0.1:8476"),
+    "hydra-mpich-2-rank1": ("127.0.0.1", 24357, 2, 1, None, 0, "n1 kvs_16628_0_687554383_n1"),
+    "hydra-slurm-2n4t-rank3": ("n1", 27460, 4, 3, None, 0, "n1 kvs_711_0_42_n1"),
+    "jax-by_hand-rank0": ("127.0.0.1", 12355, 2, 0, None, 0, "127.0.0.1:12355"),
+    "jax-trainer-node1": ("mlp-node-0-0.mlp", 6666, 2, 1, None, 0, "mlp-node-0-0.mlp:6666"),
+    "jax_job-worker1": ("mlp-worker-0", 6666, 2, 1, None, 0, "mlp-worker-0:6666"),
+    "jsrun-2-rank1": ("127.0.0.1", 20781, 2, 1, None, 0, "1234567 1"),
+    # WORLD_SIZE=16 counts nprocPerNode, which torchrun would start.
+    "kubeflow-pytorchjob-worker0": ("mlp-master-0", 8476, 2, 1, None, 0, "mlp-master-0:8476"),
+    "kubeflow-trainer-node1": ("mlp-node-0-0.mlp", 8476, 2, 1, None, 0, "mlp-node-0-0.mlp:8476"),
+    "leader_worker_set-worker1": (
+        "mlp-0.mlp.default",
+        8476,
+        2,
+        1,
+        None,
+        0,
+        "mlp-0.mlp.default:8476",
+    ),
+    "metaflow-node1": ("10.0.0.4", 8476, 2, 1, None, 0, "10.0.0.4:8476"),
+    "sagemaker-algo-1-alone": ("algo-1", 8476, 1, 0, None, 0, "algo-1:8476"),
+    "sagemaker-algo-2": ("algo-1", 8476, 2, 1, None, 0, "algo-1:8476"),
+    "skypilot-node1": ("10.164.0.4", 24121, 2, 1, None, 0, SKYPILOT_TASK),
+    "slurm-pmi2-2n-rank1": ("n1", 20291, 2, 1, None, 0, "3.0"),
+    "slurm-torch_names-2n-rank1": ("n1", 20291, 2, 1, None, 0, "3.0"),
+    "tf_config-worker0": ("host1", 2222, 3, 1, None, 0, "host1:2222"),
+    "torch_env-azureml-2n-rank1": ("10.0.0.4", 27437, 2, 1, None, 0, "10.0.0.4 6105"),
+    "torch_env-by_hand-rank1": ("127.0.0.1", 20262, 4, 1, (1,), 0, "127.0.0.1 29500"),
+    "torch_env-volcano-worker0": (
+        "mlp-master-0.mlp",
+        20115,
+        2,
+        1,
+        None,
+        0,
+        "mlp-master-0.mlp 23456",
+    ),
+    "torchrun-1-rank0": ("127.0.0.1", 27367, 1, 0, None, 0, f"{TORCH_RUNS[1]} localhost 45021"),
+    "torchrun-2-rank0": ("127.0.0.1", 20703, 2, 0, None, 0, f"{TORCH_RUNS[0]} localhost 37639"),
+    "torchrun-2-rank1": ("127.0.0.1", 20703, 2, 1, None, 0, f"{TORCH_RUNS[0]} localhost 37639"),
+    "torchrun-c10d-2n2t-rank3": ("n1.cluster", 23029, 4, 3, None, 1, "job7 n1.cluster 43425"),
+    "torchrun-deepspeed-2n4t-rank3": ("10.0.0.4", 27547, 4, 3, (1,), 0, "10.0.0.4 29500"),
+    "torchrun-ray_train-2n2t-rank2": ("10.0.0.4", 26996, 4, 2, None, 0, "10.0.0.4 41231"),
+    # One task a node for SLURM, of which torchrun makes two.
+    "torchrun-slurm-2n4t-rank2": ("n1", 27116, 4, 2, None, 0, "none n1 29500"),
+    "vertex-pool1-worker1": (VERTEX_HOST, 2222, 3, 2, None, 0, f"{VERTEX_HOST}:2222"),
+    "volcano-worker1": ("mlp-worker-0.mlp", 8476, 2, 1, None, 0, "mlp-worker-0.mlp:8476"),
 }
 
 SRUN = "HINT: srun python -m launcher"
+NO_ADDRESS = "no variable says where rank 0 is\n  HINT: set PODLIFT_COORDINATOR_ADDRESS=HOST:PORT"
 
 # file: None for no cluster, or what the error says
 OTHERS = {
@@ -82,6 +142,35 @@ OTHERS = {
     "slurm-salloc-2n4t": SRUN,
     "slurm-gres-odd-rank1": "HINT: srun --gpus-per-task=N",
     "slurm-gres-shared-rank1": "2 tasks on this node cannot share 1 accelerators",
+    "flux-2n4t-without_pmi-rank3": f"FLUX_JOB_SIZE=4, but {NO_ADDRESS}",
+    "horovod-2n4t-rank3": f"HOROVOD_SIZE=4, but {NO_ADDRESS}",
+    "hydra-mpich-2-without_pmi-rank1": "PMI_SIZE=2, but no variable says which job this is",
+    "jsrun-2n4t-rank3": f"JSM_NAMESPACE_SIZE=4, but {NO_ADDRESS}",
+    "mvapich-2n4t-rank3": f"MV2_COMM_WORLD_SIZE=4, but {NO_ADDRESS}",
+    "pmi-pals-2n4t-rank3": f"PMI_SIZE=4, but {NO_ADDRESS}",
+    "tf_config-parameter_server": "TF_CONFIG has tasks of type ps",
+    "vertex-pool3-evaluator": "CLUSTER_SPEC has no task workerpool3 0 among those that train",
+    "volcano-two_tasks": "Volcano has several tasks (VC_MASTER_HOSTS, VC_WORKER_HOSTS)",
+}
+# Launchers without a class of their own: None for a job of one process.
+UNKNOWN = {
+    "other-base_command-node1": "NGC_ARRAY_SIZE=2: podlift does not know how to join",
+    "other-condor-node1": "_CONDOR_NPROCS=2: podlift does not know how to join",
+    "other-jax-coordinator_only": "JAX_COORDINATOR_ADDRESS=n1:1234 is of a job of several",
+    "other-jax-without_rank": "JAX_NUM_PROCESSES=2, but JAX_PROCESS_ID or JAX_PROCESS_INDEX is not",
+    "other-left_over": None,
+    "other-lsf-1n": None,
+    "other-lsf-2n": "LSF has 2 hosts for this job (LSB_MCPU_HOSTS)",
+    "other-pbs-1n": None,
+    "other-pbs-2n": "PBS has 2 hosts for this job (PBS_NODEFILE)",
+    "other-prte-rank1": "PMIX_RANK=1 is of a job of several processes",
+    "other-sge-1n": None,
+    "other-sge-2n": "Grid Engine has 2 hosts for this job (PE_HOSTFILE)",
+    "other-skypilot-torchrun": "torchrun has 1 process (",
+    "other-slurm_shell-pmix": None,
+    "other-torch-without_address": "WORLD_SIZE=4, but MASTER_ADDR is not set",
+    "other-torch-without_rank": "WORLD_SIZE=4, but RANK is not set",
+    "other-torque-2n": "PBS has 2 hosts for this job",
 }
 
 
@@ -110,9 +199,30 @@ def test_a_recorded_environment_without_a_placement_says_why(name):
     assert OTHERS[name] in str(error.value)
 
 
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_podlift_cannot_join_never_trains_alone(name):
+    if UNKNOWN[name] is None:
+        found = detect(recorded(name))
+        assert found is None or found.num_processes == 1
+        return
+    with pytest.raises(UserError) as error:
+        detect(recorded(name))
+    assert UNKNOWN[name] in error.value.message
+    # What to do: the flags, or an address, or the launcher that has several; and how to mean one.
+    for hint in ("--coordinator_address=HOST:PORT --num_processes=N", "--cluster=skypilot"):
+        if hint in error.value.hint:
+            break
+    else:
+        raise AssertionError(error.value.hint)
+    assert "--cluster=none" in error.value.hint
+    assert detect(recorded(name), "none") is None
+
+
 def test_every_recorded_environment_is_tested():
-    names = {path.stem for cluster in CLUSTERS for path in RECORDED.glob(f"{cluster.name}-*.env")}
-    assert names == {*PLACEMENTS, *OTHERS}
+    names = {path.stem for path in RECORDED.glob("*.env")}
+    assert names == {*PLACEMENTS, *OTHERS, *UNKNOWN}
+    clusters = {name.partition("-")[0] for name in names}
+    assert clusters == {cluster.name for cluster in CLUSTERS} | {"other"}
 
 
 def test_without_a_scheduler_there_is_no_cluster():
@@ -212,7 +322,7 @@ def test_variables_that_contradict_each_other_are_an_error_of_one_line(name, cha
 @pytest.mark.parametrize(
     ("env", "choice", "expected"),
     [
-        ({}, "slrum", "HINT: auto, none, open_mpi, slurm, tpu_gke, tpu_gce, kubernetes"),
+        ({}, "slrum", "HINT: auto, none, torchrun, horovod, jsrun, open_mpi,"),
         ({}, "by_hand", "there is no such cluster"),
         ({}, "slurm", "SLURM_JOB_ID, SLURM_STEP_ID, SLURM_PROCID, SLURM_STEP_NODELIST or"),
         ({}, "open_mpi", "OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_RANK is not set"),

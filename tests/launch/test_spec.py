@@ -46,9 +46,23 @@ def test_processes_share_the_gpus(tmp_path):
     assert "CUDA_VISIBLE_DEVICES" not in on_cpu.workers[0].environ
 
 
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+SHELL = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}
+
 REFUSED = [
     (["--max_restarts=3"], SLURM, "is for a job on this machine alone"),
     (["--processes=2"], SLURM, "slurm has started 2 processes already"),
+    (["--processes=2"], TORCHRUN, "torchrun has started 2 processes already"),
+    (["--processes=2"], {"WORLD_SIZE": "4"}, "WORLD_SIZE=4, but RANK is not set"),
+    ([], {"WORLD_SIZE": "4"}, "WORLD_SIZE=4, but RANK is not set"),
+    ([], SHELL, "SLURM has 2 tasks for this job, but srun is missing"),
     (["--process_id=1", "--processes=2"], {}, "exclude each other"),
     (["--process_id=1"], {}, "--coordinator_address and --num_processes are missing"),
     (["--cluster=slurm"], {}, "--cluster=slurm, but SLURM_JOB_ID"),
@@ -77,6 +91,16 @@ def test_one_process_of_a_cluster(tmp_path):
     options = flags.parse(["launcher", MLP])
     with pytest.raises(UserError, match="--workdir is missing: slurm has 2 processes"):
         make_launch_spec(options, SLURM)
+
+
+def test_flags_win_over_variables(tmp_path):
+    by_hand = ("--coordinator_address=n1:1", "--num_processes=4", "--process_id=2")
+    found = spec_of(tmp_path, *by_hand, **TORCHRUN).placement
+    assert (found.cluster, found.host, found.num_processes) == ("by hand", "n1", 4)
+    assert spec_of(tmp_path, "--cluster=none", **TORCHRUN).num_processes == 1
+    assert spec_of(tmp_path, "--cluster=none", "--processes=2", **TORCHRUN).placement is None
+    # --processes means this machine, so the other hosts of a batch job are left idle on purpose.
+    assert spec_of(tmp_path, "--processes=2", **SHELL).num_processes == 2
 
 
 def test_the_workers_get_the_full_config(tmp_path):

@@ -32,7 +32,7 @@ KINDS = {
     "gpu": ["--kind=gpu"],
     "gpu, everything": [
         *["--kind=gpu", "--hosts=3", "--gpus=4", "--accelerator=nvidia-h100-80gb"],
-        *["--claim=disk", "--workdir=/runs/x", "--account=trainer", "--slices=2"],
+        *["--claim=disk", "--workdir=/runs/x", "--account=trainer", "--slices=2", "--queue=team-a"],
     ],
 }
 
@@ -100,6 +100,9 @@ def test_values_for_tpus_and_gpus(run_script):
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     assert pod["serviceAccountName"] == "trainer"
     assert {"name": "runs", "mountPath": "/runs"} in container_of(gpu)["volumeMounts"]
+    # https://kueue.sigs.k8s.io/docs/tasks/run/jobsets/
+    assert gpu["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team-a"}
+    assert "labels" not in tpu["metadata"]
     pod = rendered(run_script, "--kind=gpu")["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert "nodeSelector" not in pod["template"]["spec"]
 
