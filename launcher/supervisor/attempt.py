@@ -21,8 +21,8 @@ from launcher.launch.spec import LaunchSpec, WorkerSpec
 from launcher.processes.assignment import Assignment, Outcome
 from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import Failure, failure_from_exit, failure_from_outcome
-from launcher.processes.messages import print_err, print_out
-from launcher.processes.rank_log import RankFile, remove_logs
+from launcher.processes.messages import print_line, print_out
+from launcher.processes.rank_log import RankFile, finish_logs, is_log_disk_slow, remove_logs
 from launcher.processes.signals import STACKS_SIGNAL, STOPPED_AT_ONCE
 from launcher.rendezvous import Listener, Rendezvous, Start, open_rendezvous
 from launcher.rendezvous.protocol import HEARTBEAT_SECS
@@ -164,6 +164,7 @@ class Attempt:
                 self._loop,
                 functools.partial(self._on_line, child),
                 functools.partial(self._on_outcome, child),
+                is_log_disk_slow,
             )
         self._call_later(self._watchdog.period, self._watch)
 
@@ -181,7 +182,7 @@ class Attempt:
         if any(noise in line for noise in _NOISE):
             return
         prefix = f"[{child.rank}] " if shown is None or len(shown) > 1 else ""
-        (print_err if is_error else print_out)(prefix + line)
+        print_line(prefix + line, is_error=is_error)
 
     def _on_outcome(self, child: Child, outcome: Outcome) -> None:
         if outcome.is_failure:
@@ -349,8 +350,7 @@ class Attempt:
             self._rendezvous.leave()
         for child in self._children:
             child.close(self._loop)
-        for log in self._logs.values():
-            log.close()
+        finish_logs(list(self._logs.values()))
         if self._result is not None and self._result.exit_code == exit_codes.USAGE:
             remove_logs(self._logs.values())
 
