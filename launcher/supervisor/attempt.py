@@ -26,6 +26,7 @@ from launcher.processes.rank_log import RankFile, finish_logs, is_log_disk_slow,
 from launcher.processes.signals import STACKS_SIGNAL, STOPPED_AT_ONCE
 from launcher.rendezvous import Listener, Rendezvous, Start, open_rendezvous
 from launcher.rendezvous.protocol import HEARTBEAT_SECS
+from launcher.rendezvous.resolve import find_address
 from launcher.rendezvous.root_cause import MakeRootCause, RootCause
 from launcher.supervisor import failures
 from launcher.supervisor.children import (
@@ -114,7 +115,10 @@ class Attempt:
             UserError: the port of the rendezvous is taken.
         """
         try:
-            self._rendezvous = self._make_rendezvous()
+            address = self._find_address()
+            if self._result is not None:
+                return self._result
+            self._rendezvous = self._make_rendezvous(address)
             try:
                 self._rendezvous.open()
                 self._loop.run(lambda: self._result is not None)
@@ -131,7 +135,18 @@ class Attempt:
 
     # Start
 
-    def _make_rendezvous(self) -> Rendezvous:
+    def _find_address(self) -> str:
+        """Where rank 0 listens; empty for all addresses of its host."""
+        placement = self._spec.placement
+        if placement is None or placement.process_id != 0:
+            return ""
+        host, seconds = placement.host, self._limits.rendezvous_timeout_secs
+        give_up = functools.partial(self._report, failures.not_resolved(self._rank, host, seconds))
+        return find_address(
+            host, seconds, self._loop, give_up, is_over=lambda: self._result is not None
+        )
+
+    def _make_rendezvous(self, address: str) -> Rendezvous:
         listener = Listener(
             on_start=self._start,
             on_end=self._fail_with,
@@ -147,7 +162,7 @@ class Attempt:
             hang_secs=0.0 if is_alone else self._watchdog.period + HEARTBEAT_SECS,
         )
         period = self._watchdog.period
-        return open_rendezvous(self._spec, self._loop, listener, make_root_cause, period)
+        return open_rendezvous(self._spec, self._loop, listener, make_root_cause, period, address)
 
     def _start(self, start: Start) -> None:
         spec = self._spec
@@ -267,8 +282,9 @@ class Attempt:
 
     def _report(self, failure: Failure) -> None:
         """Reports a failure; the rendezvous calls `_fail_with` with the root cause."""
-        assert self._rendezvous is not None
-        if not self._is_closing:
+        if self._rendezvous is None:  # not yet
+            self._fail_with(failure)
+        elif not self._is_closing:
             self._rendezvous.report(failure)
 
     def _fail_with(self, cause: Failure) -> None:
