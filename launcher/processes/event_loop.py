@@ -1,11 +1,16 @@
-"""Waits for files, signals and timers in one thread: callbacks on an asyncio loop."""
+"""Waits for files, signals, timers and threads in one thread: callbacks on an asyncio loop."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import signal
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class EventLoop:
@@ -49,6 +54,32 @@ class EventLoop:
     def call_later(self, seconds: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
         """Calls back once, after a delay; the handle cancels it."""
         return self._loop.call_later(seconds, self._call, callback)
+
+    def call_in_thread(
+        self,
+        function: Callable[[], T],
+        on_result: Callable[[T], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        """Calls a function that may block in a thread of its own, then back with what came of it.
+
+        A thread that never ends does not hold up the exit of the process.
+
+        Args:
+            function: blocks for as long as it likes.
+            on_result: gets what it returns, unless the loop is closed by then.
+            on_error: gets what it raises instead.
+        """
+
+        def work() -> None:
+            try:
+                callback = functools.partial(on_result, function())
+            except Exception as error:
+                callback = functools.partial(on_error, error)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._call, callback)
+
+        threading.Thread(target=work, name="podlift-blocking", daemon=True).start()
 
     def run(self, until: Callable[[], bool]) -> None:
         """Runs callbacks until `until()` holds, which is evaluated after each of them.

@@ -1,66 +1,92 @@
 """The launcher's terminal: lines that a thread writes, and the hint on how to resume.
 
-With a thread, a terminal that blocks (Ctrl-S, `less`) holds up neither the supervision of the
-workers nor the other launchers.
+With a thread, a terminal that blocks (Ctrl-S, `less`) holds up neither the workers, nor their
+supervision, nor the other launchers. What it does not take in time is dropped and counted: the
+logs have it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
 import shlex
 import sys
-import threading
-from typing import TextIO
 
 from etils import epath
 
-# Lines that the terminal has not accepted yet. Further ones are dropped; the logs have them.
-_MAX_PENDING = 10_000
+from launcher.processes.background import BackgroundWriter
+from trainer.console import escape
 
-_lines: queue.Queue[tuple[bool, str]] = queue.Queue(_MAX_PENDING)
-_writer: threading.Thread | None = None
+# Bytes of the output of ranks that wait for the terminal; the launcher's own lines may take as much
+# again.
+_MAX_PENDING = 4_000_000
+# Of a line of a rank.
+_MAX_SHOWN = 10_000
 
 
 def print_out(text: str) -> None:
-    """Writes whole lines to stdout, soon."""
-    _enqueue(text, is_error=False)
+    """Writes the launcher's own lines to stdout, soon."""
+    _terminal.print(escape(text), is_error=False, limit=2 * _MAX_PENDING)
 
 
 def print_err(text: str) -> None:
-    """Writes whole lines to stderr, soon."""
-    _enqueue(text, is_error=True)
+    """Writes the launcher's own lines to stderr, soon."""
+    _terminal.print(escape(text), is_error=True, limit=2 * _MAX_PENDING)
+
+
+def print_line(line: str, *, is_error: bool) -> None:
+    """Writes a line of a rank, soon. It may select colours; a very long one is cut."""
+    if len(line) > _MAX_SHOWN:
+        line = f"{line[:_MAX_SHOWN]} ... {len(line) - _MAX_SHOWN:,} more characters in the log"
+    _terminal.print(escape(line, colors=True), is_error=is_error, limit=_MAX_PENDING)
 
 
 def flush(seconds: float = 2.0) -> None:
     """Waits until every line is written, or until the time is over."""
-    with _lines.all_tasks_done:
-        _lines.all_tasks_done.wait_for(lambda: not _lines.unfinished_tasks, seconds)
+    _terminal.flush(seconds)
 
 
-def _enqueue(text: str, *, is_error: bool) -> None:
-    global _writer
-    if _writer is None:
-        _writer = threading.Thread(target=_write_lines, name="podlift-terminal", daemon=True)
-        _writer.start()
-    with contextlib.suppress(queue.Full):
-        _lines.put_nowait((is_error, text))
+class _Terminal:
+    def __init__(self) -> None:
+        self._writer = BackgroundWriter("podlift-terminal")
+        self._missing = 0
+
+    def print(self, text: str, *, is_error: bool, limit: int) -> None:
+        """Has lines written, unless more than `limit` bytes wait already."""
+        # Where lines are missing, it first catches up: one gap is easier to read than many.
+        if self._writer.pending > (limit // 2 if self._missing else limit):
+            self._missing += 1
+            return
+        self._tell_what_is_missing()
+        self._put(text, is_error=is_error)
+
+    def flush(self, seconds: float) -> None:
+        self._tell_what_is_missing()
+        self._writer.flush(seconds)
+
+    def _tell_what_is_missing(self) -> None:
+        missing, self._missing = self._missing, 0
+        if missing:
+            text = (
+                f"warning: {missing:,} line{'s are' if missing > 1 else ' is'} missing here: the "
+                "terminal did not take them in time; the logs of the ranks have their output"
+            )
+            self._put(text, is_error=True)
+
+    def _put(self, text: str, *, is_error: bool) -> None:
+        self._writer.put(lambda: _write_to(text, is_error=is_error), sys.getsizeof(text))
 
 
-def _write_lines() -> None:
-    while True:
-        is_error, text = _lines.get()
-        _write_to(sys.stderr if is_error else sys.stdout, f"{text}\n")
-        _lines.task_done()
-
-
-def _write_to(stream: TextIO | None, text: str) -> None:
+def _write_to(text: str, *, is_error: bool) -> None:
     """Writes in one piece, since other launchers may write to the same terminal."""
+    stream = sys.stderr if is_error else sys.stdout
     with contextlib.suppress(OSError, ValueError):  # closed, or `| head`
         if stream is not None:
             encoding = stream.encoding or "utf-8"
-            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            stream.write(f"{text}\n".encode(encoding, "backslashreplace").decode(encoding))
             stream.flush()
+
+
+_terminal = _Terminal()
 
 
 def how_to_resume(workdir: str, *, smoke: bool = False, in_memory: bool = False) -> str:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
-from trainer.console import warn
+from launcher.processes.background import BackgroundWriter
+from launcher.processes.messages import print_err
 from trainer.errors import UserError
 from trainer.workdir.lock import is_held
 
 _STAMP = "%Y-%m-%d %H:%M:%S"
+# Bytes that wait for a disk; more of them stay in the pipes of the workers.
+_MAX_PENDING = 32_000_000
+# How long to wait, at the end, for a disk that is slow.
+_CLOSE_SECS = 10.0
 
 
 def next_attempt(folder: Path) -> int:
@@ -53,9 +59,10 @@ def claim_attempt(folder: Path) -> int:
 
 
 class RankFile:
-    """The log of one worker, which its launcher writes: each line with its time.
+    """The log of one worker, which its launcher writes in a thread: each line with its time.
 
-    Training continues without a log that cannot be written.
+    Training continues without a log that cannot be written. The thread waits for a disk that is
+    slow, and then so does a worker that prints much; the launcher does not.
 
     Args:
         folder: the run's local folder.
@@ -66,21 +73,22 @@ class RankFile:
     def __init__(self, folder: Path, attempt: int, rank: int) -> None:
         self.path = folder / "logs" / f"attempt-{attempt}" / f"rank-{rank}.log"
         self._tail: deque[str] = deque(maxlen=100)
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._is_whole = True
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8", errors="replace", buffering=1)
+            self._file = FileIO(self.path, "a")
         except OSError as error:
-            warn(f"{self.path} cannot be written: {error.strerror or error}")
+            self._tell(error)
 
     def write(self, text: str) -> None:
         """Adds lines."""
         stamp = time.strftime(_STAMP)
-        for line in text.splitlines():
+        for line in text.removesuffix("\n").split("\n"):
             self._tail.append(line[:1000])
-            with contextlib.suppress(OSError):
-                if self._file is not None:
-                    self._file.write(f"{stamp} {line}\n")
+            if self._file is not None:
+                data = _encode(f"{stamp} {line}\n")
+                _disk.put(functools.partial(self._append, self._file, data), len(data))
 
     @property
     def tail(self) -> str:
@@ -88,10 +96,51 @@ class RankFile:
         return "\n".join(self._tail)
 
     def close(self) -> None:
-        """Closes the file, also one that cannot be written."""
-        with contextlib.suppress(OSError):
-            if self._file is not None:
-                self._file.close()
+        """Closes the file once all is written."""
+        if self._file is not None:
+            _disk.put(functools.partial(self._close, self._file), 0)
+
+    def _append(self, file: FileIO, data: bytes) -> None:
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError as error:
+            self._tell(error)
+
+    def _close(self, file: FileIO) -> None:
+        try:
+            file.close()
+        except OSError as error:
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if self._is_whole:
+            self._is_whole = False
+            print_err(f"warning: {self.path} cannot be written: {error.strerror or error}")
+
+
+def finish_logs(files: Sequence[RankFile]) -> None:
+    """Closes logs, and waits for their disk for a while."""
+    for file in files:
+        file.close()
+    if files and not _disk.flush(_CLOSE_SECS):
+        folder = files[0].path.parent
+        print_err(f"warning: the logs in {folder} are incomplete: their disk does not answer")
+
+
+def is_log_disk_slow() -> bool:
+    """Whether so much output waits for the disk that workers should wait with theirs."""
+    return _disk.pending > _MAX_PENDING
+
+
+def _encode(line: str) -> bytes:
+    try:
+        return line.encode("utf-8", "surrogateescape")  # the bytes that the worker has printed
+    except UnicodeEncodeError:
+        return line.encode("utf-8", "backslashreplace")
+
+
+_disk = BackgroundWriter("podlift-logs")
 
 
 def remove_logs(files: Iterable[RankFile]) -> None:

@@ -25,6 +25,26 @@ def hold_port(address: str) -> socket.socket:
     return held
 
 
+def connect_to(host: str, port: int, timeout: float = 2.0) -> socket.socket:
+    """Connects to a host; blocks for as long as the resolver does, and `timeout` per address.
+
+    Raises:
+        OSError: it does not answer, or the name does not resolve; the text says which.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"the name {host} does not resolve: {reason}") from error
+    failure = OSError(f"the name {host} has no address")
+    for address in dict.fromkeys(str(entry[4][0]) for entry in found):
+        try:
+            return socket.create_connection((address, port), timeout)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
 def own_address(host: str) -> str:
     """The address at which others reach this machine as `host`; empty if unknown.
 
@@ -33,7 +53,7 @@ def own_address(host: str) -> str:
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):
         return ""
     addresses = [str(entry[4][0]) for entry in found]
     if host in ("localhost", "127.0.0.1", "::1"):

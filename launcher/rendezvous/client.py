@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from launcher.exit_codes import RETRY
 from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import Failure
-from launcher.rendezvous.address import join_address
+from launcher.rendezvous.address import connect_to, join_address
 from launcher.rendezvous.connection import Connection
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, PROTOCOL, Hello, Listener, Start
 
@@ -49,28 +50,50 @@ class Client:
         self._answer_timeout = answer_timeout
         self._began = loop.time()
         self._connection: Connection | None = None
+        self._is_trying = False  # in a thread
         self._has_started = self._is_over = self._is_done = False
         self._reason = ""
         loop.call_later(HEARTBEAT_SECS, self._beat)
         loop.call_later(10, self._remind)
+        loop.call_later(rendezvous_timeout, self._end_try)
 
     def open(self) -> None:
-        """Connects to rank 0, and tries again until it answers."""
+        """Connects to rank 0, and tries again until it answers.
+
+        A resolver or a host that does not answer blocks a thread, and nothing else.
+        """
         if self._is_over:
             return
+        if self._loop.time() - self._began > self._rendezvous_timeout:
+            return self._give_up()
+        self._is_trying = True
+        self._reason = self._reason or f"the name {self._target[0]} is not resolved yet"
+        connect = functools.partial(connect_to, *self._target)
+        self._loop.call_in_thread(connect, self._on_connected, self._on_no_connection)
+
+    def _give_up(self) -> None:
         waited = self._loop.time() - self._began
-        if waited > self._rendezvous_timeout:
-            message = (
-                f"rank 0 has not answered at {join_address(*self._target)} for {waited:.0f} s "
-                f"({self._reason})\n  HINT: was it started, and can this host reach it there?"
-            )
-            return self._end(Failure(self._hello.rank, RETRY, message))
-        try:
-            connected = socket.create_connection(self._target, timeout=2.0)
-        except OSError as error:
-            self._reason = error.strerror or str(error)
-            self._loop.call_later(min(2.0, 0.1 + waited / 10), self.open)
-            return None
+        message = (
+            f"rank 0 has not answered at {join_address(*self._target)} for {waited:.0f} s "
+            f"({self._reason})\n  HINT: was it started, and can this host reach it there?"
+        )
+        self._end(Failure(self._hello.rank, RETRY, message))
+
+    def _end_try(self) -> None:
+        """Gives up if a thread still tries when the time is over."""
+        if self._is_trying:
+            self._give_up()
+
+    def _on_no_connection(self, error: Exception) -> None:
+        self._is_trying = False
+        waited = self._loop.time() - self._began
+        self._reason = getattr(error, "strerror", None) or str(error)
+        self._loop.call_later(min(2.0, 0.1 + waited / 10), self.open)
+
+    def _on_connected(self, connected: socket.socket) -> None:
+        self._is_trying = False
+        if self._is_over:
+            return connected.close()
         self._address = connected.getsockname()[0]
         self._connection = Connection(self._loop, connected, self._handle, self._on_loss)
         self._connection.send("hello", protocol=PROTOCOL, hello=asdict(self._hello))

@@ -13,7 +13,6 @@ from launcher.clusters.placement import Placement
 from launcher.launch.spec import LaunchSpec
 from launcher.processes.event_loop import EventLoop
 from launcher.processes.rank_log import claim_attempt
-from launcher.rendezvous.address import own_address
 from launcher.rendezvous.client import Client
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, Hello, Listener, Rendezvous
 from launcher.rendezvous.root_cause import MakeRootCause
@@ -29,6 +28,7 @@ def open_rendezvous(
     listener: Listener,
     make_root_cause: MakeRootCause,
     watch_secs: float,
+    address: str,
 ) -> Rendezvous:
     """Makes the rendezvous of one attempt; `Rendezvous.open` begins it.
 
@@ -38,6 +38,7 @@ def open_rendezvous(
         listener: gets the events.
         make_root_cause: makes what decides which failure came first, if this launcher decides.
         watch_secs: seconds between two checks of a launcher on its workers.
+        address: where rank 0 listens; empty for all addresses of its host.
 
     Raises:
         UserError: the port of the rendezvous is taken.
@@ -54,7 +55,6 @@ def open_rendezvous(
         return Client(
             loop, hello, placement.host, placement.port, listener, *timeouts, answer_timeout
         )
-    address = own_address(placement.host)
     number_attempt = functools.partial(claim_attempt, spec.local_dir)
     try:
         return Server(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +16,8 @@ from launcher.rendezvous.connection import Connection
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, Hello, Listener, Start
 from launcher.rendezvous.root_cause import MakeRootCause
 
+# Open files, or memory, of this process or machine are used up.
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # From the connection of a client to its hello.
 _HELLO_SECS = 10.0
 
@@ -97,7 +99,7 @@ class Server:
         self._root_cause = make_root_cause(self.end_everywhere)
         self._heartbeat_timeout = heartbeat_timeout
         self._sessions: dict[int, _Session] = {}
-        self._has_started = self._is_over = self._is_done = False
+        self._has_started = self._is_over = self._is_done = self._is_exhausted = False
         self._held_port: socket.socket | None = None
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._address = address
@@ -192,9 +194,25 @@ class Server:
         session.has_left = True
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             connected, _ = self._socket.accept()
-            _Session(self, self._loop, connected)
+        except OSError as error:
+            if error.errno in _EXHAUSTED:  # the connection stays readable: do not spin
+                self._pause_accepting(error)
+            return
+        _Session(self, self._loop, connected)
+
+    def _pause_accepting(self, error: OSError) -> None:
+        if not self._is_exhausted:
+            reason = f"{error.strerror}; trying again every second"
+            self._listener.on_wait(f"warning: no other rank can connect: {reason}")
+        self._is_exhausted = True
+        self._loop.remove_reader(self._socket)
+        self._loop.call_later(1.0, self._resume_accepting)
+
+    def _resume_accepting(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.add_reader(self._socket, self._accept)
 
     def _start_if_complete(self) -> None:
         if self._has_started or len(self._sessions) < self._hello.size - 1:

@@ -21,11 +21,12 @@ from launcher.launch.spec import LaunchSpec, WorkerSpec
 from launcher.processes.assignment import Assignment, Outcome
 from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import Failure, failure_from_exit, failure_from_outcome
-from launcher.processes.messages import print_err, print_out
-from launcher.processes.rank_log import RankFile, remove_logs
+from launcher.processes.messages import print_line, print_out
+from launcher.processes.rank_log import RankFile, finish_logs, is_log_disk_slow, remove_logs
 from launcher.processes.signals import STACKS_SIGNAL, STOPPED_AT_ONCE
 from launcher.rendezvous import Listener, Rendezvous, Start, open_rendezvous
 from launcher.rendezvous.protocol import HEARTBEAT_SECS
+from launcher.rendezvous.resolve import find_address
 from launcher.rendezvous.root_cause import MakeRootCause, RootCause
 from launcher.supervisor import failures
 from launcher.supervisor.children import (
@@ -114,7 +115,10 @@ class Attempt:
             UserError: the port of the rendezvous is taken.
         """
         try:
-            self._rendezvous = self._make_rendezvous()
+            address = self._find_address()
+            if self._result is not None:
+                return self._result
+            self._rendezvous = self._make_rendezvous(address)
             try:
                 self._rendezvous.open()
                 self._loop.run(lambda: self._result is not None)
@@ -131,7 +135,18 @@ class Attempt:
 
     # Start
 
-    def _make_rendezvous(self) -> Rendezvous:
+    def _find_address(self) -> str:
+        """Where rank 0 listens; empty for all addresses of its host."""
+        placement = self._spec.placement
+        if placement is None or placement.process_id != 0:
+            return ""
+        host, seconds = placement.host, self._limits.rendezvous_timeout_secs
+        give_up = functools.partial(self._report, failures.not_resolved(self._rank, host, seconds))
+        return find_address(
+            host, seconds, self._loop, give_up, is_over=lambda: self._result is not None
+        )
+
+    def _make_rendezvous(self, address: str) -> Rendezvous:
         listener = Listener(
             on_start=self._start,
             on_end=self._fail_with,
@@ -147,7 +162,7 @@ class Attempt:
             hang_secs=0.0 if is_alone else self._watchdog.period + HEARTBEAT_SECS,
         )
         period = self._watchdog.period
-        return open_rendezvous(self._spec, self._loop, listener, make_root_cause, period)
+        return open_rendezvous(self._spec, self._loop, listener, make_root_cause, period, address)
 
     def _start(self, start: Start) -> None:
         spec = self._spec
@@ -164,6 +179,7 @@ class Attempt:
                 self._loop,
                 functools.partial(self._on_line, child),
                 functools.partial(self._on_outcome, child),
+                is_log_disk_slow,
             )
         self._call_later(self._watchdog.period, self._watch)
 
@@ -181,7 +197,7 @@ class Attempt:
         if any(noise in line for noise in _NOISE):
             return
         prefix = f"[{child.rank}] " if shown is None or len(shown) > 1 else ""
-        (print_err if is_error else print_out)(prefix + line)
+        print_line(prefix + line, is_error=is_error)
 
     def _on_outcome(self, child: Child, outcome: Outcome) -> None:
         if outcome.is_failure:
@@ -266,8 +282,9 @@ class Attempt:
 
     def _report(self, failure: Failure) -> None:
         """Reports a failure; the rendezvous calls `_fail_with` with the root cause."""
-        assert self._rendezvous is not None
-        if not self._is_closing:
+        if self._rendezvous is None:  # not yet
+            self._fail_with(failure)
+        elif not self._is_closing:
             self._rendezvous.report(failure)
 
     def _fail_with(self, cause: Failure) -> None:
@@ -349,8 +366,7 @@ class Attempt:
             self._rendezvous.leave()
         for child in self._children:
             child.close(self._loop)
-        for log in self._logs.values():
-            log.close()
+        finish_logs(list(self._logs.values()))
         if self._result is not None and self._result.exit_code == exit_codes.USAGE:
             remove_logs(self._logs.values())
 

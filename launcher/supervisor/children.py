@@ -17,6 +17,7 @@ from launcher.processes.assignment import Assignment, Outcome
 from launcher.processes.event_loop import EventLoop
 from launcher.processes.progress_page import ProgressPage
 from launcher.processes.signals import STACKS_SIGNAL, STOP_SIGNALS
+from launcher.supervisor.output import Lines
 
 OnLine = Callable[[str, bool], None]
 
@@ -75,20 +76,27 @@ class Child:
         return self.process.pid
 
     def listen(
-        self, loop: EventLoop, on_line: OnLine, on_outcome: Callable[[Outcome], None]
+        self,
+        loop: EventLoop,
+        on_line: OnLine,
+        on_outcome: Callable[[Outcome], None],
+        is_full: Callable[[], bool],
     ) -> None:
-        """Calls back with each line and whether it is from stderr, and with the outcome."""
+        """Calls back with each line and whether it is from stderr, and with the outcome.
+
+        While `is_full`, the output of the worker stays in its pipes.
+        """
         assert self.process.stdout is not None
         assert self.process.stderr is not None
-        _Lines(loop, self.process.stdout, lambda line: on_line(line, False))
-        _Lines(loop, self.process.stderr, lambda line: on_line(line, True))
+        Lines(loop, self.process.stdout, lambda line: on_line(line, False), is_full)
+        Lines(loop, self.process.stderr, lambda line: on_line(line, True), is_full)
 
         def read_outcome(line: str) -> None:
             with contextlib.suppress(ValueError, TypeError):  # killed while it wrote the line
                 self.outcome = Outcome.from_line(line.encode())
                 on_outcome(self.outcome)
 
-        _Lines(loop, self._outcome_pipe, read_outcome)
+        Lines(loop, self._outcome_pipe, read_outcome)
 
     def signal(self, number: int) -> None:
         """Sends a signal, if the worker is still alive."""
@@ -106,32 +114,6 @@ class Child:
             if pipe is not None and not pipe.closed:
                 loop.remove_reader(pipe)
                 pipe.close()
-
-
-class _Lines:
-    """Reads whole lines from a pipe, until its end."""
-
-    def __init__(self, loop: EventLoop, pipe: IO[bytes], on_line: Callable[[str], None]) -> None:
-        self._loop = loop
-        self._pipe = pipe
-        self._on_line = on_line
-        self._rest = b""
-        os.set_blocking(pipe.fileno(), False)
-        loop.add_reader(pipe, self._read)
-
-    def _read(self) -> None:
-        try:
-            data = os.read(self._pipe.fileno(), 1 << 16)
-        except BlockingIOError:
-            return
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if (not data and self._rest) or len(self._rest) > 1 << 20:
-            lines, self._rest = [*lines, self._rest], b""
-        for line in lines:
-            self._on_line(line.decode(errors="replace"))
-        if not data:
-            self._loop.remove_reader(self._pipe)
-            self._pipe.close()
 
 
 @contextlib.contextmanager

@@ -33,6 +33,22 @@ def hang(stuck: Stuck, log: str, *, is_suspended: bool) -> Failure:
     )
 
 
+def not_resolved(rank: int, host: str, seconds: float) -> Failure:
+    """The name of rank 0's host, which its launcher cannot look up.
+
+    Args:
+        rank: of this launcher's first worker.
+        host: the name.
+        seconds: the time that the resolver had.
+    """
+    message = (
+        f"the name {host} of rank 0's host does not resolve: no answer for {seconds:.0f} s\n"
+        "  HINT: is the name server of this host up? An address needs none: --coordinator_address "
+        "or PODLIFT_COORDINATOR_ADDRESS=ADDRESS:PORT, the same for all ranks"
+    )
+    return Failure(rank, exit_codes.RETRY, message)
+
+
 def grace_exceeded(rank: int, progress: Progress, grace_secs: float, log: str) -> Failure:
     """A worker that did not stop in time after a request to stop.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 
 import pytest
+from messages import LONG
 
 from launcher.processes.event_loop import EventLoop
 
@@ -92,3 +94,21 @@ def test_a_file_that_another_callback_of_the_round_has_closed_is_not_read():
     assert len(read) == 1
     for file in (*ours, *theirs):
         file.close()
+
+
+def test_a_call_that_blocks_holds_up_neither_signals_nor_the_end():
+    released, found = threading.Event(), []
+    try:
+        with EventLoop() as loop:
+            loop.add_signal_handler(signal.SIGUSR1, lambda: found.append("signal"))
+            loop.call_in_thread(lambda: 1 // 1, found.append, found.append)
+            loop.run(lambda: found == [1])
+            loop.call_in_thread(lambda: 1 // 0, found.append, found.append)
+            loop.run(lambda: len(found) == 2)
+            assert isinstance(found[1], ZeroDivisionError)
+            loop.call_in_thread(lambda: released.wait(LONG), found.append, found.append)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            loop.run(lambda: len(found) == 3)
+    finally:
+        released.set()  # its thread finds a closed loop, and says nothing
+    assert found[2] == "signal"
