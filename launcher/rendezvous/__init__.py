@@ -5,8 +5,10 @@ different configs. So the launcher of rank 0 (the server) listens at an address 
 can derive, waits with a timeout for the others (the clients), compares their hellos, and names a
 free port for jax's coordinator. The connections stay open: a failure anywhere ends the job
 everywhere, with one root cause. Messages are lines of JSON; an unknown message is ignored, and a
-malformed one ends its connection. `open_rendezvous` makes the `Rendezvous` of one attempt, which
-reports to a `Listener`; `root_cause.RootCause` decides which of several failures came first.
+malformed one ends its connection. Before anything else both sides prove that they know the secret
+of the job (`secret`, `handshake`); strangers are turned away and counted. `open_rendezvous` makes
+the `Rendezvous` of one attempt, which reports to a `Listener`; `root_cause.RootCause` decides which
+of several failures came first.
 """
 
 from launcher.rendezvous.open import open_rendezvous

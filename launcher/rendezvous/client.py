@@ -7,12 +7,17 @@ import socket
 from dataclasses import asdict
 from typing import Any
 
-from launcher.exit_codes import RETRY
+from launcher.exit_codes import RETRY, USAGE
 from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import Failure
 from launcher.rendezvous.address import connect_to, join_address
 from launcher.rendezvous.connection import Connection
+from launcher.rendezvous.handshake import Handshake, new_nonce
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, PROTOCOL, Hello, Listener, Start
+from launcher.rendezvous.secret import VARIABLE, JobSecret, NoSecret
+
+# For what answers at the address of rank 0 to prove that it is; files may be late on other hosts.
+_DOUBT_SECS = 10.0
 
 
 class Client:
@@ -28,6 +33,7 @@ class Client:
         heartbeat_timeout: seconds of silence after which rank 0 is lost.
         answer_timeout: seconds until rank 0 must have answered a reported failure; then the failure
             ends this launcher.
+        secret: of the job; read once rank 0 has answered.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class Client:
         rendezvous_timeout: float,
         heartbeat_timeout: float,
         answer_timeout: float,
+        secret: JobSecret,
     ) -> None:
         self._loop = loop
         self._hello = hello
@@ -49,8 +56,13 @@ class Client:
         self._heartbeat_timeout = heartbeat_timeout
         self._answer_timeout = answer_timeout
         self._began = loop.time()
+        self._secret = secret
         self._connection: Connection | None = None
         self._is_trying = False  # in a thread
+        self._nonce = ""
+        self._handshake: Handshake | None = None
+        self._is_proven = False  # whether it is rank 0 of this job that answers
+        self._doubted_since: float | None = None
         self._has_started = self._is_over = self._is_done = False
         self._reason = ""
         loop.call_later(HEARTBEAT_SECS, self._beat)
@@ -88,6 +100,7 @@ class Client:
         self._is_trying = False
         waited = self._loop.time() - self._began
         self._reason = getattr(error, "strerror", None) or str(error)
+        self._doubted_since = None
         self._loop.call_later(min(2.0, 0.1 + waited / 10), self.open)
 
     def _on_connected(self, connected: socket.socket) -> None:
@@ -96,12 +109,13 @@ class Client:
             return connected.close()
         self._address = connected.getsockname()[0]
         self._connection = Connection(self._loop, connected, self._handle, self._on_loss)
-        self._connection.send("hello", protocol=PROTOCOL, hello=asdict(self._hello))
+        self._nonce, self._handshake, self._is_proven = new_nonce(), None, False
+        self._connection.send("join", protocol=PROTOCOL, nonce=self._nonce)
         return None
 
     def report(self, failure: Failure) -> None:
         """Reports a failure to rank 0's launcher, which decides on the root cause."""
-        if self._connection is None:
+        if self._connection is None or not self._is_proven:
             self._end(failure)
             return
         self._connection.send("failed", failure=failure.to_json())
@@ -110,18 +124,18 @@ class Client:
     def abandon(self, failure: Failure) -> None:
         """Ends the job for the others; this launcher ends now."""
         self._is_over = True
-        if self._connection is not None:
+        if self._connection is not None and self._is_proven:
             self._connection.send("abandoned", failure=failure.to_json())
 
     def stopping(self, line: str) -> None:
         """Tells the others that this launcher was asked to stop."""
-        if self._connection is not None:
+        if self._connection is not None and self._is_proven:
             self._connection.send("stopping", line=line)
 
     def done(self) -> None:
         """Tells rank 0 that the workers of this launcher have ended as they should."""
         self._is_done = True
-        if self._connection is not None:
+        if self._connection is not None and self._is_proven:
             self._connection.send("bye")
 
     @property
@@ -141,6 +155,8 @@ class Client:
             self._listener.on_end(failure)
 
     def _handle(self, message: dict[str, Any]) -> None:
+        if not self._is_proven:
+            return self._authenticate(message)
         kind = message["kind"]
         if kind == "start":
             self._has_started = True
@@ -153,6 +169,45 @@ class Client:
             self._listener.on_stopping(str(message["line"]))
         elif kind == "bye" and self._is_done:
             self._is_over = True
+        return None
+
+    def _authenticate(self, message: dict[str, Any]) -> None:
+        """Proves to the other side that this launcher is of the job, and expects the same."""
+        assert self._connection is not None
+        kind = message["kind"]
+        if kind == "challenge" and self._handshake is None:
+            try:
+                secret = self._secret.read()
+            except NoSecret as error:
+                self._connection.send("proof", proof="")
+                return self._doubt(str(error))
+            self._handshake = Handshake(secret, self._nonce, message["nonce"])
+            return self._connection.send("proof", proof=self._handshake.proof("client"))
+        if kind == "welcome" and self._handshake is not None:
+            if not self._handshake.proves("server", message["proof"]):
+                return self._doubt(f"it does not have the secret in {self._secret.source}")
+            self._is_proven, self._doubted_since = True, None
+            self._connection.trust()
+            return self._connection.send("hello", hello=asdict(self._hello))
+        if kind == "end":  # of an older podlift, or to one
+            return self._doubt("another version of podlift holds this port")
+        return self._doubt(f"it does not accept the secret in {self._secret.source}")
+
+    def _doubt(self, reason: str) -> None:
+        """Tries again, as a file may be late on another host; gives up after a while."""
+        assert self._connection is not None
+        self._connection.close()
+        now = self._loop.time()
+        self._doubted_since = self._doubted_since or now
+        if now - self._doubted_since < _DOUBT_SECS:
+            return self._on_loss(reason)
+        message = (
+            f"rank {self._hello.rank} on {self._hello.host} does not find rank 0 of this job at "
+            f"{join_address(*self._target)}: {reason}\n  HINT: is another job using this port? "
+            f"All ranks need the same --workdir, in a folder that all hosts share, and the same "
+            f"{VARIABLE}, if any"
+        )
+        return self._end(Failure(self._hello.rank, USAGE, message))
 
     def _on_loss(self, reason: str) -> None:
         if self._has_started or self._is_over:

@@ -11,11 +11,16 @@ from typing import Any
 from launcher.processes.event_loop import EventLoop
 
 _MAX_LINE_BYTES = 1 << 20
-_NO_LAUNCHER = "what it sends is not the protocol of a launcher"
+# From a side that has not proved that it belongs to the job. A handshake takes 300; an older
+# podlift sends its config first, and is to be told why it is refused.
+_MAX_BYTES_OF_STRANGERS = 1 << 16
+NO_LAUNCHER = "what it sends is not the protocol of a launcher"
 
 
 class Connection:
     """Lines of JSON in both directions, with heartbeats.
+
+    Until `trust` is called, the other side may be anybody, and may send little.
 
     Args:
         loop: of this launcher.
@@ -38,10 +43,16 @@ class Connection:
         self._received = b""
         self._unsent = b""
         self._is_open = True
+        self._is_trusted = False
+        self._num_bytes = 0
         self._last_heard = loop.time()
         connected.setblocking(False)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         loop.add_reader(connected, self._read)
+
+    def trust(self) -> None:
+        """Accepts what a launcher of the job may send."""
+        self._is_trusted = True
 
     def send(self, kind: str, **values: Any) -> None:
         """Sends one message. What the socket does not accept goes out with the next one."""
@@ -90,9 +101,12 @@ class Connection:
         if not data:
             return self._lose("its launcher is gone")
         self._last_heard = self._loop.time()
+        self._num_bytes += len(data)
+        if not self._is_trusted and self._num_bytes > _MAX_BYTES_OF_STRANGERS:
+            return self._lose(NO_LAUNCHER)
         *lines, self._received = (self._received + data).split(b"\n")
-        if len(self._received) > _MAX_LINE_BYTES:
-            return self._lose(_NO_LAUNCHER)
+        if max(map(len, (*lines, self._received))) > _MAX_LINE_BYTES:
+            return self._lose(NO_LAUNCHER)
         for line in lines:
             try:
                 message = json.loads(line)
@@ -101,5 +115,5 @@ class Connection:
             # Malformed messages only: an error of this launcher, such as a full disk, has to reach
             # the loop.
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                return self._lose(_NO_LAUNCHER)
+                return self._lose(NO_LAUNCHER)
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import os
 import platform
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from launcher.processes.rank_log import claim_attempt
 from launcher.rendezvous.client import Client
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, Hello, Listener, Rendezvous
 from launcher.rendezvous.root_cause import MakeRootCause
+from launcher.rendezvous.secret import JobSecret
 from launcher.rendezvous.server import Server
 from launcher.rendezvous.single import SingleLauncher
 from trainer.errors import UserError
@@ -41,20 +43,20 @@ def open_rendezvous(
         address: where rank 0 listens; empty for all addresses of its host.
 
     Raises:
-        UserError: the port of the rendezvous is taken.
+        UserError: the port of the rendezvous is taken, or the job has no secret.
     """
     placement = spec.placement
     if placement is None:
         number = claim_attempt(spec.local_dir)
         return SingleLauncher(number, spec.num_processes, listener, make_root_cause)
     hello = _make_hello(spec, placement)
+    secret = JobSecret(spec.workdir, os.environ)
     limits = spec.limits
     timeouts = (limits.rendezvous_timeout_secs, float(limits.heartbeat_timeout_secs))
     if hello.rank != 0:
         answer_timeout = watch_secs + 5 * HEARTBEAT_SECS
-        return Client(
-            loop, hello, placement.host, placement.port, listener, *timeouts, answer_timeout
-        )
+        target = (placement.host, placement.port)
+        return Client(loop, hello, *target, listener, *timeouts, answer_timeout, secret)
     number_attempt = functools.partial(claim_attempt, spec.local_dir)
     try:
         return Server(
@@ -66,6 +68,7 @@ def open_rendezvous(
             listener,
             make_root_cause,
             *timeouts,
+            secret,
         )
     except OSError as error:
         if error.errno != errno.EADDRINUSE:

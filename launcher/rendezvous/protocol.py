@@ -9,7 +9,7 @@ from typing import Protocol
 from launcher.processes.failure import Failure
 
 # To be raised with every change that older launchers do not understand.
-PROTOCOL = 2
+PROTOCOL = 3
 HEARTBEAT_SECS = 1.0
 
 
@@ -61,7 +61,8 @@ class Listener:
         on_start: all ranks have joined.
         on_end: the job is over, for this reason.
         on_stopping: another launcher was asked to stop; gets a line that says which.
-        on_wait: ranks are missing; gets a line that names them, every ten seconds.
+        on_wait: ranks are missing; gets a line that names them, every ten seconds. Also gets other
+            lines about the rendezvous.
     """
 
     on_start: Callable[[Start], None]

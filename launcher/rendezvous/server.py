@@ -12,38 +12,46 @@ from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import Failure
 from launcher.rendezvous.address import hold_port, join_address
 from launcher.rendezvous.admission import Refusal, check_hello, check_protocol
-from launcher.rendezvous.connection import Connection
+from launcher.rendezvous.connection import NO_LAUNCHER, Connection
+from launcher.rendezvous.handshake import Handshake, new_nonce
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, Hello, Listener, Start
 from launcher.rendezvous.root_cause import MakeRootCause
+from launcher.rendezvous.secret import JobSecret
 
 # Open files, or memory, of this process or machine are used up.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # From the connection of a client to its hello.
 _HELLO_SECS = 10.0
+# Connections that have not proved to belong to the job. One more closes the oldest: launchers need
+# it for milliseconds only, and try again.
+_MAX_STRANGERS = 256
 
 
 class _Session:
-    """The server's side of one connection: unknown until its hello is admitted, then a rank's."""
+    """The server's side of one connection: a stranger's until its proof, then a rank's."""
 
-    def __init__(self, server: Server, loop: EventLoop, connected: socket.socket) -> None:
+    def __init__(
+        self, server: Server, loop: EventLoop, connected: socket.socket, address: str
+    ) -> None:
         self.hello: Hello | None = None
         self.has_left = False
+        self.address = address
         self.local_address = str(connected.getsockname()[0])
+        self.is_stranger = True
+        self._handshake: Handshake | None = None
         self._server = server
         self._loop = loop
+        self._is_refused = False
         self.connection = Connection(loop, connected, self._handle, self._on_loss)
-        loop.call_later(_HELLO_SECS, self._expect_hello)
-
-    def _expect_hello(self) -> None:
-        if self.hello is None:
-            self.connection.close()
+        self._deadline = loop.call_later(_HELLO_SECS, self._turn_away_late)
 
     def _handle(self, message: dict[str, Any]) -> None:
         if self.hello is not None:
             return self._server.handle(self, self.hello, message)
-        refusal = check_protocol(message["protocol"])
-        if refusal is not None:
-            return self._refuse(Failure(0, refusal.exit_code, refusal.reason))
+        if self._is_refused:
+            return None
+        if self.is_stranger:
+            return self._authenticate(message)
         hello = Hello(**message["hello"])
         refusal = self._server.check(hello)
         if refusal is not None:
@@ -51,15 +59,50 @@ class _Session:
             self._refuse(failure)
             return self._server.end_everywhere(failure) if refusal.ends_the_job else None
         self.hello = hello
+        self._deadline.cancel()
         return self._server.admit(self, hello)
 
+    def _authenticate(self, message: dict[str, Any]) -> None:
+        if self._handshake is None:
+            refusal = check_protocol(message["protocol"])
+            if refusal is not None:
+                self._refuse(Failure(0, refusal.exit_code, refusal.reason))
+                return self._server.note_stranger(self.address, "it is of another podlift")
+            self._handshake = Handshake(self._server.secret, message["nonce"], new_nonce())
+            return self.connection.send("challenge", nonce=self._handshake.server)
+        if not self._handshake.proves("client", message["proof"]):
+            self.connection.send("stranger")
+            return self._turn_away("it does not have the secret of this job")
+        self.is_stranger = False
+        self.connection.trust()
+        return self.connection.send("welcome", proof=self._handshake.proof("server"))
+
+    def _turn_away(self, why: str) -> None:
+        self.close()
+        self._server.note_stranger(self.address, why)
+
+    def _turn_away_late(self) -> None:
+        self._turn_away(f"it did not introduce itself within {_HELLO_SECS:.0f} s")
+
     def _refuse(self, failure: Failure) -> None:
+        self._is_refused = True
         self.connection.send("end", failure=failure.to_json())
-        self._loop.call_later(1.0, self.connection.close)
+        self._deadline.cancel()
+        self._deadline = self._loop.call_later(1.0, self.close)  # once it has read that
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self.has_left = True
+        self._deadline.cancel()
+        self.connection.close()
 
     def _on_loss(self, reason: str) -> None:
+        self._deadline.cancel()
         if self.hello is not None:
             self._server.on_loss(self, self.hello, reason)
+        elif reason == NO_LAUNCHER and not self._is_refused:
+            self._server.note_stranger(self.address, reason)
+        self.has_left = True
 
 
 class Server:
@@ -75,9 +118,14 @@ class Server:
         make_root_cause: makes what decides which failure came first.
         rendezvous_timeout: seconds until all ranks must have joined.
         heartbeat_timeout: seconds of silence after which a launcher is lost.
+        secret: of the job; published once the port is this launcher's.
+
+    Attributes:
+        secret: the same, as bytes.
 
     Raises:
         OSError: the port is taken.
+        UserError: the secret cannot be published.
     """
 
     def __init__(
@@ -91,6 +139,7 @@ class Server:
         make_root_cause: MakeRootCause,
         rendezvous_timeout: float,
         heartbeat_timeout: float,
+        secret: JobSecret,
     ) -> None:
         self._loop = loop
         self._hello = hello
@@ -99,6 +148,9 @@ class Server:
         self._root_cause = make_root_cause(self.end_everywhere)
         self._heartbeat_timeout = heartbeat_timeout
         self._sessions: dict[int, _Session] = {}
+        self._unknown: list[_Session] = []
+        self._strangers = 0
+        self._last_stranger = ""
         self._has_started = self._is_over = self._is_done = self._is_exhausted = False
         self._held_port: socket.socket | None = None
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -107,6 +159,12 @@ class Server:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((address, port))
         self._socket.listen(128)
+        self._secret = secret
+        try:
+            self.secret = secret.publish()
+        except BaseException:
+            self._socket.close()
+            raise
         self._socket.setblocking(False)
         loop.add_reader(self._socket, self._accept)
         self._began = loop.time()
@@ -116,6 +174,12 @@ class Server:
 
     def open(self) -> None:
         """Starts at once if no other rank is expected."""
+        if not self._address:
+            port = self._socket.getsockname()[1]
+            self._listener.on_wait(
+                f"listening on all addresses of this machine (0.0.0.0:{port}): the name of rank "
+                "0's host stands for none of them here"
+            )
         self._start_if_complete()
 
     def report(self, failure: Failure) -> None:
@@ -152,10 +216,11 @@ class Server:
             self._broadcast("bye")
         self._is_over = True
         self._deadline.cancel()
-        for session in self._sessions.values():
-            session.connection.close()
+        for session in (*self._sessions.values(), *self._unknown):
+            session.close()
         self._loop.remove_reader(self._socket)
         self._socket.close()
+        self._secret.withdraw()
         if self._held_port is not None:
             self._held_port.close()
 
@@ -167,6 +232,7 @@ class Server:
 
     def admit(self, session: _Session, hello: Hello) -> None:
         """Adds a launcher that `check` does not refuse."""
+        self._unknown.remove(session)
         self._sessions[hello.rank] = session
         self._start_if_complete()
 
@@ -193,14 +259,25 @@ class Server:
             self._root_cause.add(Failure(hello.rank, RETRY, message, host=hello.host))
         session.has_left = True
 
+    def note_stranger(self, address: str, why: str) -> None:
+        """Counts a connection that was turned away, and tells of the first."""
+        self._strangers += 1
+        self._last_stranger = f"from {address}: {why}"
+        if self._strangers == 1:
+            self._listener.on_wait(f"turned away a connection {self._last_stranger}")
+
     def _accept(self) -> None:
         try:
-            connected, _ = self._socket.accept()
+            connected, peer = self._socket.accept()
         except OSError as error:
             if error.errno in _EXHAUSTED:  # the connection stays readable: do not spin
                 self._pause_accepting(error)
             return
-        _Session(self, self._loop, connected)
+        self._unknown = [session for session in self._unknown if not session.has_left]
+        strangers = [session for session in self._unknown if session.is_stranger]
+        if len(strangers) >= _MAX_STRANGERS:
+            strangers[0].close()
+        self._unknown.append(_Session(self, self._loop, connected, str(peer[0])))
 
     def _pause_accepting(self, error: OSError) -> None:
         if not self._is_exhausted:
@@ -233,6 +310,11 @@ class Server:
             if rank != except_rank:
                 session.connection.send(kind, **values)
 
+    def _turned_away(self) -> str:
+        if not self._strangers:
+            return ""
+        return f"; connections turned away: {self._strangers}, the last {self._last_stranger}"
+
     def _missing(self) -> str:
         missing = [r for r in range(1, self._hello.size) if r not in self._sessions]
         shown = ", ".join(map(str, missing[:8])) + (", ..." if missing[8:] else "")
@@ -245,15 +327,17 @@ class Server:
         failure = Failure(
             self._hello.rank,
             RETRY,
-            f"{self._missing()} did not join within {waited:.0f} s\n  HINT: were all started, and "
-            "can they reach this host? --rendezvous_timeout_secs waits longer",
+            f"{self._missing()} did not join within {waited:.0f} s{self._turned_away()}\n  HINT: "
+            "were all started, and can they reach this host? --rendezvous_timeout_secs waits "
+            "longer",
         )
         self.end_everywhere(failure)
 
     def _remind(self) -> None:
         if not self._has_started and not self._is_over:
             waited = self._loop.time() - self._began
-            self._listener.on_wait(f"waiting for {self._missing()} ({waited:.0f} s)")
+            strangers = self._turned_away()
+            self._listener.on_wait(f"waiting for {self._missing()} ({waited:.0f} s{strangers})")
             self._loop.call_later(10, self._remind)
 
     def _beat(self) -> None:

@@ -230,13 +230,18 @@ def test_a_workdir_that_is_not_shared(begin, tmp_path, launch):
     link = tmp_path / "link"
     link.symlink_to(one)
     first = begin(0, workdir=link)
-    time.sleep(1.5)
+    wait_for_line(one / ".rendezvous", "\n")
     link.unlink()
     link.symlink_to(other)
     second = begin(1, workdir=link)
-    for code, _, err in ends(first, second):
-        assert code == 2, err
-        assert "--workdir must be a folder that all hosts share" in err
+    ((code, _, err),) = ends(second)
+    assert code == 2, err
+    assert f"this host sees no {link}/.rendezvous" in err
+    assert "All ranks need the same --workdir, in a folder that all hosts share" in err
+    first.terminate()
+    ((code, out, _),) = ends(first)
+    assert code == 42
+    assert "connection from 127.0.0.1: it does not have the secret of this job" in out
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from launcher.processes.event_loop import EventLoop
 from launcher.rendezvous.admission import check_hello
 from launcher.rendezvous.protocol import Hello, Listener
 from launcher.rendezvous.root_cause import RootCause
+from launcher.rendezvous.secret import JobSecret
 from launcher.rendezvous.server import Server
 
 RANK_0 = Hello(0, 3, "n0", "job", '{"seed": 0}', "podlift 1", "/run", False)
@@ -50,7 +51,7 @@ def test_a_launcher_of_another_job_or_a_late_one_does_not_end_the_job():
     assert check_hello(RANK_1, {0: RANK_0}, has_started=False) is None
 
 
-def test_a_launcher_of_another_version_gets_a_clear_error():
+def test_a_launcher_of_another_version_gets_a_clear_error(tmp_path):
     """Whatever its hello holds."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -58,7 +59,8 @@ def test_a_launcher_of_another_version_gets_a_clear_error():
     def fail(*_):
         raise AssertionError
 
-    listener = Listener(fail, fail, fail, fail)
+    lines = []
+    listener = Listener(fail, fail, fail, lines.append)
     with EventLoop() as loop:
         server = Server(
             loop,
@@ -70,9 +72,10 @@ def test_a_launcher_of_another_version_gets_a_clear_error():
             lambda decide: RootCause(loop, decide, consequence_secs=0, hang_secs=0),
             60,
             60,
+            JobSecret(str(tmp_path / "run"), {}),
         )
         with socket.create_connection(("127.0.0.1", port)) as client:
-            client.sendall(b'{"kind": "join", "protocol": 1, "card": {}}\n')
+            client.sendall(b'{"kind": "join", "protocol": 1, "card": "%s"}\n' % (b"x" * 9000))
             received = []
             loop.add_reader(client, lambda: received.append(client.recv(1000)))
             loop.run(lambda: b"" in received)  # the connection is closed a second later
@@ -82,3 +85,4 @@ def test_a_launcher_of_another_version_gets_a_clear_error():
     assert message["kind"] == "end"
     assert message["failure"]["message"] == "another version of podlift holds this port"
     assert message["failure"]["exit_code"] == USAGE
+    assert lines == ["turned away a connection from 127.0.0.1: it is of another podlift"]
