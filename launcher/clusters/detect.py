@@ -88,9 +88,9 @@ def detect(
         return None
     cluster = _find(env, choice)
     if cluster is None:
-        _refuse_unknown(env)
         if not this_machine:
             refuse_idle_hosts(env)
+        _refuse_unknown(env)
         return None
     found = _place(cluster, env)
     if choice == "auto" and found.num_processes == 1:

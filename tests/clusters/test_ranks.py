@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from recorded_environ import changed, recorded
 
@@ -59,6 +61,11 @@ def test_the_port_is_not_that_of_torch():
     assert detect(env).port != int(env["MASTER_PORT"])
     port = Ranks._derived_port("job", 0)
     assert Ranks._derived_port("job", port) == port + 1
+
+
+def test_an_id_may_have_any_bytes():
+    for job in ("\u01923E", os.fsdecode("\u01923E".encode("latin-1", "replace") + b"\xff")):
+        assert detect(changed("flux-2n4t-rank3", FLUX_JOB_ID=job)).job == f"flux {job}"
 
 
 @pytest.mark.parametrize(
