@@ -5,22 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
 from launcher.cli.run_command import run_command
-from launcher.clusters.detect import detect
-from launcher.clusters.gce_metadata import read_gce_metadata
+from launcher.cli.shown_variables import relevant
+from launcher.clusters.detect import detect, with_machine
 from launcher.launch.dry_run import describe_placement
 from launcher.launch.workers import count_gpus
 from trainer.console import show
 from trainer.errors import UserError
+from trainer.workdir.environment import redact
 
 HELP = """\
 Prints versions, devices, the detected cluster and the environment variables that matter, for a bug
-report. Variables that may hold a secret are left out.
+report. Other variables are only counted, and passwords in URLs are left out.
 
   python -m launcher env
 
@@ -41,29 +41,6 @@ _PACKAGES = (
     "grain",
     "tensorboardX",
 )
-_PREFIXES = (
-    "CUDA_",
-    "GLOO_",
-    "JAX_",
-    "JOB_",
-    "JOBSET_",
-    "KUBERNETES_SERVICE_HOST",
-    "LIBTPU_",
-    "MEGASCALE_",
-    "NCCL_",
-    "OMP_",
-    "OMPI_COMM_",
-    "OMPI_MCA_orte_hnp_uri",
-    "PJRT_",
-    "PODLIFT_",
-    "PMIX_RANK",
-    "ROCR_",
-    "SLURM_",
-    "TF_CPP_",
-    "TPU_",
-    "XLA_",
-)
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|KEY|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
 _DEVICES = """
 import jax
 for process in range(jax.process_count()):
@@ -92,26 +69,18 @@ def _print_environment(environ: Mapping[str, str]) -> None:
     show(f"NVIDIA GPUs  {count_gpus(environ)}")
     show(f"devices      {_devices()}")
     show(f"cluster      {_cluster(environ)}")
-    for name, value in sorted(relevant(environ).items()):
+    shown, others = relevant(environ)
+    for name, value in shown.items():
         show(f"  {name}={value}")
-
-
-def relevant(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that decide where and how jax runs, without those that may hold a secret."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name.startswith(_PREFIXES) and not _SECRET.search(name)
-    }
+    show(f"  and {others} other variables, not shown")
 
 
 def _cluster(environ: Mapping[str, str]) -> str:
     try:
-        env = {**environ, **read_gce_metadata(environ)}
-        placement = detect(env)
+        placement = detect(with_machine(environ, count_gpus(environ)))
     except UserError as error:
-        return str(error).replace("\n", "\n             ")
-    return "none: this machine" if placement is None else describe_placement(placement)
+        return "\n             ".join(map(redact, str(error).splitlines()))
+    return "none: this machine" if placement is None else redact(describe_placement(placement))
 
 
 def _devices(timeout: float = 60) -> str:

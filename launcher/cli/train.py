@@ -50,8 +50,8 @@ Where it runs:
   --processes=N          N processes on this machine, which share its GPUs
   --fake_devices=M       M virtual CPU devices in each process
   --cluster=auto         what started this process: auto, none (this machine only), slurm,
-                         open_mpi, kubernetes, tpu_gke or tpu_gce; each task, pod or host runs the
-                         same command
+                         open_mpi, torchrun, kubernetes, tpu_gke or another name of the table in
+                         docs/clusters.md; each task, pod or host runs the same command
   --coordinator_address=HOST:PORT --num_processes=N --process_id=R
                          the same by hand: one command for each process, R from 0 to N-1
 

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from launcher.clusters import launchers, read
 from launcher.clusters.allocation import read_node_file, refuse_idle_hosts
 from launcher.clusters.gce_metadata import read_gce_metadata
-from launcher.clusters.host_lists import SageMaker, TfConfig, Vertex, Volcano
+from launcher.clusters.host_lists import (
+    SageMaker,
+    TfConfig,
+    Vertex,
+    Volcano,
+    read_resource_config,
+)
 from launcher.clusters.kubernetes import Kubernetes
 from launcher.clusters.open_mpi import OpenMpi
 from launcher.clusters.placement import Cluster, Placement
@@ -19,7 +25,7 @@ from trainer.errors import UserError
 
 # The first that started this process counts. What runs inside others comes before them: torchrun
 # in a SLURM task, mpirun in a SLURM job, jsrun that poses as Open MPI, SLURM that speaks PMI. Then
-# comes what starts one process a host, and last Kubernetes, on which most of these run.
+# come TPU slices and manifests written for podlift, and last the variables of other platforms.
 CLUSTERS: tuple[Cluster, ...] = (
     launchers.TORCHRUN,
     launchers.HOROVOD,
@@ -30,10 +36,11 @@ CLUSTERS: tuple[Cluster, ...] = (
     launchers.MVAPICH,
     Slurm(),
     launchers.PMI,
-    launchers.KUBEFLOW,
-    launchers.TORCH_ENV,
     TpuGke(),
     TpuGce(),
+    Kubernetes(),
+    launchers.KUBEFLOW,
+    launchers.TORCH_ENV,
     launchers.JAX,
     launchers.JAX_JOB,
     Vertex(),
@@ -46,7 +53,6 @@ CLUSTERS: tuple[Cluster, ...] = (
     launchers.BEAKER,
     launchers.AWS_BATCH,
     Volcano(),
-    Kubernetes(),
 )
 _MPI = ("open_mpi", "jsrun", "flux", "hydra", "mvapich")
 # Launchers that podlift cannot join: the first count processes, the others only number them.
@@ -82,9 +88,9 @@ def detect(
         return None
     cluster = _find(env, choice)
     if cluster is None:
-        _refuse_unknown(env)
         if not this_machine:
             refuse_idle_hosts(env)
+        _refuse_unknown(env)
         return None
     found = _place(cluster, env)
     if choice == "auto" and found.num_processes == 1:
@@ -106,7 +112,7 @@ def with_machine(environ: Mapping[str, str], num_gpus: int, choice: str = "auto"
     env = {**environ, **({"PODLIFT_NUM_GPUS": str(num_gpus)} if num_gpus else {})}
     if choice in ("auto", "tpu_gce"):
         env |= read_gce_metadata(environ)
-    env |= read_node_file(environ)
+    env |= read_node_file(environ) | read_resource_config(environ)
     cluster = None if choice == "none" else _find(env, choice)
     if cluster and launchers.PMI_HOST in cluster.variables and not env.get(read.COORDINATOR):
         env |= read_pmi(environ)
@@ -154,10 +160,13 @@ def _refuse_unknown(env: Mapping[str, str]) -> None:
 
     Each of them would train a model of its own.
     """
+    Kubernetes.refuse_manifest(env)
     for cluster in CLUSTERS:
-        if isinstance(cluster, Ranks):
+        if isinstance(cluster, Ranks) and (
+            not cluster.marker_names or any(map(env.get, cluster.marker_names))
+        ):
             size = next((name for name in cluster.size_names if env.get(name)), None)
-            if size and not cluster.marker_names and read.integer(env, size) > 1:
+            if size and read.integer(env, size) > 1:
                 names = " or ".join(cluster.rank_names)
                 raise UserError(f"{size}={env[size]}, but {names} is not set", read.BY_HAND)
     for name, system in _COUNTS.items():

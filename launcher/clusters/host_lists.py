@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from launcher.clusters import read
@@ -171,6 +172,31 @@ class SageMaker(_HostList):
                 f"SM_CURRENT_HOST={env['SM_CURRENT_HOST']}",
                 read.BY_HAND,
             ) from None
+
+
+def read_resource_config(
+    environ: Mapping[str, str], path: Path = Path("/opt/ml/input/config/resourceconfig.json")
+) -> dict[str, str]:
+    """SM_HOSTS and SM_CURRENT_HOST in a container of SageMaker without its training toolkit.
+
+    https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo-running-container.html
+
+    Args:
+        environ: environment variables.
+        path: where SageMaker writes them.
+
+    Raises:
+        UserError: the file is not what SageMaker writes.
+    """
+    if not environ.get("TRAINING_JOB_NAME") or environ.get("SM_HOSTS"):
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        return {"SM_HOSTS": json.dumps(found["hosts"]), "SM_CURRENT_HOST": found["current_host"]}
+    except OSError:
+        return {}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} does not say which hosts there are", read.BY_HAND) from error
 
 
 class Volcano(_HostList):

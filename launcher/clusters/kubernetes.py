@@ -43,19 +43,23 @@ class Kubernetes:
 
     @staticmethod
     def detect(env: Mapping[str, str]) -> bool:
-        """Whether this is a pod of an Indexed Job.
+        """Whether this is a pod of an Indexed Job whose manifest sets what the pod cannot know."""
+        return not read.missing(env, Kubernetes.required)
+
+    @staticmethod
+    def refuse_manifest(env: Mapping[str, str]) -> None:
+        """Refuses to train alone in a pod of an Indexed Job.
 
         Raises:
-            UserError: it is, and its manifest does not set what the pod cannot know.
+            UserError: this is one, and its manifest does not set what the pod cannot know.
         """
-        if not env.get("KUBERNETES_SERVICE_HOST") or not env.get("JOB_COMPLETION_INDEX"):
-            return False
-        lack = read.missing(env, _MANIFEST)
-        if lack:
-            raise UserError(
-                f"a pod of an Indexed Job, but {' and '.join(lack)} is not set", Kubernetes.hint
-            )
-        return True
+        if env.get("KUBERNETES_SERVICE_HOST") and env.get("JOB_COMPLETION_INDEX"):
+            lack = read.missing(env, _MANIFEST)
+            if lack:
+                raise UserError(
+                    f"a pod of an Indexed Job, but {' and '.join(lack)} is not set",
+                    Kubernetes.hint,
+                )
 
     @staticmethod
     def address(env: Mapping[str, str]) -> tuple[str, int]:

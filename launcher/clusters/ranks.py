@@ -154,8 +154,10 @@ class Ranks:
 
     @staticmethod
     def _derived_port(identity: str, taken: int) -> int:
-        # Not `hash`, which differs between processes.
-        port = read.port_of(zlib.crc32(identity.encode())) if identity else read.DEFAULT_PORT
+        if not identity:
+            return read.DEFAULT_PORT
+        # Not `hash`, which differs between processes. Flux writes its ids with an ƒ.
+        port = read.port_of(zlib.crc32(identity.encode(errors="surrogateescape")))
         return port if port != taken else port + 1
 
     def _given_address(self, env: Mapping[str, str]) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from launcher.clusters.placement import Placement
 from launcher.launch import environment
 from launcher.launch.spec import LaunchSpec
 from launcher.launch.workers import count_gpus
+from trainer.workdir.environment import redact
 
 
 def describe_placement(placement: Placement) -> str:
@@ -56,7 +57,7 @@ def describe_launch(spec: LaunchSpec, environ: Mapping[str, str]) -> str:
     ]
     for worker in spec.workers:
         ids = worker.local_device_ids
-        shown = [f"{name}={value}" for name, value in sorted(worker.environ.items())]
+        shown = [f"{name}={redact(value)}" for name, value in sorted(worker.environ.items())]
         shown += [] if ids is None else [f"local devices {','.join(map(str, ids))}"]
         rows.append((f"rank {worker.rank}", "  ".join(shown) or "the environment as it is"))
     width = max(len(name) for name, _ in rows)

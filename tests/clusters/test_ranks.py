@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from recorded_environ import changed, recorded
 
 from launcher.clusters.allocation import read_node_file
 from launcher.clusters.detect import detect
+from launcher.clusters.host_lists import read_resource_config
 from launcher.clusters.ranks import Ranks
 from trainer.errors import UserError
 
@@ -60,6 +63,11 @@ def test_the_port_is_not_that_of_torch():
     assert Ranks._derived_port("job", port) == port + 1
 
 
+def test_an_id_may_have_any_bytes():
+    for job in ("\u01923E", os.fsdecode("\u01923E".encode("latin-1", "replace") + b"\xff")):
+        assert detect(changed("flux-2n4t-rank3", FLUX_JOB_ID=job)).job == f"flux {job}"
+
+
 @pytest.mark.parametrize(
     "name", ["horovod-2n4t-rank3", "jsrun-2n4t-rank3", "mvapich-2n4t-rank3", "pmi-pals-2n4t-rank3"]
 )
@@ -83,6 +91,8 @@ def test_the_main_node_of_aws_batch_has_a_name():
         ("volcano-worker1", {"VC_TASK_INDEX": "2"}, "there are 2 hosts in VC_WORKER_HOSTS"),
         ("kubeflow-trainer-node1", {"PET_NNODES": "1:4"}, "PET_NNODES='1:4' is not an integer"),
         ("jax-trainer-node1", {"JAX_PROCESS_ID": "2"}, "process 2 is not in 0..1"),
+        ("jax_job-worker1", {"PROCESS_ID": None}, "NUM_PROCESSES=2, but PROCESS_ID is not set"),
+        ("torchrun-2-rank1", {"RANK": None}, "WORLD_SIZE=2, but RANK is not set"),
     ],
 )
 def test_nonsense_is_refused(name, changes, text):
@@ -101,6 +111,24 @@ def test_one_process_inside_a_job_of_several_is_refused():
     ranks = {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}
     local = {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     assert detect(changed("open_mpi-slurm-2n4t-rank3", **ranks, **local)).num_processes == 1
+
+
+def test_the_hosts_of_sagemaker_may_be_in_a_file(tmp_path):
+    job, file = {"TRAINING_JOB_NAME": "mlp"}, tmp_path / "resourceconfig.json"
+    assert read_resource_config(job, file) == {}
+    file.write_text('{"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]}')
+    found = detect(job | read_resource_config(job, file))
+    assert (found.host, found.num_processes, found.process_id) == ("algo-1", 2, 1)
+    assert read_resource_config({}, file) == {}
+    file.write_text("[]")
+    with pytest.raises(UserError, match="does not say which hosts there are"):
+        read_resource_config(job, file)
+
+
+def test_a_manifest_for_podlift_wins_over_what_an_image_sets():
+    left_over = {"WORLD_SIZE": "1", "RANK": "0", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    found = detect(changed("kubernetes-job-pod1", **left_over))
+    assert (found.cluster, found.num_processes) == ("kubernetes", 2)
 
 
 def test_the_hosts_of_pbs_are_in_a_file(tmp_path):

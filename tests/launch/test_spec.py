@@ -62,7 +62,7 @@ REFUSED = [
     (["--processes=2"], TORCHRUN, "torchrun has started 2 processes already"),
     (["--processes=2"], {"WORLD_SIZE": "4"}, "WORLD_SIZE=4, but RANK is not set"),
     ([], {"WORLD_SIZE": "4"}, "WORLD_SIZE=4, but RANK is not set"),
-    ([], SHELL, "SLURM has 2 tasks for this job, but srun is missing"),
+    ([], {**SHELL, "WORLD_SIZE": "2"}, "SLURM has 2 tasks for this job, but srun is missing"),
     (["--process_id=1", "--processes=2"], {}, "exclude each other"),
     (["--process_id=1"], {}, "--coordinator_address and --num_processes are missing"),
     (["--cluster=slurm"], {}, "--cluster=slurm, but SLURM_JOB_ID"),

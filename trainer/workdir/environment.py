@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from typing import Any
@@ -31,11 +32,22 @@ def describe_environment() -> dict[str, Any]:
             "platform": devices[0].platform,
             "processes": jax.process_count(),
         },
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "xla_flags": redact(os.environ.get("XLA_FLAGS", "")),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": _git("rev-parse", "HEAD")
         and bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def redact(value: str) -> str:
+    """The value of a variable as it may be shown: printable, and without passwords.
+
+    What precedes an `@` in an address, and the query of a URL, may be credentials. Too much is
+    left out rather than too little.
+    """
+    value = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+    value = re.sub(r"(?<=://)\S*@|(?<!\S)(?!\S*://)\S*:\S*@", "***@", value)
+    return re.sub(r"(://[^\s?]*\?)\S+", r"\1***", value)
 
 
 def _version(package: str) -> str | None:
