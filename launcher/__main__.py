@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
+from launcher import exit_codes
 from launcher.cli.commands import find_command
+from launcher.command_line.parse import expand_flagfiles
+from trainer.errors import UserError
 
 
 def main() -> None:
@@ -13,7 +16,11 @@ def main() -> None:
     # puts that folder first already; the installed command does not.
     if "" not in sys.path:
         sys.path.insert(0, "")
-    command, argv = find_command(sys.argv[1:])
+    try:
+        command, argv = find_command(expand_flagfiles(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_codes.USAGE)
     sys.exit(command.main()(argv))
 
 
