@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from launcher import exit_codes
 from launcher.cli.commands import find_command
+from launcher.command_line.parse import expand_flagfiles
 from trainer.console import guard_streams
+from trainer.errors import UserError
 
 
 def main() -> None:
@@ -15,7 +18,11 @@ def main() -> None:
     # puts that folder first already; the installed command does not.
     if "" not in sys.path:
         sys.path.insert(0, "")
-    command, argv = find_command(sys.argv[1:])
+    try:
+        command, argv = find_command(expand_flagfiles(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_codes.USAGE)
     sys.exit(command.main()(argv))
 
 

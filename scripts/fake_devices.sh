@@ -49,6 +49,10 @@ for flag in "${flags[@]+"${flags[@]}"}"; do
 done
 kept+=("--xla_force_host_platform_device_count=$count")
 export XLA_FLAGS="${kept[*]}"
+if [[ ${JAX_NUM_CPU_DEVICES:-$count} != "$count" ]]; then
+  echo "warning: JAX_NUM_CPU_DEVICES=$JAX_NUM_CPU_DEVICES is ignored: $count devices" >&2
+fi
+unset JAX_NUM_CPU_DEVICES # jax would take it before XLA_FLAGS
 export JAX_PLATFORMS=cpu # else jax uses the accelerators of a machine that has some
 
 command=("$root/scripts/train.sh" "${arguments[@]:1}")

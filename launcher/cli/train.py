@@ -33,7 +33,9 @@ Trains a Flax model written for one chip on all devices of this machine or clust
   python -m launcher --config=configs/mlp.py [--config.KEY=VALUE ...] [flags]
 
   --config=FILE[:ARG]    a file that defines get_config(); ARG is passed to it
-  --config.KEY=VALUE     overrides one key, for example --config.optimizer.learning_rate=0.1
+  --config.KEY=VALUE     overrides one key, for example --config.optimizer.learning_rate=0.1;
+                         --config.model.sizes[0]=64 one item of a list
+  --flagfile=FILE        reads flags, --config among them, from FILE, one a line; for any command
   --workdir=DIR          the run's folder; a run in the same folder resumes from its last checkpoint
                          (default: a new runs/<config>-<time>)
   --profile=START:STEPS  traces the STEPS steps after the first START, into WORKDIR/plugins/profile

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
 from launcher.command_line.config_file import load_config, message_of
-from launcher.command_line.overrides import check_keys, overridden_keys, take_nones
+from launcher.command_line.overrides import check_keys, overridden_keys, refuse_lists, take_nones
 from trainer.config.keys import with_defaults
 from trainer.errors import UserError
 
@@ -27,6 +27,22 @@ _PLAINLY = {
     "could not convert string to float": "not a number",
     "('Non-boolean argument": "neither True nor False",
 }
+
+
+def expand_flagfiles(argv: Sequence[str]) -> list[str]:
+    """The arguments with each `--flagfile=FILE` replaced by the lines of that file.
+
+    The format is absl's: one argument a line, which is not split or unquoted; lines that begin with
+    # or // and empty lines are skipped; a file may name another.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    try:
+        return list(flags.FlagValues().read_flags_from_files(argv))  # type: ignore[no-untyped-call]
+    except (flags.Error, UnicodeDecodeError, RecursionError) as error:
+        message = message_of(error).removeprefix("ERROR:: ")
+        raise UserError(f"--flagfile: {message}", "--flagfile=FILE, one flag a line") from error
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,7 @@ def read_command(
         change(config, overridden_keys(rest))
     nones, rest = take_nones(rest)
     check_keys(config, [*nones, *overridden_keys(rest)])
+    refuse_lists(config, overridden_keys(rest))
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
@@ -93,7 +110,7 @@ def read_command(
         with_defaults(config)  # raises for a key that cannot be None
     except flags.UnrecognizedFlagError as error:
         raise _unknown_flag(error.flagname, ["config", *defined]) from error
-    except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (flags.Error, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(_wrong_value(error), "see --help and --print_config") from error
     check_keys(config, overridden_keys(rest))  # again: a block may be None by now
     if left:

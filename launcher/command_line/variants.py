@@ -155,7 +155,7 @@ def _plain(value: Any) -> Any:
 
 def _is_within(block: str, key: str) -> bool:
     """Whether a key is the block itself or inside it."""
-    return key == block or key.startswith(f"{block}.")
+    return key == block or key.startswith((f"{block}.", f"{block}["))
 
 
 def _get(config: ConfigDict, key: str) -> Any:

@@ -8,13 +8,18 @@ import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+from trainer.console import warn
 from trainer.errors import UserError
 
+_JAX_COUNT = "JAX_NUM_CPU_DEVICES"
 _COUNT = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
 def fake_device_count(environ: Mapping[str, str]) -> int:
-    """The number of CPU devices that XLA_FLAGS asks to fake; 0 for none."""
+    """The number of CPU devices that the environment asks to fake; 0 for none."""
+    asked = environ.get(_JAX_COUNT, "")
+    if asked.isdecimal() and int(asked):  # for jax it comes before XLA_FLAGS
+        return int(asked)
     match = _COUNT.search(environ.get("XLA_FLAGS", ""))
     return int(match[1]) if match else 0
 
@@ -22,7 +27,7 @@ def fake_device_count(environ: Mapping[str, str]) -> int:
 def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None:
     """Sets up fake devices, the compilation cache and one order of sets in all processes.
 
-    Variables that are set already stay.
+    Variables that are set already stay; only JAX_NUM_CPU_DEVICES gives way to `fake_devices`.
 
     Args:
         environ: changed in place.
@@ -45,7 +50,11 @@ def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None
             option = f"--xla_force_host_platform_device_count={fake_devices}"
             environ["XLA_FLAGS"] = f"{flags} {option}".strip()
         environ["JAX_PLATFORMS"] = "cpu"
-    count = fake_devices or (int(match[1]) if match else 0)
+        asked = environ.get(_JAX_COUNT, str(fake_devices))
+        if asked != str(fake_devices):
+            warn(f"{_JAX_COUNT}={asked} is ignored: --fake_devices={fake_devices}")
+            environ[_JAX_COUNT] = str(fake_devices)
+    count = fake_devices or fake_device_count(environ)
     if count:
         # In a collective each virtual device blocks a thread of a pool with one thread a core; with
         # fewer threads than devices it deadlocks.

@@ -50,7 +50,8 @@ def prepare(environ: MutableMapping[str, str], topologies: Sequence[Topology]) -
         sys.path.append(str(GPU_COMPILER))
     fakes = [min(t.num_devices, _MOST_DEVICES) for t in topologies if not has_compiler(t)]
     if fakes:
-        environ.pop("XLA_FLAGS", None)
+        for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+            environ.pop(name, None)
         environment.prepare(environ, max(fakes))
     environ["JAX_PLATFORMS"] = "cpu"
     # jax would write programs compiled for a topology to its cache, but could not read them back.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -54,7 +55,7 @@ WITHOUT_JAX = [
     (["configs/mlp.py"], 2, "did you mean --config=configs/mlp.py?"),
     ([MLP, "--workdir=/proc/foo"], 2, "cannot be written"),
     ([MLP, "--config.lift=vmap:0"], 2, "vmap:8"),
-    ([MLP, "--config.seed=-1"], 2, "config.seed=-1 should be 0 or more"),
+    ([MLP, "--config.seed=-1"], 2, "config.seed=-1 is not in the range from 0 to 4294967295"),
     ([MLP, "--config.checkpoint.best_metric=eval/acc"], 2, "it can be eval/loss"),
     ([MLP, "--config.lift=pmpa"], 2, "is not one of pmap, shard_map, vmap"),
     ([MLP, "--config.seed=None"], 2, "config.seed=None should be of type int"),
@@ -220,6 +221,21 @@ def test_environment_of_fake_devices(tmp_path):
     assert asked["PYTHONHASHSEED"] == "7"
     with pytest.raises(UserError, match="asks for 4"):
         environment.prepare(asked, 8)
+
+
+def test_the_flag_decides_and_not_jaxs_own_variable(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("podlift"), "propagate", True)
+    environ = {"XDG_CACHE_HOME": str(tmp_path), "JAX_NUM_CPU_DEVICES": "2"}
+    assert environment.fake_device_count(environ) == 2
+    environment.prepare(environ, None)
+    assert int(environ["PJRT_NPROC"]) >= 4
+    assert caplog.text == ""
+    environment.prepare(environ, 3)
+    assert environment.fake_device_count(environ) == 3
+    assert "JAX_NUM_CPU_DEVICES=2 is ignored: --fake_devices=3" in caplog.text
+    asks = "import jax; print(jax.device_count())"
+    found = subprocess.run([sys.executable, "-c", asks], env=environ, capture_output=True)
+    assert found.stdout == b"3\n", found.stderr
 
 
 def test_xla_flags_alone_give_fake_devices(launch, tmp_path):

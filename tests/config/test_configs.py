@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 import re
 
+import jax.numpy as jnp
+import optax
 import pytest
 from conftest import ROOT, mesh_of
 from runs import config_of
 
 import trainer
 from launcher.command_line import flags
+from trainer.config.settings import check
+from trainer.errors import UserError
+from trainer.losses import squared_error
+from trainer.models.mlp import PlainMLP
+from trainer.step.init import init_state
+from trainer.step.job import build_job
+from trainer.step.task import Task
 
 GOLDEN = ROOT / "tests" / "golden"
 VARIANTS = [
@@ -120,3 +129,37 @@ def test_fashion_mnist_says_how_to_get_its_files(launch, tmp_path):
 
 def last_accuracy(out):
     return float(re.findall(r"eval/accuracy (\S+)", out.split("finished")[0])[-1])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("seed", 2**32, "config.seed=4294967296 is not in the range .*would take it for 0"),
+        ("seed", 2**40 + 5, "would take it for 5"),
+        ("data.seed", -1, "config.data.seed=-1 is not in the range"),
+        ("data.split_seed", 2**32, "config.data.split_seed=4294967296 is not"),
+        ("num_steps", 2**31, "config.num_steps=2147483648 should be at most 2147483647"),
+        ("stop_at_step", 2**31, "config.stop_at_step=2147483648 should be at most"),
+    ],
+)
+def test_numbers_that_jax_would_cut_to_32_bits_are_refused(key, value, expected):
+    config = config_of("digits")
+    block = config.data if key.startswith("data.") else config
+    block[key.rpartition(".")[2]] = value
+    with pytest.raises(UserError, match=re.compile(expected, re.DOTALL)):
+        check(config)
+
+
+def test_seeds_of_32_bits_are_all_different():
+    task = Task(PlainMLP((1,), 1), squared_error, optax.sgd(0.1))
+    keys = [init_state(task, seed, jnp.zeros(3)).rng for seed in (0, 5, 2**32 - 1, 2**31)]
+    assert len({tuple(map(int, key)) for key in keys}) == 4
+    with pytest.raises(UserError, match="would take it for 5"):
+        init_state(task, 2**32 + 5, jnp.zeros(3))
+    config = config_of("digits")
+    config.num_epochs = 2**31
+    with pytest.raises(UserError, match="num_epochs=2147483648 should be at most 2147483647"):
+        check(config)
+    config.num_epochs = 2**30
+    with pytest.raises(UserError, match="are 23622320128 steps, more than"):
+        build_job(check(config))

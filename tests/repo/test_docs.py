@@ -277,7 +277,7 @@ FOREIGN = {
 
 def test_named_flags_exist():
     defined = r'"(\w+)": \((?:absl_)?flags\.DEFINE_(\w+)'
-    known = {"--config", "--help"}
+    known = {"--config", "--flagfile", "--help"}
     for path in ROOT.glob("launcher/**/*.py"):
         for name, kind in re.findall(defined, path.read_text()):
             known |= {f"--{name}", f"--no{name}"} if kind == "bool" else {f"--{name}"}

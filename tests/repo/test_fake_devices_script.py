@@ -28,6 +28,19 @@ def test_fake_devices_keeps_other_flags(run_script, tmp_path):
     assert run_script(folder / FAKE_DEVICES, 8, MLP).stdout.splitlines()[0] == count
 
 
+def test_fake_devices_beats_jaxs_own_variable(run_script, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(SCRIPTS / FAKE_DEVICES, tmp_path / "scripts")
+    train = tmp_path / "scripts" / "train.sh"
+    train.write_text('#!/bin/sh\necho "${JAX_NUM_CPU_DEVICES-unset}"')
+    train.chmod(0o755)
+    done = run_script(train.with_name("fake_devices.sh"), 8, MLP, JAX_NUM_CPU_DEVICES="2")
+    assert (done.stdout, done.stderr) == (
+        "unset\n",
+        "warning: JAX_NUM_CPU_DEVICES=2 is ignored: 8 devices\n",
+    )
+
+
 def test_fake_devices_dry_run(run_script):
     done = run_script(FAKE_DEVICES, 4, MLP, "--dry-run", XLA_FLAGS="--xla_a=1")
     flags, platform, script, config = shlex.split(done.stdout)

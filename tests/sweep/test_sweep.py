@@ -97,7 +97,11 @@ MISTAKES = [
     ),
     ("def get_sweep(): yield {'seed': 'x'}\n", [], "seed='x' should be of type int"),
     ("def get_sweep(): yield {'seed': 1.5}\n", [], "seed=1.5 should be of type int"),
-    ("def get_sweep(): yield {}; yield {'seed': -1}\n", [], "config.seed=-1 should be 0 or more"),
+    (
+        "def get_sweep(): yield {}; yield {'seed': -1}\n",
+        [],
+        "config.seed=-1 is not in the range from 0",
+    ),
     ("def get_sweep(): yield {'checkpoint': 3}\n", [], "checkpoint=3 should be of type ConfigDict"),
     (RATES, ["--config.optimizer.learning_rate=1"], "sets optimizer.learning_rate itself"),
     (

@@ -31,7 +31,7 @@ def config_to_json(config: ConfigDict) -> str:
                 found[f"{prefix}{key}"] = block.get_type(key).__name__
         return found
 
-    plain = config.to_dict()
+    plain = plain_data(config.to_dict())
     for key, value in flatten(plain).items():
         try:
             json.dumps(value)
@@ -41,6 +41,15 @@ def config_to_json(config: ConfigDict) -> str:
                 'name code by its import path: target="package.module:attribute"',
             ) from error
     return json.dumps({**plain, NONE_TYPES: none_types(config, "")}, indent=2) + "\n"
+
+
+def plain_data(value: Any) -> Any:
+    """A value with dicts in place of `ConfigDict`, which `to_dict` leaves in lists."""
+    if isinstance(value, (dict, ConfigDict)):
+        return {key: plain_data(value[key]) for key in value}
+    if isinstance(value, (list, tuple)):
+        return [plain_data(inner) for inner in value]
+    return value
 
 
 def config_from_json(text: str) -> ConfigDict:

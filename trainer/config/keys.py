@@ -65,7 +65,10 @@ RESUMABLE = (
 # Every key that has a default: its default and its meaning. A type instead of a default stands for
 # None, or a value of that type. The blocks that name code (model, loss, data, optimizer) have none.
 KEYS: dict[str, tuple[Any, str]] = {
-    "seed": (0, "seeds the parameters, the order of examples, augmentation and dropout"),
+    "seed": (
+        0,
+        "seeds the parameters, the order of examples, augmentation and dropout; from 0 to 2³² - 1",
+    ),
     "num_epochs": (int, "length of the run in epochs; the remainder of an epoch is dropped"),
     "num_steps": (int, "length of the run in steps; overrides `num_epochs`"),
     "stop_at_step": (int, "stop after this step; schedules still extend over the full run"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,9 @@ from trainer.config.keys import (
     with_defaults,
 )
 from trainer.errors import UserError
+
+# The step of a state is an int32.
+MOST_STEPS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -110,14 +114,17 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
             f"config.checkpoint.best_metric={config.checkpoint.best_metric!r} is not measured",
             f"it can be {' or '.join(measured)}",
         )
-    if config.seed < 0:
-        raise UserError(f"config.seed={config.seed} should be 0 or more")
     flat = flatten(config)
+    for where, value in flat.items():
+        if re.fullmatch(r"(.*[._])?seed", where) and isinstance(value, int):
+            check_seed(value, f"config.{where}")
 
     def positive(where: str) -> int:
         value = flat[where]
         if not isinstance(value, int) or value < 1:
             raise UserError(f"config.{where}={value} should be a whole number of at least 1")
+        if value > MOST_STEPS:  # devices count in 32 bits
+            raise UserError(f"config.{where}={value} should be at most {MOST_STEPS}")
         return value
 
     def not_negative(where: str) -> float:
@@ -212,6 +219,20 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         images=int(not_negative("summaries.images")),
         confusion=config.summaries.confusion,
     )
+
+
+def check_seed(seed: int, name: str) -> None:
+    """Raises a UserError for a seed that jax would replace by another: it takes 32 bits.
+
+    Args:
+        seed: the seed.
+        name: what to call it.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(
+            f"{name}={seed} is not in the range from 0 to {2**32 - 1}",
+            f"jax.random.key would take it for {seed % 2**32}; choose a seed in the range",
+        )
 
 
 def _split(text: str) -> tuple[str, ...]:

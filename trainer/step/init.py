@@ -8,6 +8,7 @@ import flax.core
 import jax
 import jax.numpy as jnp
 
+from trainer.config.settings import check_seed
 from trainer.state.leaves import widen
 from trainer.state.train_state import TrainState
 from trainer.step.precision import LossScale
@@ -21,10 +22,15 @@ def init_state(task: Task, seed: int, example: jax.Array, recipe: Recipe = PLAIN
 
     Args:
         task: what to train.
-        seed: seeds the params and every random number of later steps.
+        seed: seeds the params and every random number of later steps; from 0 to 2**32 - 1.
         example: one example of `batch["x"]`, without a batch axis; its values do not matter.
         recipe: says which optional fields the state has.
+
+    Raises:
+        UserError: the seed has more than 32 bits.
     """
+    if isinstance(seed, int):
+        check_seed(seed, "seed")
     params_key, run_key = jax.random.split(jax.random.key(seed))
 
     # An axis of size one, because a model may use the axis during initialisation.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from trainer.config.settings import Settings
+from trainer.config.settings import MOST_STEPS, Settings
 from trainer.config.targets import bind, build, takes
 from trainer.data.stream import Source, TrainStream, as_source
 from trainer.errors import UserError
@@ -93,6 +93,11 @@ def build_job(settings: Settings) -> Job:
             'return an "eval" source from config.data.target, or leave config.early_stop out',
         )
     num_steps = settings.num_steps or (settings.num_epochs or 0) * stream.steps_per_epoch
+    if num_steps > MOST_STEPS:
+        raise UserError(
+            f"config.num_epochs={settings.num_epochs} are {num_steps} steps, more than the "
+            f"{MOST_STEPS} that a run can count"
+        )
     optimizer, learning_rate = _build_optimizer(settings.optimizer, num_steps)
     optimizer = freeze(optimizer, settings.freeze)
     return Job(

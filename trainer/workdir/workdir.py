@@ -21,7 +21,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from trainer.config.config_json import config_from_json, config_to_json
+from trainer.config.config_json import config_from_json, config_to_json, plain_data
 from trainer.config.keys import RESUMABLE, flatten, with_defaults
 from trainer.console import warn
 from trainer.errors import UserError
@@ -254,10 +254,7 @@ def _errors_of_writing(path: epath.Path) -> Iterator[None]:
 
 def _plain(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Values as JSON represents them, so that a stored config compares equal to a new one."""
-    return {
-        key: value.to_dict() if isinstance(value, ConfigDict) else json.loads(json.dumps(value))
-        for key, value in flat.items()
-    }
+    return {key: json.loads(json.dumps(plain_data(value))) for key, value in flat.items()}
 
 
 def _nearest_key(key: str, config: Mapping[str, Any]) -> str:
