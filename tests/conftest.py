@@ -12,6 +12,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["PJRT_NPROC"] = "16"
 
+from trainer.xla_flags import keep_nan
+
+keep_nan(os.environ)
+
 import jax
 import numpy as np
 import pytest

@@ -54,7 +54,7 @@ class NonFiniteLoss(Exception):
 
 
 class NonFiniteState(Exception):
-    """Params or model state are NaN or infinite; detected before a save, which is not made.
+    """Params or model state are NaN or infinite; the launcher exits with 1.
 
     Args:
         step: the step of the state.

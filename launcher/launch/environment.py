@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trainer.console import warn
 from trainer.errors import UserError
+from trainer.xla_flags import has_tpu, keep_nan
 
 _JAX_COUNT = "JAX_NUM_CPU_DEVICES"
 _COUNT = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
@@ -25,7 +26,7 @@ def fake_device_count(environ: Mapping[str, str]) -> int:
 
 
 def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None:
-    """Sets up fake devices, the compilation cache and one order of sets in all processes.
+    """Sets up fake devices, NaN on CPU, the compilation cache and one order of sets everywhere.
 
     Variables that are set already stay; only JAX_NUM_CPU_DEVICES gives way to `fake_devices`.
 
@@ -59,7 +60,8 @@ def prepare(environ: MutableMapping[str, str], fake_devices: int | None) -> None
         # In a collective each virtual device blocks a thread of a pool with one thread a core; with
         # fewer threads than devices it deadlocks.
         environ.setdefault("PJRT_NPROC", str(max(2 * count, os.cpu_count() or 1)))
-    if importlib.util.find_spec("libtpu") and not _has_tpu():
+    keep_nan(environ)
+    if importlib.util.find_spec("libtpu") and not has_tpu():
         quieten_libtpu(environ)
     if "JAX_COMPILATION_CACHE_DIR" not in environ:
         base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -82,10 +84,3 @@ def quieten_libtpu(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-
-
-def _has_tpu(devices: str = "/sys/bus/pci/devices") -> bool:
-    """Whether a device of Google's is on the PCI bus, as jax itself decides it."""
-    return any(
-        "0x1ae0" in path.read_text(errors="replace") for path in Path(devices).glob("*/vendor")
-    )

@@ -15,6 +15,7 @@ from typing import Any
 from launcher.launch import environment
 from launcher.planning.topology import Topology, unknown_topology
 from trainer.errors import UserError
+from trainer.xla_flags import KEEP_NAN
 
 # The most devices to compile for: the program of a device hardly depends on their number.
 _MOST_DEVICES = 512
@@ -53,6 +54,8 @@ def prepare(environ: MutableMapping[str, str], topologies: Sequence[Topology]) -
         for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
             environ.pop(name, None)
         environment.prepare(environ, max(fakes))
+        # libtpu parses these flags too, and may be older than jax. Nothing is executed here.
+        environ["XLA_FLAGS"] = environ["XLA_FLAGS"].replace(KEEP_NAN, "")
     environ["JAX_PLATFORMS"] = "cpu"
     # jax would write programs compiled for a topology to its cache, but could not read them back.
     environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

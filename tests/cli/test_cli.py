@@ -19,6 +19,7 @@ from launcher.launch import environment
 from launcher.processes.messages import how_to_resume
 from trainer.config.keys import KEYS, flatten
 from trainer.errors import UserError
+from trainer.xla_flags import KEEP_NAN
 
 MLP = "--config=configs/mlp.py"
 
@@ -204,6 +205,7 @@ def test_environment_of_fake_devices(tmp_path):
     assert environ["XLA_FLAGS"].split() == [
         "--xla_something=1",
         "--xla_force_host_platform_device_count=8",
+        KEEP_NAN,
     ]
     assert environ["JAX_PLATFORMS"] == "cpu"
     assert int(environ["PJRT_NPROC"]) >= 16

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from trainer.checkpoints.init_map import Match, match_leaves, split_collection
-from trainer.checkpoints.load import Saved, read_saved
+from trainer.checkpoints.load import Saved, read_saved, refuse_unusable
 from trainer.checkpoints.manifest import Leaf
 from trainer.config.settings import Settings
 from trainer.console import say
@@ -158,6 +158,7 @@ def _read_for_all(
     if lift.process == 0:
         try:
             saved = read(place)
+            refuse_unusable(saved)
             leaves = {name: asdict(leaf) for name, leaf in saved.listed.items()}
             found = {"place": str(saved.place), "leaves": leaves}
         except CheckpointsUnreadable as error:

@@ -16,6 +16,7 @@ from trainer.checkpoints.folder import CheckpointFolder
 from trainer.checkpoints.manifest import Damaged, Leaf
 from trainer.errors import CheckpointsUnreadable, first_line
 from trainer.state.checksums import checksum_of
+from trainer.state.finite import find_unusable
 from trainer.state.leaves import from_flat
 from trainer.workdir.paths import absolute, is_local
 
@@ -83,6 +84,22 @@ def read_saved(
                 ) from error
             # else the run has removed it, for a newer one
     raise CheckpointsUnreadable(f"{place} is gone: its run removes states while they are read")
+
+
+def refuse_unusable(saved: Saved) -> None:
+    """Refuses a state that holds what a model must not (`trainer.state.finite`).
+
+    Raises:
+        CheckpointsUnreadable: names the first such leaf.
+    """
+    found = find_unusable(saved.leaves)
+    for name, count in found.items():
+        more = f", nor are {len(found) - 1} more leaves" if len(found) > 1 else ""
+        raise CheckpointsUnreadable(
+            f"{name} in {saved.place} is not finite, in {count} of {saved.leaves[name].size} "
+            f"elements{more}",
+            "use the state of another step; trainer.load reads this one",
+        )
 
 
 def _find(root: epath.Path, names: list[str], step: int | None) -> tuple[CheckpointFolder, int]:

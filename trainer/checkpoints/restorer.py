@@ -21,7 +21,7 @@ from trainer.checkpoints.folder import QUARANTINE, CheckpointFolder
 from trainer.checkpoints.in_memory import SLOTS, InMemoryCheckpoints
 from trainer.checkpoints.manifest import Damaged, Manifest
 from trainer.console import say, warn
-from trainer.errors import CheckpointsUnreadable, StateUnreadable, first_line
+from trainer.errors import CheckpointsUnreadable, StateUnreadable, UserError, first_line
 from trainer.lift.lift import Lift
 from trainer.lift.replicas import check_replicas
 from trainer.state.leaves import name_leaves, with_leaves
@@ -171,8 +171,11 @@ class Restorer:
         state = self._lift.put_state(with_leaves(abstract, adapted))
         as_saved = set(wanted) - {d.name for d in changed}
         report = check_replicas(self._lift, state)
-        if candidate.in_memory and report.unusable:  # a save to disk checks this
-            raise Damaged(f"{report.unusable[0]} holds a NaN or an infinity")
+        if report.unusable:
+            what = f"{report.unusable[0]} holds a NaN or an infinity"
+            if report.unusable[0] not in as_saved:
+                raise UserError(f"{what} after the changes that config.checkpoint.allow permits")
+            raise Damaged(what)  # no run saves such a state
         for name, checksum in report.checksums.items():
             if name in as_saved and checksum != listed.leaves[name].checksum:
                 raise Damaged(f"{name} is not what was saved: its checksum differs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from contextlib import closing
@@ -22,7 +23,7 @@ from trainer.inference.trained_model import TrainedModel, restore_onto_devices
 from trainer.lift.in_flight import InFlight
 from trainer.lift.lift import Lift
 from trainer.lift.same_data import agree_on_data
-from trainer.step.evaluate import make_eval_step
+from trainer.step.evaluate import NAN, make_eval_step
 from trainer.step.labels import LabelCheck
 from trainer.step.task import Task
 
@@ -54,7 +55,7 @@ def evaluate(
         uses, "eval/loss" and "eval/<metric>". Batches are added up in float64.
 
     Raises:
-        CheckpointsUnreadable: the checkpoint does not exist or is damaged.
+        CheckpointsUnreadable: the checkpoint does not exist, is damaged or is not finite.
         UserError: `workdir` is not the folder of a run, the data has no held-out examples, or the
             config, its targets or the mesh are invalid; or processes have different examples.
     """
@@ -165,6 +166,7 @@ class Evaluator:
     def __init__(
         self, task: Task, source: Source, lift: Lift, batch_size: int, depth: int = 0
     ) -> None:
+        self._warns = lift.writes
         self._sums = HeldOutSums(make_eval_step(task), source, lift, batch_size, depth)
         rank = lift.process if lift.num_processes > 1 else None
         self._sums.after = LabelCheck(task, "held-out", rank).check
@@ -174,7 +176,7 @@ class Evaluator:
     ) -> dict[str, float] | None:
         """The mean of the loss and of each metric over all examples, tagged `eval/...`.
 
-        Returns None if asked to stop.
+        Returns None if asked to stop. Warns of outputs with NaN and of a loss that is not finite.
 
         Raises:
             UserError: a label is no class of the model, or no example counts.
@@ -189,7 +191,13 @@ class Evaluator:
                 "config.loss.ignore_index",
                 'correct the data, or return no "eval" source',
             )
-        return {
+        bad, examples = totals.pop(NAN)
+        means = {
             f"eval/{name}": float(total / count) if count else float("nan")
             for name, (total, count) in totals.items()
         }
+        if self._warns and bad:
+            warn(f"the model's outputs hold a NaN for {bad:g} of {examples:g} held-out examples")
+        elif self._warns and examples and not math.isfinite(means["eval/loss"]):
+            warn(f"eval/loss is {means['eval/loss']}, although no output of the model is a NaN")
+        return means

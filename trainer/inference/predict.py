@@ -52,10 +52,10 @@ def predict(
         Arrays of shape `(examples, ...)` in the order of the data: "outputs", or "outputs/<name>"
         where the model returns a dict, and "y" if the data has it. dtypes are the model's, except
         that those which numpy lacks, such as bfloat16, become float32 or int32. An output without
-        an example axis is left out, with a warning.
+        an example axis is left out, with a warning; NaN is kept, with a warning.
 
     Raises:
-        CheckpointsUnreadable: the checkpoint does not exist or is damaged.
+        CheckpointsUnreadable: the checkpoint does not exist, is damaged or is not finite.
         UserError: `workdir` is not the folder of a run, the data has no such split, no output has
             an example axis, jax runs several processes, or the config, its targets or the mesh
             are invalid.
@@ -122,7 +122,17 @@ def predict_source(
     fill(in_flight.drain())
     if left_out:
         warn(f"left out, without an example axis: {', '.join(sorted(left_out))}")
+    _warn_of_nan({name: array for name, array in arrays.items() if name != "y"})
     return arrays
+
+
+def _warn_of_nan(outputs: dict[str, np.ndarray]) -> None:
+    for name, array in outputs.items():
+        if array.dtype.kind in "fc":
+            bad = np.flatnonzero(np.isnan(array.reshape(len(array), -1)).any(axis=1))
+            if bad.size:
+                first = f"the first is {bad[0]}, counted from 0"
+                warn(f"{name} hold a NaN for {bad.size} of {len(array)} examples; {first}")
 
 
 def _make_predict_step(

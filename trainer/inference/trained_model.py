@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from trainer.checkpoints import differences
-from trainer.checkpoints.load import read_saved
+from trainer.checkpoints.load import read_saved, refuse_unusable
 from trainer.config.settings import Settings, check
 from trainer.data.stream import Source
 from trainer.errors import UserError
@@ -92,7 +92,8 @@ def restore(
         step: as for `trainer.load`.
 
     Raises:
-        CheckpointsUnreadable: the checkpoint does not exist or is damaged.
+        CheckpointsUnreadable: the checkpoint does not exist, is damaged, or holds what a model must
+            not (`trainer.state.finite`).
         UserError: a target of the config does not resolve, or its model has other leaves.
     """
     saved = read_saved(workdir, best=best, step=step)
@@ -103,6 +104,7 @@ def restore(
     found = differences.compare(listed, name_leaves(abstract))
     differences.refuse(found, str(saved.place), "use the code and config it was saved with")
     # What is left is an average in 16 bits, which `TrainState.eval_params` casts in any case.
+    refuse_unusable(saved)
     state = with_leaves(abstract, saved.leaves)
     return TrainedModel(settings, job, state, saved.step, saved.place, saved.data)
 
@@ -125,7 +127,7 @@ def restore_onto_devices(
         mesh: the devices, on the one axis "batch"; all devices where None.
 
     Raises:
-        CheckpointsUnreadable: the checkpoint does not exist or is damaged.
+        CheckpointsUnreadable: the checkpoint does not exist, is damaged or is not finite.
         UserError: `workdir` is not the folder of a run, or the config, its targets or the mesh
             are invalid.
     """

@@ -8,6 +8,7 @@ axis.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,10 +19,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainer.errors import UserError
+from trainer.lift.lost_nan import warn_if_nan_is_lost
 from trainer.lift.placement import Placement, is_spec
 from trainer.state.partition import SHARDED_FIELDS, partition_spec
 from trainer.state.train_state import TrainState
 from trainer.step.task import AXIS
+from trainer.xla_flags import keep_nan
 
 
 @dataclass(frozen=True)
@@ -150,12 +153,14 @@ def make_lift(name: str, mesh: Mesh | None = None, state_sharding: str = "replic
         UserError: the mesh has other axes, or N does not suit its devices.
     """
     if mesh is None:
+        keep_nan(os.environ)  # in a notebook; the launcher has done so
         mesh = Mesh(np.array(jax.devices()), (AXIS,))
     if mesh.axis_names != (AXIS,):
         raise UserError(
             f"the mesh has the axes {mesh.axis_names}; podlift needs exactly one, named {AXIS!r}",
             'jax.sharding.Mesh(numpy.array(jax.devices()), ("batch",))',
         )
+    warn_if_nan_is_lost(mesh.devices.flat[0].platform)
     kind, _, shards = name.partition(":")
     if kind != "vmap":
         return Lift(mesh, kind, mesh.size, SHARDED_FIELDS[state_sharding])

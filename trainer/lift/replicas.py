@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from trainer.errors import ReplicasDiffer
+from trainer.errors import NonFiniteState, ReplicasDiffer
 from trainer.lift.lift import Lift
-from trainer.state.checksums import are_finite, checksums
+from trainer.state.checksums import checksums, finiteness
+from trainer.state.finite import allows_infinity, must_be_usable
 from trainer.state.leaves import name_leaves
 from trainer.step.task import AXIS
 
@@ -24,16 +25,20 @@ class ReplicaReport:
 
     Attributes:
         checksums: of every leaf, by name.
-        not_finite: the leaves that contain a NaN or an infinity.
+        not_finite: the leaves that contain a NaN or an infinity, each with whether it is a NaN.
     """
 
     checksums: dict[str, int]
-    not_finite: list[str]
+    not_finite: dict[str, bool]
 
     @property
     def unusable(self) -> list[str]:
-        """The non-finite leaves that no run can resume from; an optimizer may hold infinities."""
-        return [name for name in self.not_finite if name.startswith(("params/", "model_state/"))]
+        """The leaves that no run can resume from; see `trainer.state.finite`."""
+        return [
+            name
+            for name, is_nan in self.not_finite.items()
+            if must_be_usable(name) and (is_nan or not allows_infinity(name))
+        ]
 
 
 def check_replicas(lift: Lift, state: Any) -> ReplicaReport:
@@ -50,17 +55,37 @@ def check_replicas(lift: Lift, state: Any) -> ReplicaReport:
     report = _check_replicated(lift, {n: leaf for n, leaf in leaves.items() if n not in sharded})
     if not sharded:
         return report
-    sums, finite = lift.read(_inspect_sharded(lift)(list(sharded.values())))
+    sums, kinds = lift.read(_inspect_sharded(lift)(list(sharded.values())))
     checksum_of = report.checksums | dict(zip(sharded, sums.tolist(), strict=True))
-    not_finite = [name for name, good in zip(sharded, finite, strict=True) if not good]
+    not_finite = report.not_finite | _not_finite(sharded, kinds)
     return ReplicaReport(
         {name: checksum_of[name] for name in leaves},
-        [name for name in leaves if name in {*report.not_finite, *not_finite}],
+        {name: not_finite[name] for name in leaves if name in not_finite},
     )
 
 
+def _not_finite(names: Iterable[str], kinds: np.ndarray) -> dict[str, bool]:
+    pairs = zip(names, kinds.tolist(), strict=True)
+    return {name: kind == 2 for name, kind in pairs if kind}
+
+
+def check_usable(lift: Lift, state: Any, step: int) -> None:
+    """Checks that params and model state are what `trainer.state.finite` asks for.
+
+    Cheaper than `check_replicas`, which finds the same. All processes call this at the same point.
+
+    Raises:
+        NonFiniteState: names the first leaf that is not.
+    """
+    leaves = name_leaves(lift.to_global(state))
+    used = {name: leaf for name, leaf in leaves.items() if must_be_usable(name)}
+    kinds = lift.read(_find_non_finite(lift)(list(used.values())))
+    if unusable := ReplicaReport({}, _not_finite(used, kinds)).unusable:
+        raise NonFiniteState(step, unusable)
+
+
 def _check_replicated(lift: Lift, leaves: dict[str, jax.Array]) -> ReplicaReport:
-    copies, finite = lift.read(_inspect_replicated(lift)(list(leaves.values())))
+    copies, kinds = lift.read(_inspect_replicated(lift)(list(leaves.values())))
     names = list(leaves)
     differing = np.flatnonzero((copies != copies[0]).any(axis=0))
     if differing.size:
@@ -76,8 +101,7 @@ def _check_replicated(lift: Lift, leaves: dict[str, jax.Array]) -> ReplicaReport
             'the shard; reduce it in the model with lax.pmean(value, "batch")'
         )
     return ReplicaReport(
-        dict(zip(names, copies[0].tolist(), strict=True)),
-        [name for name, good in zip(names, finite, strict=True) if not good],
+        dict(zip(names, copies[0].tolist(), strict=True)), _not_finite(names, kinds)
     )
 
 
@@ -86,7 +110,7 @@ def _inspect_replicated(lift: Lift) -> Callable[[Any], Any]:
     """Checksums of each device's copy, `(devices, leaves)`, and finiteness, `(leaves,)`."""
 
     def inspect(tree: Any) -> Any:
-        return jax.lax.all_gather(checksums(tree), AXIS), are_finite(tree)
+        return jax.lax.all_gather(checksums(tree), AXIS), finiteness(tree)
 
     return jax.jit(lift.shard_map(inspect, P(), P()))
 
@@ -94,4 +118,9 @@ def _inspect_replicated(lift: Lift) -> Callable[[Any], Any]:
 @functools.cache
 def _inspect_sharded(lift: Lift) -> Callable[[Any], Any]:
     """Checksums and finiteness of sharded leaves, both `(leaves,)`; the compiler adds up shards."""
-    return lift.compile_replicated(lambda tree: (checksums(tree), are_finite(tree)))
+    return lift.compile_replicated(lambda tree: (checksums(tree), finiteness(tree)))
+
+
+@functools.cache
+def _find_non_finite(lift: Lift) -> Callable[[Any], Any]:
+    return lift.compile_replicated(finiteness)

@@ -82,10 +82,10 @@ class TrainLog:
 
     def from_json(self, saved: dict[str, Any]) -> None:
         """Restores what `to_json` gave."""
-        self._epoch_sum, self._steps = saved["epoch"], saved["steps"]
+        self._epoch_sum = saved["epoch"]
         self._epoch_skipped, self.skipped = saved["epoch_skipped"], saved["skipped"]
         if len(saved["row"]) == len(self._names):  # else the config has other metrics now
-            self._total = np.array(saved["row"])
+            self._total, self._steps = np.array(saved["row"]), saved["steps"]
 
     def begin_epoch(self, step: int) -> None:
         """Leaves the steps so far out of the mean over the current epoch, which is another now.

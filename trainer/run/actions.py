@@ -18,7 +18,7 @@ from trainer.checkpoints.saver import Saver
 from trainer.inference.evaluate import Evaluator
 from trainer.lift.call import Call
 from trainer.lift.lift import Lift
-from trainer.lift.replicas import check_replicas
+from trainer.lift.replicas import check_replicas, check_usable
 from trainer.metrics_writer.run_log import RunLog
 from trainer.metrics_writer.step_metrics import StepMetrics
 from trainer.run.early_stop import EarlyStop
@@ -43,9 +43,10 @@ class Action(Protocol):
 
 
 class LogRow:
-    """Reports the mean metrics of the steps since the last row."""
+    """Reports the mean metrics of the steps since the last row, of a state that is finite."""
 
-    def __init__(self, metrics: StepMetrics, every_steps: int | None) -> None:
+    def __init__(self, metrics: StepMetrics, lift: Lift, every_steps: int | None) -> None:
+        self._lift = lift
         self._metrics = metrics
         self._every_steps = every_steps
 
@@ -56,6 +57,8 @@ class LogRow:
     def run(self, call: Call, state: TrainState) -> None:
         """Waits for the devices, so that a row's time is that of its own steps."""
         self._metrics.drain()
+        # Loss and gradient can be finite without it: of frozen params, or where a `where` hides it.
+        check_usable(self._lift, state, call.step)
         self._metrics.log.emit(call.step)
 
 

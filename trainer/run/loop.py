@@ -157,7 +157,7 @@ class Run:
         settings, lift = self.settings, self.lift
         listed: list[actions.Action | None] = [
             self.profiler,
-            actions.LogRow(self.metrics, settings.log_every_steps),
+            actions.LogRow(self.metrics, lift, settings.log_every_steps),
             Stragglers.of(settings, lift, self.metrics, self.run_log),
             HistogramSummary.of(
                 settings, self.job, lift, self.metrics, self.run_log, self.stop_requested

@@ -19,15 +19,17 @@ def checksums(tree: Any) -> jax.Array:
     return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def are_finite(tree: Any) -> jax.Array:
-    """Whether each leaf contains no NaN and no infinity, shape (leaves,)."""
+def finiteness(tree: Any) -> jax.Array:
+    """0 for each finite leaf, 1 if it contains an infinity but no NaN, else 2; shape (leaves,)."""
 
-    def is_finite(leaf: jax.Array) -> jax.Array:
+    def kind(leaf: jax.Array) -> jax.Array:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return jnp.array(True)
-        return jnp.all(jnp.isfinite(leaf))
+            return jnp.zeros((), jnp.int32)
+        return jnp.max(
+            jnp.where(jnp.isnan(leaf), 2, jnp.where(jnp.isfinite(leaf), 0, 1)), initial=0
+        )
 
-    return jnp.stack([is_finite(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)])
+    return jnp.stack([kind(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)])
 
 
 def _checksum(leaf: jax.Array) -> jax.Array:

@@ -48,13 +48,13 @@ def per_example(function: PerExample, outputs: Any, batch: Batch, where: str) ->
                 f"return one value per example, shape ({examples},): take the mean over other axes",
             )
     values = values.astype(jnp.float32) if values.dtype != jnp.float64 else values
-    mask = _mask_of(batch)
+    mask = mask_of(batch)
     if weights is not None:
         mask = weights.astype(jnp.float32) * (1.0 if mask is None else mask)
     return PerExampleValues(values, mask)
 
 
-def _mask_of(batch: Batch) -> jax.Array | None:
+def mask_of(batch: Batch) -> jax.Array | None:
     """The mask of a batch, `(examples,)` float32; None if it has none."""
     mask = batch.get("mask")
     if mask is None:
