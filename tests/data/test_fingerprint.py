@@ -124,6 +124,13 @@ def test_other_data_that_are_not_in_memory_are_told_apart(name):
     assert found.startswith(OTHERS[name][1].partition(" as do")[0])
 
 
+def test_a_source_that_only_one_side_has():
+    made = fingerprint_of(ArraySource(arrays()))
+    both, alone = {"train": made, "eval": made}, {"train": made}
+    assert describe_changes(both, alone) == "eval: no examples instead of 64"
+    assert describe_changes(alone, both) == "eval: 64 examples instead of none"
+
+
 def test_the_last_and_single_pixels_of_a_large_set_are_told_apart():
     last = with_value(4999, 3.0, n=5000)
     assert change(arrays(5000), last) == "train: a row of 4921 to 4999 differs (x)"
@@ -152,7 +159,7 @@ def test_the_last_bits_of_floats_may_differ(dtype):
 def test_few_rows_are_read_one_at_a_time_and_bytes_in_memory_are_bounded(monkeypatch):
     source = Rows(arrays(5000))
     assert len(fingerprint_of(source)["rows"]) == 16
-    assert len(source.reads) == 17
+    assert len(source.reads) == 16 + 8 + 1
     assert all(len(read) == 1 for read in source.reads)
     assert {0, 4999} <= {index for (index,) in source.reads}
     assert len(fingerprint_of(ArraySource(arrays(5000)))["rows"]) == 64
@@ -161,13 +168,14 @@ def test_few_rows_are_read_one_at_a_time_and_bytes_in_memory_are_bounded(monkeyp
 
 
 class Drawn(Rows):
-    """Draws its augmentation itself."""
+    """Mirrors half of the examples, and draws the random numbers itself."""
 
     random = np.random.default_rng(3)
 
     def __getitem__(self, indices):
         batch = super().__getitem__(indices)
-        return {**batch, "x": batch["x"] + self.random.normal(size=batch["x"].shape)}
+        mirrored = self.random.uniform(size=(len(indices), 1, 1)) < 0.5
+        return {**batch, "x": np.where(mirrored, batch["x"][:, ::-1], batch["x"])}
 
 
 def test_a_source_that_draws_random_numbers_is_not_refused(capsys):
@@ -178,7 +186,7 @@ def test_a_source_that_draws_random_numbers_is_not_refused(capsys):
     open_terminal()
     drawn = Drawn(arrays())
     agree_on_data(Ranks([drawn], 0), {"train": drawn, "eval": None})
-    assert 'warning: the "train" source returns another row 0 each time' in capsys.readouterr().err
+    assert 'warning: the "train" source returns other rows each time' in capsys.readouterr().err
 
 
 class Ranks:

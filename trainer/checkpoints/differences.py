@@ -124,8 +124,8 @@ def check_data(
         together = ",".join([*allow, "data"])
         raise UserError(
             f"the data are not those of the state in {where}: {what}",
-            "bring the data back (an order that comes from a set or an unsorted list of files "
-            "changes between starts), name another --workdir, or pass "
+            "bring the data back (an unsorted list of files changes its order between starts, and "
+            "a set too without PYTHONHASHSEED=0), name another --workdir, or pass "
             f"--config.checkpoint.allow={together} to resume anyway: epochs are counted in the new "
             "data, and a best state that other held-out examples chose is put aside",
         )

@@ -16,7 +16,7 @@ from trainer.lift.processes import Processes
 def agree_on_data(processes: Processes, sources: Mapping[str, Source | None]) -> dict[str, Any]:
     """Raises a UserError if processes have other examples than process 0.
 
-    All processes call this at the same point. It costs each about 16 reads of single rows a source.
+    All processes call this at the same point. It costs each 25 reads of single rows a source.
 
     Args:
         processes: the processes.
@@ -41,8 +41,8 @@ def agree_on_data(processes: Processes, sources: Mapping[str, Source | None]) ->
         for name, fingerprint in agreed.items():
             if not fingerprint["rows"]:
                 warn(
-                    f'the "{name}" source returns another row 0 each time, so its numbers cannot '
-                    "be repeated\n  HINT: draw random numbers in config.data.augment or "
+                    f'the "{name}" source returns other rows each time, so its numbers cannot be '
+                    "repeated\n  HINT: draw random numbers in config.data.augment or "
                     "augmented(); docs/data.md"
                 )
     return agreed

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from trainer.checkpoints.saver import Saver
 from trainer.config.settings import Settings
 from trainer.console import duration, say, warn
+from trainer.errors import text_of
 from trainer.lift.lift import Lift
 from trainer.lift.unsynced import unsynced_state
 from trainer.metrics_writer.goodput import Goodput
@@ -183,7 +184,7 @@ def _say_model(job: Job, state: TrainState, depth: int) -> None:
     try:
         say(draw_table(model_rows(job.task, state, x, depth)))
     except Exception as error:  # a model may not take one example alone; it trains all the same
-        warn(f"no table of the model: {type(error).__name__}: {error}")
+        warn(f"no table of the model: {type(error).__name__}: {text_of(error)}")
 
 
 def describe_devices(lift: Lift) -> str:

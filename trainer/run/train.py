@@ -46,7 +46,8 @@ def train(
             its own trace into `workdir`.
 
     Raises:
-        UserError: the config, its targets, the workdir or the profile cannot be used.
+        UserError: the config, its targets, the workdir or the profile cannot be used, or the data
+            differ between processes or from those of the run.
         NonFiniteLoss: the loss is NaN or infinite.
         Preempted: asked to stop, and saved.
         CheckpointsUnreadable: the workdir holds checkpoints, and none is intact.
