@@ -6,10 +6,12 @@ can derive, waits with a timeout for the others (the clients), compares their he
 free port for jax's coordinator. The connections stay open: a failure anywhere ends the job
 everywhere, with one root cause. Messages are lines of JSON; an unknown message is ignored, and a
 malformed one ends its connection. `open_rendezvous` makes the `Rendezvous` of one attempt, which
-reports to a `Listener`; `root_cause.RootCause` decides which of several failures came first.
+reports to a `Listener`; `root_cause.RootCause` decides which of several failures came first, and
+`late.Late` which rank the others wait for.
 """
 
+from launcher.rendezvous.late import Idle
 from launcher.rendezvous.open import open_rendezvous
 from launcher.rendezvous.protocol import Listener, Rendezvous, Start
 
-__all__ = ["Listener", "Rendezvous", "Start", "open_rendezvous"]
+__all__ = ["Idle", "Listener", "Rendezvous", "Start", "open_rendezvous"]

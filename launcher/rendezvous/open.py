@@ -15,6 +15,7 @@ from launcher.processes.event_loop import EventLoop
 from launcher.processes.rank_log import claim_attempt
 from launcher.rendezvous.address import own_address
 from launcher.rendezvous.client import Client
+from launcher.rendezvous.late import Late
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, Hello, Listener, Rendezvous
 from launcher.rendezvous.root_cause import MakeRootCause
 from launcher.rendezvous.server import Server
@@ -42,10 +43,11 @@ def open_rendezvous(
     Raises:
         UserError: the port of the rendezvous is taken.
     """
+    late = Late(spec.num_processes, 2 * watch_secs + HEARTBEAT_SECS, loop.time)
     placement = spec.placement
     if placement is None:
         number = claim_attempt(spec.local_dir)
-        return SingleLauncher(number, spec.num_processes, listener, make_root_cause)
+        return SingleLauncher(number, spec.num_processes, listener, make_root_cause, late)
     hello = _make_hello(spec, placement)
     limits = spec.limits
     timeouts = (limits.rendezvous_timeout_secs, float(limits.heartbeat_timeout_secs))
@@ -65,6 +67,7 @@ def open_rendezvous(
             number_attempt,
             listener,
             make_root_cause,
+            late,
             *timeouts,
         )
     except OSError as error:
