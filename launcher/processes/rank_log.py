@@ -6,11 +6,11 @@ import contextlib
 import logging
 import re
 import time
-from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
+from launcher.processes.lost_peers import LostPeers
 from trainer.console import warn
 from trainer.errors import UserError
 from trainer.workdir.lock import is_held
@@ -61,11 +61,15 @@ class RankFile:
         folder: the run's local folder.
         attempt: number of the attempt.
         rank: of the worker.
+
+    Attributes:
+        path: of the file.
+        lost_peers: what jax has written into it about lost peers.
     """
 
     def __init__(self, folder: Path, attempt: int, rank: int) -> None:
         self.path = folder / "logs" / f"attempt-{attempt}" / f"rank-{rank}.log"
-        self._tail: deque[str] = deque(maxlen=100)
+        self.lost_peers = LostPeers()
         self._file: TextIO | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,15 +81,10 @@ class RankFile:
         """Adds lines."""
         stamp = time.strftime(_STAMP)
         for line in text.splitlines():
-            self._tail.append(line[:1000])
+            self.lost_peers.read(line)
             with contextlib.suppress(OSError):
                 if self._file is not None:
                     self._file.write(f"{stamp} {line}\n")
-
-    @property
-    def tail(self) -> str:
-        """The last hundred lines."""
-        return "\n".join(self._tail)
 
     def close(self) -> None:
         """Closes the file, also one that cannot be written."""
