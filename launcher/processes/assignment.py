@@ -25,7 +25,6 @@ class Assignment:
         address: the address of this machine that the other ranks reach; CPU collectives listen
             there.
         local_device_ids: indices into the visible accelerators; None for all of them.
-        heartbeat_timeout_secs: seconds of silence after which a peer is lost.
         start_timeout_secs: seconds that jax waits for its peers at the start.
         shutdown_timeout_secs: seconds that jax waits for its peers at the end.
         workdir: the run's folder.
@@ -42,7 +41,6 @@ class Assignment:
     coordinator: str | None
     address: str
     local_device_ids: tuple[int, ...] | None
-    heartbeat_timeout_secs: int
     start_timeout_secs: int
     shutdown_timeout_secs: int
     workdir: str

@@ -13,6 +13,7 @@ from etils import epath
 
 from launcher import exit_codes
 from launcher.processes.assignment import Outcome
+from launcher.processes.lost_peers import LostPeers
 from trainer.workdir.paths import write_whole
 
 
@@ -30,7 +31,8 @@ class Failure:
         log: path of the rank's log.
         weight: `CAUSE`, `ABORT` or `CONSEQUENCE`; the lower, the likelier it is the root cause.
         wants_stacks: whether all ranks should write their stacks into their logs.
-        count: of a rank that hangs, how often it has reported progress; None for other failures.
+        count: of a rank that hangs, how often it has reported progress, and -1 if it is suspended;
+            None for other failures.
     """
 
     rank: int
@@ -80,12 +82,10 @@ def failure_from_outcome(outcome: Outcome, rank: int, log: str) -> Failure:
 
 # Signals of a crash in the program itself.
 _CRASHES = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGSYS", "SIGTRAP")
-# jax logs this before it aborts a process whose peer is gone.
-_JAX_LOST_PEER = "distributed service detected fatal errors"
 
 
 def failure_from_exit(
-    returncode: int, rank: int, step: int, log: str, log_tail: str, out_of_memory: bool
+    returncode: int, rank: int, step: int, log: str, lost: LostPeers, out_of_memory: bool
 ) -> Failure:
     """The failure of a worker that ended without reporting an outcome.
 
@@ -94,7 +94,7 @@ def failure_from_exit(
         rank: of the worker.
         step: the last step it reported.
         log: path of its log.
-        log_tail: the last lines of its log.
+        lost: what jax has logged about lost peers.
         out_of_memory: whether the kernel has killed a process for memory since the start.
     """
     weight = CAUSE
@@ -116,9 +116,9 @@ def failure_from_exit(
             message += ": out of memory?"
         if name == "SIGABRT":
             weight = ABORT
-            if _JAX_LOST_PEER in log_tail:
+            if lost.are_lost:
                 code, weight = exit_codes.RETRY, CONSEQUENCE
-                message = f"rank {rank} aborted around step {step}: jax lost contact with its peers"
+                message = f"rank {rank} aborted around step {step}: jax lost contact with {lost}"
     return Failure(rank, code, message, step=step, log=log, weight=weight)
 
 

@@ -11,7 +11,18 @@ import struct
 from dataclasses import dataclass
 
 # In the order of a run. The page holds the index.
-PHASES = ("spawn", "start", "compile", "train", "wait", "evaluate", "save")
+PHASES = ("spawn", "start", "load", "compile", "train", "wait", "evaluate", "save")
+# What a worker does in each of them, in words.
+DOING = {
+    "spawn": "starts Python",
+    "start": "imports jax, joins the others or restores",
+    "load": "loads its data (config.data.target)",
+    "compile": "compiles",
+    "train": "takes a step",
+    "wait": "waits for its data or its devices",
+    "evaluate": "evaluates",
+    "save": "saves",
+}
 _RECORD = struct.Struct("<qqq")
 
 

@@ -7,12 +7,12 @@ import functools
 import logging
 import re
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
 from io import FileIO
 from pathlib import Path
 
 from launcher.processes.background import BackgroundWriter
+from launcher.processes.lost_peers import LostPeers
 from launcher.processes.messages import print_err
 from trainer.errors import UserError
 from trainer.workdir.lock import is_held
@@ -68,11 +68,15 @@ class RankFile:
         folder: the run's local folder.
         attempt: number of the attempt.
         rank: of the worker.
+
+    Attributes:
+        path: of the file.
+        lost_peers: what jax has written into it about lost peers.
     """
 
     def __init__(self, folder: Path, attempt: int, rank: int) -> None:
         self.path = folder / "logs" / f"attempt-{attempt}" / f"rank-{rank}.log"
-        self._tail: deque[str] = deque(maxlen=100)
+        self.lost_peers = LostPeers()
         self._file: FileIO | None = None
         self._is_whole = True
         try:
@@ -85,15 +89,10 @@ class RankFile:
         """Adds lines."""
         stamp = time.strftime(_STAMP)
         for line in text.removesuffix("\n").split("\n"):
-            self._tail.append(line[:1000])
+            self.lost_peers.read(line)
             if self._file is not None:
                 data = _encode(f"{stamp} {line}\n")
                 _disk.put(functools.partial(self._append, self._file, data), len(data))
-
-    @property
-    def tail(self) -> str:
-        """The last hundred lines."""
-        return "\n".join(self._tail)
 
     def close(self) -> None:
         """Closes the file once all is written."""

@@ -8,10 +8,11 @@ everywhere, with one root cause. Messages are lines of JSON; an unknown message 
 malformed one ends its connection. Before anything else both sides prove that they know the secret
 of the job (`secret`, `handshake`); strangers are turned away and counted. `open_rendezvous` makes
 the `Rendezvous` of one attempt, which reports to a `Listener`; `root_cause.RootCause` decides which
-of several failures came first.
+of several failures came first, and `late.Late` which rank the others wait for.
 """
 
+from launcher.rendezvous.late import Idle
 from launcher.rendezvous.open import open_rendezvous
 from launcher.rendezvous.protocol import Listener, Rendezvous, Start
 
-__all__ = ["Listener", "Rendezvous", "Start", "open_rendezvous"]
+__all__ = ["Idle", "Listener", "Rendezvous", "Start", "open_rendezvous"]

@@ -13,6 +13,7 @@ from launcher.processes.failure import Failure
 from launcher.rendezvous.address import connect_to, join_address
 from launcher.rendezvous.connection import Connection
 from launcher.rendezvous.handshake import Handshake, new_nonce
+from launcher.rendezvous.late import Idle
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, PROTOCOL, Hello, Listener, Start
 from launcher.rendezvous.secret import VARIABLE, JobSecret, NoSecret
 
@@ -120,6 +121,11 @@ class Client:
             return
         self._connection.send("failed", failure=failure.to_json())
         self._loop.call_later(self._answer_timeout, lambda: self._end(failure))
+
+    def idle(self, idle: Idle) -> None:
+        """Tells rank 0's launcher that a rank is idle."""
+        if self._connection is not None:
+            self._connection.send("idle", idle=idle.to_json())
 
     def abandon(self, failure: Failure) -> None:
         """Ends the job for the others; this launcher ends now."""

@@ -15,6 +15,7 @@ from launcher.launch.spec import LaunchSpec
 from launcher.processes.event_loop import EventLoop
 from launcher.processes.rank_log import claim_attempt
 from launcher.rendezvous.client import Client
+from launcher.rendezvous.late import Late
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, Hello, Listener, Rendezvous
 from launcher.rendezvous.root_cause import MakeRootCause
 from launcher.rendezvous.secret import JobSecret
@@ -45,10 +46,11 @@ def open_rendezvous(
     Raises:
         UserError: the port of the rendezvous is taken, or the job has no secret.
     """
+    late = Late(spec.num_processes, 2 * watch_secs + HEARTBEAT_SECS, loop.time)
     placement = spec.placement
     if placement is None:
         number = claim_attempt(spec.local_dir)
-        return SingleLauncher(number, spec.num_processes, listener, make_root_cause)
+        return SingleLauncher(number, spec.num_processes, listener, make_root_cause, late)
     hello = _make_hello(spec, placement)
     secret = JobSecret(spec.workdir, os.environ)
     limits = spec.limits
@@ -67,6 +69,7 @@ def open_rendezvous(
             number_attempt,
             listener,
             make_root_cause,
+            late,
             *timeouts,
             secret,
         )

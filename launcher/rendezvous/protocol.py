@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from launcher.processes.failure import Failure
+from launcher.rendezvous.late import Idle
 
 # To be raised with every change that older launchers do not understand.
 PROTOCOL = 3
@@ -61,8 +62,8 @@ class Listener:
         on_start: all ranks have joined.
         on_end: the job is over, for this reason.
         on_stopping: another launcher was asked to stop; gets a line that says which.
-        on_wait: ranks are missing; gets a line that names them, every ten seconds. Also gets other
-            lines about the rendezvous.
+        on_wait: ranks are missing or late; gets a line that names them, now and then. Also gets
+            other lines about the rendezvous.
     """
 
     on_start: Callable[[Start], None]
@@ -83,6 +84,9 @@ class Rendezvous(Protocol):
 
     def report(self, failure: Failure) -> None:
         """Reports a failure; `Listener.on_end` follows, with this one or with its root cause."""
+
+    def idle(self, idle: Idle) -> None:
+        """Reports that a rank is idle, in case that all others wait for it."""
 
     def abandon(self, failure: Failure) -> None:
         """Ends the job for the others; this launcher ends now and waits for nothing."""

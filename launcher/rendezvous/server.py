@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from launcher.exit_codes import RETRY
@@ -14,6 +15,7 @@ from launcher.rendezvous.address import hold_port, join_address
 from launcher.rendezvous.admission import Refusal, check_hello, check_protocol
 from launcher.rendezvous.connection import NO_LAUNCHER, Connection
 from launcher.rendezvous.handshake import Handshake, new_nonce
+from launcher.rendezvous.late import Idle, Late
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, Hello, Listener, Start
 from launcher.rendezvous.root_cause import MakeRootCause
 from launcher.rendezvous.secret import JobSecret
@@ -116,6 +118,7 @@ class Server:
         claim_attempt: returns the number of this attempt; called once all ranks have joined.
         listener: gets the events.
         make_root_cause: makes what decides which failure came first.
+        late: finds out which rank is late.
         rendezvous_timeout: seconds until all ranks must have joined.
         heartbeat_timeout: seconds of silence after which a launcher is lost.
         secret: of the job; published once the port is this launcher's.
@@ -137,6 +140,7 @@ class Server:
         claim_attempt: Callable[[], int],
         listener: Listener,
         make_root_cause: MakeRootCause,
+        late: Late,
         rendezvous_timeout: float,
         heartbeat_timeout: float,
         secret: JobSecret,
@@ -145,6 +149,8 @@ class Server:
         self._hello = hello
         self._claim_attempt = claim_attempt
         self._listener = listener
+        self._late = late
+        self._is_stopping = False
         self._root_cause = make_root_cause(self.end_everywhere)
         self._heartbeat_timeout = heartbeat_timeout
         self._sessions: dict[int, _Session] = {}
@@ -185,6 +191,16 @@ class Server:
     def report(self, failure: Failure) -> None:
         """Reports a failure."""
         self._root_cause.add(failure)
+        if failure.count is not None and not self._is_stopping:
+            # The launcher of the rank that holds up this one may allow it more time.
+            for hang in self._late.hangs():
+                self._root_cause.add(hang)
+
+    def idle(self, idle: Idle) -> None:
+        """Tells the user which rank is late."""
+        line = self._late.add(idle)
+        if line is not None:
+            self._listener.on_wait(line)
 
     def abandon(self, failure: Failure) -> None:
         """Ends the job for the others; this launcher ends now."""
@@ -199,6 +215,7 @@ class Server:
 
     def stopping(self, line: str) -> None:
         """Tells the others that this launcher was asked to stop."""
+        self._is_stopping = True
         self._broadcast("stopping", line=line)
 
     def done(self) -> None:
@@ -242,10 +259,14 @@ class Server:
         if kind == "bye":
             session.has_left = True
         elif kind == "failed":
-            self._root_cause.add(Failure.from_json({**message["failure"], "host": hello.host}))
+            self.report(Failure.from_json({**message["failure"], "host": hello.host}))
+        elif kind == "idle":
+            idle = Idle.from_json(message["idle"])
+            self.idle(replace(idle, hang=replace(idle.hang, host=hello.host)))
         elif kind == "abandoned":
             self.end_everywhere(Failure.from_json({**message["failure"], "host": hello.host}))
         elif kind == "stopping":
+            self._is_stopping = True
             line = str(message["line"])
             self._broadcast("stopping", except_rank=hello.rank, line=line)
             self._listener.on_stopping(line)

@@ -36,7 +36,7 @@ from launcher.supervisor.children import (
     out_of_memory_kills,
     signals_blocked,
 )
-from launcher.supervisor.watchdog import Watchdog
+from launcher.supervisor.watchdog import Watchdog, furthest_behind
 from trainer.errors import UserError
 
 # From a worker's outcome to its exit, and from the last worker's exit to that of the other
@@ -227,7 +227,7 @@ class Attempt:
             oom = out_of_memory_kills() > self._oom_kills
             step = child.page.read().step
             self._report(
-                failure_from_exit(returncode, child.rank, step, str(log.path), log.tail, oom)
+                failure_from_exit(returncode, child.rank, step, str(log.path), log.lost_peers, oom)
             )
         elif all(c.process.poll() is not None and c.outcome is not None for c in self._children):
             outcomes = [c.outcome for c in self._children if c.outcome is not None]
@@ -258,14 +258,17 @@ class Attempt:
 
     def _watch(self) -> None:
         """Checks at intervals whether the workers make progress."""
-        reports = {c.rank: c.page.read() for c in self._children if c.outcome is None}
-        stuck = self._watchdog.check(reports, self._loop.time())
+        assert self._rendezvous is not None
+        working = [child for child in self._children if child.outcome is None]
+        reports = {child.rank: child.page.read() for child in working}
+        suspended = {child.rank for child in working if is_suspended(child.pid)}
+        stuck = self._watchdog.check(reports, self._loop.time(), suspended)
         if stuck is None:
+            for idle in self._watchdog.idle(suspended):
+                self._rendezvous.idle(failures.idle(idle, str(self._logs[idle.rank].path)))
             self._call_later(self._watchdog.period, self._watch)
-            return
-        pid = next(child.pid for child in self._children if child.rank == stuck.rank)
-        log = str(self._logs[stuck.rank].path)
-        self._report(failures.hang(stuck, log, is_suspended=is_suspended(pid)))
+        else:
+            self._report(failures.hang(stuck, str(self._logs[stuck.rank].path)))
 
     def dump_stacks(self) -> str:
         """Has all workers write their stacks into their logs; they continue.
@@ -328,11 +331,20 @@ class Attempt:
         self._call_later(self._limits.grace_secs, self._end_grace)
 
     def _end_grace(self) -> None:
-        late = next((child for child in self._children if child.process.poll() is None), None)
-        if late is not None:
-            log = str(self._logs[late.rank].path)
-            progress, grace_secs = late.page.read(), self._limits.grace_secs
-            self._report(failures.grace_exceeded(late.rank, progress, grace_secs, log))
+        alive = [child for child in self._children if child.process.poll() is None]
+        if alive:
+            reports = {child.rank: child.page.read() for child in alive}
+            suspended = {child.rank for child in alive if is_suspended(child.pid)}
+            rank = furthest_behind(reports, suspended)
+            self._report(
+                failures.grace_exceeded(
+                    rank,
+                    reports[rank],
+                    self._limits.grace_secs,
+                    str(self._logs[rank].path),
+                    is_suspended=rank in suspended,
+                )
+            )
 
     def kill(self) -> None:
         """Ends everything at once, after a second Ctrl-C."""
@@ -379,7 +391,6 @@ def _assign(spec: LaunchSpec, worker: WorkerSpec, start: Start) -> Assignment:
         coordinator=start.coordinator or None,
         address=start.address,
         local_device_ids=worker.local_device_ids,
-        heartbeat_timeout_secs=limits.heartbeat_timeout_secs,
         start_timeout_secs=max(30, int(limits.rendezvous_timeout_secs)),
         shutdown_timeout_secs=limits.shutdown_timeout_secs,
         workdir=spec.workdir,

@@ -6,20 +6,22 @@ import traceback
 
 from launcher import exit_codes
 from launcher.processes.failure import Failure
-from launcher.processes.progress_page import Progress
+from launcher.processes.progress_page import DOING, Progress
+from launcher.rendezvous import Idle
 from launcher.supervisor.watchdog import Stuck
 
+_SUSPENDED = "is suspended (SIGSTOP)"
 
-def hang(stuck: Stuck, log: str, *, is_suspended: bool) -> Failure:
+
+def hang(stuck: Stuck, log: str) -> Failure:
     """A worker that makes no progress.
 
     Args:
         stuck: what the watchdog found.
         log: path of the worker's log.
-        is_suspended: whether a signal has stopped the worker.
     """
     progress = stuck.progress
-    suspended = ", and is suspended (SIGSTOP)" if is_suspended else ""
+    suspended = f", and {_SUSPENDED}" if stuck.is_suspended else ""
     return Failure(
         stuck.rank,
         exit_codes.RETRY,
@@ -29,7 +31,7 @@ def hang(stuck: Stuck, log: str, *, is_suspended: bool) -> Failure:
         step=progress.step,
         log=log,
         wants_stacks=True,
-        count=progress.count,
+        count=_count(progress, is_suspended=stuck.is_suspended),
     )
 
 
@@ -49,7 +51,25 @@ def not_resolved(rank: int, host: str, seconds: float) -> Failure:
     return Failure(rank, exit_codes.RETRY, message)
 
 
-def grace_exceeded(rank: int, progress: Progress, grace_secs: float, log: str) -> Failure:
+def idle(stuck: Stuck, log: str) -> Idle:
+    """A worker that has made no progress for a while, as yet without consequences.
+
+    Args:
+        stuck: the worker.
+        log: path of its log.
+    """
+    doing = _SUSPENDED if stuck.is_suspended else DOING[stuck.progress.phase]
+    return Idle(hang(stuck, log), doing, stuck.seconds)
+
+
+def _count(progress: Progress, *, is_suspended: bool) -> int:
+    """How far a worker has come, next to others: one that is suspended is behind all others."""
+    return -1 if is_suspended else progress.count
+
+
+def grace_exceeded(
+    rank: int, progress: Progress, grace_secs: float, log: str, *, is_suspended: bool
+) -> Failure:
     """A worker that did not stop in time after a request to stop.
 
     Args:
@@ -57,16 +77,19 @@ def grace_exceeded(rank: int, progress: Progress, grace_secs: float, log: str) -
         progress: its last report.
         grace_secs: the time it had.
         log: path of its log.
+        is_suspended: whether a signal has stopped it.
     """
+    suspended = f", {_SUSPENDED}" if is_suspended else ""
     return Failure(
         rank,
         exit_codes.RETRY,
         f"rank {rank} has not stopped within {grace_secs:g} s (step "
-        f"{progress.step}, {progress.phase}), and was killed\n"
+        f"{progress.step}, {progress.phase}{suspended}), and was killed\n"
         "  HINT: --grace_secs waits longer",
         step=progress.step,
         log=log,
         wants_stacks=True,
+        count=_count(progress, is_suspended=is_suspended),
     )
 
 

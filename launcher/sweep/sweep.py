@@ -19,6 +19,7 @@ from launcher.command_line.variants import Variant, read_variants
 from launcher.launch.build import make_launch_spec
 from launcher.launch.spec import LaunchSpec
 from launcher.processes.failure import failure_from_exit
+from launcher.processes.lost_peers import LostPeers
 from launcher.sweep.foreground import Foreground
 from launcher.sweep.table import FILE, Row, format_table, read_row, write_rows
 from trainer.checkpoints.folder import CheckpointFolder
@@ -129,7 +130,7 @@ def _run_all(
             code = (
                 returned
                 if returned >= 0
-                else failure_from_exit(returned, 0, 0, "", "", False).exit_code
+                else failure_from_exit(returned, 0, 0, "", LostPeers(), False).exit_code
             )
             codes[variant.index] = code
             write_rows(absolute(sweep.folder), sweep.config, _rows(sweep, specs, codes))

@@ -14,6 +14,14 @@ import jax
 
 from launcher.processes.assignment import Assignment
 
+# A backstop for jax's own timeouts, in seconds: a week. The launchers find lost hosts, and ranks
+# that make no progress, on monotonic clocks. jax counts heartbeats on the wall clock: with a
+# timeout short enough to find anything, a step of the clock or a suspended process would end the
+# job, and jax would name the wrong rank.
+BACKSTOP_SECS = 7 * 24 * 3600
+# XLA's limit for one collective on CPU: by default half an hour, which loading data may take.
+_COLLECTIVE_TIMEOUT = "--xla_cpu_collective_timeout_seconds"
+
 
 def join(assignment: Assignment) -> None:
     """Connects this process to its peers; afterwards `jax.devices()` lists the devices of all.
@@ -23,6 +31,7 @@ def join(assignment: Assignment) -> None:
     """
     if assignment.coordinator is None:
         return
+    _wait_in_collectives(os.environ)
     _listen_on(assignment.address)
     host = assignment.coordinator.rpartition(":")[0].strip("[]")
     bypass_proxies(os.environ, (host, assignment.address))
@@ -40,8 +49,7 @@ def join(assignment: Assignment) -> None:
         initialization_timeout=assignment.start_timeout_secs,
         # The default is all interfaces.
         coordinator_bind_address=assignment.coordinator,
-        # A backstop: the launchers notice a lost peer earlier, and without an abort.
-        heartbeat_timeout_seconds=2 * assignment.heartbeat_timeout_secs,
+        heartbeat_timeout_seconds=BACKSTOP_SECS,
         shutdown_timeout_seconds=assignment.shutdown_timeout_secs,
     )
 
@@ -50,6 +58,16 @@ def leave() -> None:
     """Disconnects from the peers."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
+
+
+def _wait_in_collectives(environ: MutableMapping[str, str]) -> None:
+    """Lets the launcher, not XLA, decide how long a process may wait in a collective on CPU.
+
+    XLA reads its flags with the first program, so they can still be set here.
+    """
+    flags = environ.get("XLA_FLAGS", "")
+    if _COLLECTIVE_TIMEOUT not in flags:
+        environ["XLA_FLAGS"] = f"{flags} {_COLLECTIVE_TIMEOUT}={BACKSTOP_SECS}".strip()
 
 
 # The variables in which gRPC looks for a proxy. It takes no notice of the others.

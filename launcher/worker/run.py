@@ -158,9 +158,11 @@ def _train(
     smoke: bool,
 ) -> None:
     from launcher.worker import exchange
+    from launcher.worker.connect import connect
     from launcher.worker.mesh import build_mesh
 
     mesh = build_mesh(config.get("lift", "pmap"), config.get("devices_per_process"))
+    connect(mesh)
     exchange.use_where_it_pays()
     if smoke:
         from trainer.run.smoke import smoke as run_smoke_test

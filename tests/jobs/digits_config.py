@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
                 "at_step": 5,
                 "once": placeholder(str),
                 "delay": 0.0,
+                "load_secs": 0.0,
             },
             "checkpoint": {"every_steps": 10},
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -50,14 +51,23 @@ class Faulty:
             os.kill(os.getpid(), signal.SIGSEGV)
         if self._kind == "stall":
             time.sleep(1000)
+        if self._kind == "native":
+            mutex = ctypes.create_string_buffer(64)
+            for _ in range(2):  # stuck in C, with the interpreter's lock, whatever signal arrives
+                ctypes.PyDLL(None).pthread_mutex_lock(mutex)
         if self._kind == "children":
             child = subprocess.Popen(["sleep", "1000"])
             apart = subprocess.Popen(["sleep", "1000"], start_new_session=True)
             Path(os.environ["CHILDREN"]).write_text(f"{child.pid} {apart.pid}")
 
 
-def digits(kind="", rank=1, at_step=5, once=None, delay=0.0):
-    """The digits. Each batch takes `delay` seconds longer; the file `once` makes a fault unique."""
+def digits(kind="", rank=1, at_step=5, once=None, delay=0.0, load_secs=0.0):
+    """The digits. Each batch takes `delay` seconds longer; the file `once` makes a fault unique.
+
+    One rank takes `load_secs` longer to load them.
+    """
+    if load_secs and jax.process_index() == rank:
+        time.sleep(load_secs)
     sources = load()
     train = Faulty(sources["train"], kind, rank, at_step, once, delay)
     return {"train": train, "eval": sources["eval"]}

@@ -8,7 +8,8 @@ import signal
 import time
 
 import pytest
-from conftest import ROOT
+from clock_step import Clock, why_no_clock
+from conftest import ROOT, skip_here
 from job_helpers import (
     AT_ONCE,
     TWO,
@@ -120,6 +121,25 @@ def test_a_suspended_rank_is_found(begin, tmp_path):
     assert "rank 0 has made no progress" in err
     assert "is suspended (SIGSTOP)" in err
     assert processes_of(tmp_path / "run") == []
+
+
+@pytest.mark.slow
+@skip_here(why_no_clock())
+def test_a_suspended_rank_and_a_step_of_the_clock_are_waited_for(begin, tmp_path):
+    """With jax's own timeout, which was four seconds here, either ends the job."""
+    clock = Clock(tmp_path)
+    quick = ["--config.num_steps=150", "--heartbeat_timeout_secs=2"]
+    process = begin(tmp_path / "run", *TWO, *quick, environ=clock.environ)
+    clock.step(3600)
+    pid = worker_of(tmp_path / "run", 1)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(6)
+    os.kill(pid, signal.SIGCONT)
+    clock.step(3598)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err
+    assert err == ""
+    assert not (tmp_path / "run/logs/attempt-2").exists()
 
 
 def test_workers_do_not_outlive_their_launcher(begin, tmp_path):

@@ -56,6 +56,12 @@ def test_the_numbers_of_one_process(run, alone, tmp_path, lift, processes, devic
     expected_losses = [row["eval/loss"] for row in rows_of(expected) if "eval/loss" in row]
     np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-6)
     assert err == ""
+    # gloo has connected the processes before they load data, which may take long in one of them.
+    lines = log_of(tmp_path / "run", 1).read_text().splitlines()
+    connected = [number for number, line in enumerate(lines) if "[Gloo] Rank " in line]
+    first = next(number for number, line in enumerate(lines) if " cpu devices in " in line)
+    assert connected
+    assert max(connected) < first
 
 
 @pytest.mark.slow

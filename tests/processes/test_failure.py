@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.processes.failure import failure_from_exit
+from launcher.processes.lost_peers import LostPeers
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,6 @@ from launcher.processes.failure import failure_from_exit
     ],
 )
 def test_an_exit_without_an_outcome(returncode, code, text):
-    failure = failure_from_exit(returncode, 1, 7, "log", "", out_of_memory=True)
+    failure = failure_from_exit(returncode, 1, 7, "log", LostPeers(), out_of_memory=True)
     assert failure.exit_code == code
     assert text in failure.message

@@ -11,6 +11,7 @@ import pytest
 from launcher.exit_codes import RETRY, USAGE
 from launcher.processes.event_loop import EventLoop
 from launcher.rendezvous.admission import check_hello
+from launcher.rendezvous.late import Late
 from launcher.rendezvous.protocol import Hello, Listener
 from launcher.rendezvous.root_cause import RootCause
 from launcher.rendezvous.secret import JobSecret
@@ -70,6 +71,7 @@ def test_a_launcher_of_another_version_gets_a_clear_error(tmp_path):
             fail,
             listener,
             lambda decide: RootCause(loop, decide, consequence_secs=0, hang_secs=0),
+            Late(2, 60, loop.time),
             60,
             60,
             JobSecret(str(tmp_path / "run"), {}),

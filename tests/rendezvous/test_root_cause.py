@@ -10,6 +10,7 @@ from launcher.processes.failure import (
     failure_from_exit,
     failure_from_outcome,
 )
+from launcher.processes.lost_peers import LostPeers
 from launcher.rendezvous.root_cause import RootCause
 
 
@@ -26,10 +27,12 @@ def root_cause_of(*failures):
 
 def test_the_cause_comes_before_its_consequences():
     gloo = Outcome(1, "JaxRuntimeError on rank 0: Gloo", lost_peer=True)
+    lost_peers = LostPeers()
+    lost_peers.read("jax: distributed service detected fatal errors")
     reported = [
         failure_from_outcome(gloo, 0, "log"),
-        failure_from_exit(-6, 2, 7, "log", "jax: distributed service detected fatal errors", False),
-        failure_from_exit(-9, 1, 7, "log", "", False),
+        failure_from_exit(-6, 2, 7, "log", lost_peers, False),
+        failure_from_exit(-9, 1, 7, "log", LostPeers(), False),
     ]
     assert reported[1].weight == CONSEQUENCE
     assert root_cause_of(*reported).rank == 1

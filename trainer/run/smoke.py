@@ -75,6 +75,7 @@ def smoke(
     lift.check_divides(settings.global_batch_size, settings.grad_accum_steps)
     place = absolute(folder) / lift.broadcast_text(f"smoke-{uuid.uuid4().hex[:8]}")
     workdir = Workdir.check(place, settings.config)
+    stop_requested(0, "load")
     test = _Smoke(settings, workdir, lift, build_job(settings), stop_requested, local_dir)
     try:
         test.run()

@@ -37,10 +37,11 @@ def train(
         config: see `trainer.config.settings`; absent keys take their defaults.
         workdir: the run's folder; made if absent. Nothing is written before the first step is done.
         mesh: the devices, with the one axis "batch"; all devices where None.
-        stop_requested: asked with the step and what comes next ("start", "compile", "train",
-            "evaluate" or "save"), at the same points in all processes. Once it returns True it must
-            keep doing so; the state is saved and Preempted raised. Also called, at any time, with
-            "wait" when this process is about to wait for data or devices: that answer is ignored.
+        stop_requested: asked with the step and what comes next ("load", "start", "compile",
+            "train", "evaluate" or "save"), at the same points in all processes. Once it returns
+            True it must keep doing so; the state is saved and Preempted raised. Also called, at any
+            time, with "wait" when this process is about to wait for data or devices: that answer is
+            ignored.
         local_dir: where files that need a local folder go if `workdir` is remote.
         profile: which steps to trace, as "START:STEPS"; each process to which it is given writes
             its own trace into `workdir`.
@@ -59,6 +60,7 @@ def train(
     folder = Workdir.check(workdir, settings.config)
     lift = make_lift(settings.lift, mesh, settings.state_sharding)
     lift.check_divides(settings.global_batch_size, settings.grad_accum_steps)
+    stop_requested(0, "load")
     job = build_job(settings)
     if folder.refused:
         refuse_changes(settings, folder, job)
