@@ -49,7 +49,6 @@ _DRAIN_SECS = 0.05
 # Lines of jax's C++ parts, on every rank, about what podlift reports itself. The logs have them.
 _NOISE = ("[Gloo] Rank ", "Expected number of connected peer ranks", "preemption_notifier.cc")
 
-
 _INTERRUPTED = 128 + signal.SIGINT
 
 
