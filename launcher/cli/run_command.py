@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from launcher import exit_codes
-from trainer.errors import UserError
+from trainer.errors import StorageFailed, UserError
 
 
 class CommandFailed(Exception):
@@ -37,6 +37,9 @@ def run_command(argv: Sequence[str], usage: str, work: Callable[[Sequence[str]],
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.USAGE
+    except StorageFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.RETRY
     except CommandFailed as error:
         print(error, file=sys.stderr)
         return exit_codes.FAILED

@@ -16,7 +16,7 @@ from launcher.cli.commands import COMMANDS, NAMES
 from launcher.cli.run_command import asks_for_help
 from launcher.command_line import flags
 from launcher.command_line.flags import Options
-from trainer.errors import UserError
+from trainer.errors import StorageFailed, UserError
 
 if TYPE_CHECKING:
     from launcher.launch.spec import LaunchSpec
@@ -116,6 +116,9 @@ def run(options: Options, argv: Sequence[str]) -> int:
         lock.check_free(spec.folder.path, spec.local_base)
         smoke_folder = smoke.SmokeFolder(spec)
         code = _start(spec)
+    except StorageFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.RETRY
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.USAGE

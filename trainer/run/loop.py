@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
-from collections.abc import Generator
-from contextlib import closing, suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from trainer.checkpoints.saver import Saver
 from trainer.config.settings import Settings
 from trainer.console import say
 from trainer.data.prefetch import depth_for, prefetch
-from trainer.errors import NonFiniteLoss, Preempted
+from trainer.errors import FolderMoved, NonFiniteLoss, Preempted, SavesFailed, first_line
 from trainer.inference.evaluate import Evaluator
 from trainer.lift.call import Call, calls
 from trainer.lift.lift import Lift
@@ -47,7 +48,7 @@ from trainer.step.update import metric_names
 from trainer.summaries.held_out import make_held_out_summaries
 from trainer.summaries.histograms import HistogramSummary
 from trainer.summaries.stragglers import Stragglers
-from trainer.workdir import lock
+from trainer.workdir.patience import patiently
 from trainer.workdir.workdir import Workdir
 
 # How long the other processes give process 0 to save, after a loss that is not finite.
@@ -162,6 +163,7 @@ class Run:
             self.checkpoint,
             actions.CheckReplicas(lift, settings.replica_check_every_steps, self.checkpoint),
             actions.CheckSaves(self.saver),
+            actions.CheckFolder(self.ownership),
             actions.InMemoryCheckpoint(self.saver, self.metrics, self.run_log, self._meta),
         ]
         return [action for action in listed if action is not None]
@@ -172,8 +174,10 @@ class Run:
         """Trains from the newest state to the last step."""
         state = self._start()
         step = int(self.lift.read(state.step))
+        rescuing = self._rescuing
         if step >= self.job.stop or self.early_stop.reason:
-            return self._finish_at_once(step, state)
+            with rescuing(step, state):
+                return self._finish_at_once(step, state)
         if self.workdir.exists:
             self.ownership.record(self.saver.run)
         warn_of_unsynced_state(self.lift, self.job, state)
@@ -184,7 +188,8 @@ class Run:
             for call, batch in batches:
                 phase = "compile" if call.is_first else "train"
                 if self.stop_requested(call.before, phase):
-                    self._save_and_stop(call.before, state)
+                    with rescuing(call.before, state):
+                        self._save_and_stop(call.before, state)
                 self.step = call.before
                 kind = "compile" if call.is_first else "step"
                 with self.goodput.spending(kind), annotated(call.before):
@@ -195,15 +200,17 @@ class Run:
                 if call.is_first:
                     self._begin(call, state, time.monotonic() - began)
                 self.run_log.progress(call.step)
-                for action in self.actions:
-                    if action.due(call):
-                        action.run(call, state)
+                with rescuing(call.step, state):
+                    for action in self.actions:
+                        if action.due(call):
+                            action.run(call, state)
                 step = call.step
                 if self.early_stop.reason:
                     break
-        if self._evaluation_pending:
-            self._save_and_stop(step, state)
-        return self._finish(step, state)
+        with rescuing(step, state):
+            if self._evaluation_pending:
+                self._save_and_stop(step, state)
+            return self._finish(step, state)
 
     def close(self) -> None:
         """Releases everything, also after a failure, whose cause it never hides."""
@@ -211,7 +218,7 @@ class Run:
         with suppress(Exception):
             self.saver.close()
         self.run_log.close()
-        lock.release(self.workdir.path)
+        self.ownership.close()
 
     # Before the first step
 
@@ -221,7 +228,7 @@ class Run:
         self.stop_requested(0, "start")
         self.ownership.agree()
         if self.workdir.exists:
-            self.saver.run = self.ownership.claim()
+            self._claim()
         state = self._restore_or_initialise()
         step = int(self.lift.read(state.step))
         seconds = time.monotonic() - began
@@ -253,11 +260,15 @@ class Run:
         """Takes up what was saved beside the state."""
         meta = restored.meta
         self.log.from_json(meta["log"])
-        self.run_log.resume(restored.step, meta.get("rows", []))
+        rows = meta.get("rows", [])
+        patiently(self.workdir.metrics, lambda: self.run_log.resume(restored.step, rows))
         self.goodput.resume(meta.get("goodput"))
         self.early_stop.from_json(meta.get("early_stop"))
         if meta["evaluation_pending"] and self.evaluate is not None:
-            found = json.dumps(evaluation_at(self.workdir, restored.step))
+            metrics = self.workdir.metrics
+            found = json.dumps(
+                patiently(metrics, lambda: evaluation_at(self.workdir, restored.step))
+            )
             done = json.loads(self.lift.broadcast_text(found))
             self.evaluate.pending = done is None
             if done is not None:  # by an attempt that ended before it saved again
@@ -277,8 +288,32 @@ class Run:
 
     def _claim_new_folder(self) -> None:
         if self.ownership.is_new:
-            self.saver.run = self.ownership.claim()
+            self._claim()
             self.ownership.record(self.saver.run)
+
+    def _claim(self) -> None:
+        self.saver.run = self.ownership.claim()
+        self.saver.identity = self.ownership.identity
+
+    @contextmanager
+    def _rescuing(self, step: int, state: TrainState) -> Iterator[None]:
+        """If the run's folder is not in its place any more, saves the state where it can be."""
+        try:
+            yield
+        except (FolderMoved, SavesFailed):
+            identity = self.ownership.identity
+            if identity is None or not identity.is_moved:
+                raise
+            raise FolderMoved(self._rescue(step, state, identity.describe())) from None
+
+    def _rescue(self, step: int, state: TrainState, what: str) -> str:
+        try:
+            self.metrics.drain()
+            place = self.saver.rescue(step, state, self._meta())
+        except Exception as error:  # disks, Orbax and what a run finds wrong with its state
+            return f"{what}; its state could not be saved: {first_line(error)}"
+        again = shlex.quote(f"--workdir={place}")
+        return f"{what}; step {step} is saved in {place}\n  HINT: {again} resumes from it"
 
     # In the loop
 
