@@ -83,6 +83,14 @@ class SavesFailed(Exception):
     """Too many saves in a row failed; the launcher exits with 1."""
 
 
+class StorageFailed(Exception):
+    """Files could not be read for minutes; the launcher exits with 42, for another start."""
+
+
+class FolderMoved(Exception):
+    """The run's folder was renamed, replaced or removed under it; the launcher exits with 1."""
+
+
 class PeerFailed(Exception):
     """Another process of the run failed; the message is its reason."""
 

@@ -22,8 +22,9 @@ from launcher.launch import environment
 from launcher.processes import user_errors
 from trainer.config.settings import Settings, check
 from trainer.console import open_terminal, say
-from trainer.errors import UserError
-from trainer.workdir.paths import absolute, is_local
+from trainer.errors import StorageFailed, UserError
+from trainer.workdir.paths import absolute, exists, is_local
+from trainer.workdir.patience import patiently
 from trainer.workdir.workdir import read_config
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def run(argv: Sequence[str], usage: str, work: Callable[[Sequence[str]], None]) 
         open_terminal()
         try:
             work(argv)
-        except (UserError, CommandFailed, KeyboardInterrupt):
+        except (UserError, StorageFailed, CommandFailed, KeyboardInterrupt):
             raise
         except BaseException as error:  # whatever a user's model or data raises, SystemExit too
             text = user_errors.describe("it failed", error, os.environ)
@@ -148,8 +149,8 @@ def _config_of_run(argv: Sequence[str]) -> tuple[str, ConfigDict]:
         raise _missing_workdir(rest[1:])
     folder = absolute(found[-1])
     path = folder / "config.json"
-    if not path.exists():
-        what = "has no config.json" if folder.exists() else "is not there"
+    if not patiently(path, lambda: exists(path)):
+        what = "has no config.json" if exists(folder) else "is not there"
         raise UserError(f"--workdir={found[-1]} is not the folder of a run: it {what}", _runs())
     return os.fspath(path), read_config(folder)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from launcher import exit_codes
 from trainer.console import OutputLost, check_output, complain, show
-from trainer.errors import UserError
+from trainer.errors import StorageFailed, UserError
 
 
 class CommandFailed(Exception):
@@ -37,6 +37,9 @@ def run_command(argv: Sequence[str], usage: str, work: Callable[[Sequence[str]],
     except UserError as error:
         complain(f"error: {error}")
         return exit_codes.USAGE
+    except StorageFailed as error:
+        complain(f"error: {error}")
+        return exit_codes.RETRY
     except CommandFailed as error:
         complain(str(error))
         return exit_codes.FAILED

@@ -18,7 +18,7 @@ from launcher.cli.run_command import asks_for_help
 from launcher.command_line import flags
 from launcher.command_line.flags import Options
 from trainer.console import OutputLost, complain, open_terminal, show
-from trainer.errors import UserError
+from trainer.errors import StorageFailed, UserError
 
 if TYPE_CHECKING:
     from launcher.launch.spec import LaunchSpec
@@ -119,6 +119,9 @@ def run(options: Options, argv: Sequence[str]) -> int:
         lock.check_free(spec.folder.path, spec.local_base)
         smoke_folder = smoke.SmokeFolder(spec)
         code = _start(spec)
+    except StorageFailed as error:
+        complain(f"error: {error}")
+        return exit_codes.RETRY
     except UserError as error:
         complain(f"error: {error}")
         return exit_codes.USAGE

@@ -9,6 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from trainer.config.json_text import parse_object
+from trainer.workdir.json_object import read_bytes
+
 # Increases when the meaning of an entry changes.
 _VERSION = 2
 
@@ -45,11 +50,10 @@ class PlanCache:
     def get(self, key: str) -> dict[str, Any] | None:
         """The entry of a key; None if there is none."""
         try:
-            text = (self._folder / f"{key}.json").read_text()
-            found = json.loads(text, parse_constant=_refuse)
+            text = read_bytes(epath.Path(self._folder) / f"{key}.json")
+            return parse_object(text, parse_constant=_refuse)
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) else None
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
         """Writes an entry; if that fails, the next plan compiles again."""

@@ -28,6 +28,7 @@ class Assignment:
         start_timeout_secs: seconds that jax waits for its peers at the start.
         shutdown_timeout_secs: seconds that jax waits for its peers at the end.
         workdir: the run's folder.
+        resumes: whether it held a run when the launcher started.
         local_dir: parent of the run's local folder, if the workdir is remote; None for the default.
         config: the resolved config, as `trainer.config.config_json.config_to_json` writes it.
         profile: the steps to trace, as `START:STEPS`; None for none.
@@ -44,6 +45,7 @@ class Assignment:
     start_timeout_secs: int
     shutdown_timeout_secs: int
     workdir: str
+    resumes: bool
     local_dir: str | None
     config: str
     profile: str | None
@@ -76,6 +78,7 @@ class Outcome:
         trace: the traceback, where the program raised.
         step: the step at which it ended, if known.
         lost_peer: whether this looks like a consequence of another process's end.
+        failed: whether it is a failure although its exit code asks for another start.
     """
 
     exit_code: int
@@ -83,11 +86,12 @@ class Outcome:
     trace: str = ""
     step: int | None = None
     lost_peer: bool = False
+    failed: bool = False
 
     @property
     def is_failure(self) -> bool:
         """Whether it neither finished nor stopped on request."""
-        return self.exit_code not in (exit_codes.DONE, exit_codes.RETRY)
+        return self.failed or self.exit_code not in (exit_codes.DONE, exit_codes.RETRY)
 
     def to_line(self) -> bytes:
         """One line of JSON of bounded length; the log holds the full text."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import re
 import time
 from collections.abc import Iterable, Sequence
 from io import FileIO
 from pathlib import Path
+from typing import TextIO
+
+from etils import epath
 
 from launcher.processes.background import BackgroundWriter
 from launcher.processes.lost_peers import LostPeers
 from launcher.processes.messages import print_err
 from trainer.errors import UserError
+from trainer.workdir.identity import Identity
 from trainer.workdir.lock import is_held
 
 _STAMP = "%Y-%m-%d %H:%M:%S"
@@ -174,7 +179,14 @@ class RankLog(logging.Handler):
         self._folder = folder
         self._buffered: list[str] = []
         self._path: Path | None = None
+        self._file: TextIO | None = None
+        self._identity: Identity | None = None
         self.attempt = 1
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the path leads elsewhere by now: the run's folder was renamed or removed."""
+        return self._identity is not None and self._identity.is_moved
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes or buffers one record."""
@@ -187,9 +199,9 @@ class RankLog(logging.Handler):
 
     def write_from_handler(self, line: str) -> None:
         """Writes a line from a signal handler, past the locks of logging, if the file exists."""
-        if self._path is not None:
-            with contextlib.suppress(OSError), self._path.open("ab", buffering=0) as file:
-                file.write(f"{time.strftime(_STAMP)} {line}\n".encode())
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._file.fileno(), f"{time.strftime(_STAMP)} {line}\n".encode())
 
     def open(self) -> Path:
         """Creates the file if it does not exist, writes the buffer, and returns the path."""
@@ -198,8 +210,20 @@ class RankLog(logging.Handler):
             folder = self._folder / "logs" / f"attempt-{self.attempt}"
             folder.mkdir(parents=True)
             self._path = folder / "rank-0.log"
+        if self._file is None:
+            # Held open: the path may be given to another run.
+            self._file = self._path.open("a", encoding="utf-8", errors="replace")
+            self._identity = Identity(epath.Path(self._folder))
         if self._buffered:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(self._buffered)
+            self._file.writelines(self._buffered)
+            self._file.flush()
             self._buffered.clear()
         return self._path
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+        super().close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import math
 import os
 import sys
@@ -22,6 +21,7 @@ from trainer.config.keys import flatten
 from trainer.errors import UserError, first_line
 from trainer.metrics_writer.metrics_file import read_metrics_file
 from trainer.workdir import lock
+from trainer.workdir.json_object import read_object
 from trainer.workdir.paths import absolute, local_folder
 
 # A folder with any of these is the folder of a run.
@@ -216,10 +216,9 @@ def _read(folder: epath.Path, name: str, local_dir: str | None) -> Run:
 def _read_object(path: epath.Path) -> dict[str, Any]:
     """A JSON object; empty if the file is missing, incomplete or something else."""
     try:
-        found = json.loads(path.read_bytes().decode("utf-8", "replace"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return read_object(path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _series_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:

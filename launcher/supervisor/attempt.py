@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import os
 import signal
@@ -15,6 +16,8 @@ import socket
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from etils import epath
 
 from launcher import exit_codes
 from launcher.launch.spec import LaunchSpec, WorkerSpec
@@ -38,6 +41,7 @@ from launcher.supervisor.children import (
 )
 from launcher.supervisor.watchdog import Watchdog, furthest_behind
 from trainer.errors import UserError
+from trainer.workdir.identity import Identity
 
 # From a worker's outcome to its exit, and from the last worker's exit to that of the other
 # launchers.
@@ -62,6 +66,7 @@ class AttemptResult:
         failure: the root cause, if the attempt failed.
         asked_to_stop: whether any launcher was asked to stop.
         number: the attempt, counted over the life of the workdir; 0 if it never started.
+        is_moved: whether the run's folder was renamed or removed meanwhile.
     """
 
     exit_code: int
@@ -69,6 +74,7 @@ class AttemptResult:
     failure: Failure | None = None
     asked_to_stop: bool = False
     number: int = 0
+    is_moved: bool = False
 
 
 class Attempt:
@@ -98,6 +104,7 @@ class Attempt:
         self._number = 0
         self._children: list[Child] = []
         self._logs: dict[int, RankFile] = {}
+        self._folder: Identity | None = None
         self._rendezvous: Rendezvous | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._reaped: set[int] = set()
@@ -130,7 +137,13 @@ class Attempt:
         finally:
             self._clean_up()
         assert self._result is not None
-        return self._result
+        if self._folder is None:
+            return self._result
+        # After a usage error the folder is removed with its logs.
+        is_usage = self._result.exit_code == exit_codes.USAGE
+        is_moved = not is_usage and self._folder.is_moved
+        self._folder.close()
+        return dataclasses.replace(self._result, is_moved=is_moved)
 
     # Start
 
@@ -173,6 +186,8 @@ class Attempt:
                 label = f"rank {worker.rank} of {spec.num_processes}, {spec.workdir}"
                 self._logs[worker.rank] = RankFile(spec.local_dir, start.attempt, worker.rank)
                 self._children.append(Child(_assign(spec, worker, start), environ, label=label))
+        with contextlib.suppress(OSError):
+            self._folder = Identity(epath.Path(spec.local_dir))
         for child in self._children:
             child.listen(
                 self._loop,
@@ -393,6 +408,7 @@ def _assign(spec: LaunchSpec, worker: WorkerSpec, start: Start) -> Assignment:
         start_timeout_secs=max(30, int(limits.rendezvous_timeout_secs)),
         shutdown_timeout_secs=limits.shutdown_timeout_secs,
         workdir=spec.workdir,
+        resumes=spec.folder.exists,
         local_dir=spec.local_base,
         config=spec.config,
         profile=spec.profile,

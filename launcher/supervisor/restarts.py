@@ -23,6 +23,8 @@ def why_no_restart(
         return ""
     if max_restarts == 0:
         return ""
+    if result.is_moved:
+        return "no restart: the folder of the run is not where it was"
     if (
         failure.exit_code == exit_codes.FAILED
         and previous is not None

@@ -108,24 +108,26 @@ class _Supervisor:
         """Prints how an attempt ended, and writes or clears `failure.json`."""
         spec = self._spec
         if result.failure is not None:
-            self._report_failure(result.failure, result.number, restarts=restarts)
-        elif spec.has_rank_0:
+            self._report_failure(result, restarts=restarts)
+        elif spec.has_rank_0 and not result.is_moved:
             with contextlib.suppress(OSError):
                 clear_failure(spec.local_dir)
             if result.message:
                 print_err(f"{result.message}\n  {how_to_resume(spec.workdir, smoke=spec.smoke)}")
 
-    def _report_failure(self, failure: Failure, attempt: int, *, restarts: bool) -> None:
-        spec = self._spec
+    def _report_failure(self, result: AttemptResult, *, restarts: bool) -> None:
+        spec, failure, attempt = self._spec, result.failure, result.number
+        assert failure is not None
         # One traceback a job, also where all its launchers write to one place.
         text = failure.to_text(with_trace=spec.has_rank_0)
         is_usage = failure.exit_code == exit_codes.USAGE
-        if spec.has_rank_0 and not is_usage and not restarts:
+        if spec.has_rank_0 and not is_usage and not restarts and not result.is_moved:
             in_memory = spec.settings.fast_every_secs > 0
             hint = how_to_resume(spec.workdir, smoke=spec.smoke, in_memory=in_memory)
             text += f"\n  {hint}"
         print_err(text)
-        if spec.has_rank_0 and not is_usage and attempt:
+        # A folder that has the name by now is another run's.
+        if spec.has_rank_0 and not is_usage and attempt and not result.is_moved:
             try:
                 write_failure(
                     spec.local_dir, failure, rank=failure.rank, log=failure.log, attempt=attempt

@@ -27,6 +27,7 @@ from trainer.checkpoints.manifest import Damaged
 from trainer.console import say, show, warn
 from trainer.errors import UserError
 from trainer.run.early_stop import EarlyStop
+from trainer.workdir.json_object import read_object
 from trainer.workdir.paths import absolute
 
 _INTERRUPTED = 128 + signal.SIGINT
@@ -156,7 +157,7 @@ def is_finished(spec: LaunchSpec) -> bool:
     """Whether the run has already finished, with the same config."""
     folder = spec.folder
     try:
-        before = json.loads((folder.path / "config.json").read_text())
+        before = read_object(folder.path / "config.json")
         latest = CheckpointFolder(folder.checkpoints, 1)
         step = latest.steps()[-1]
         meta = latest.check(step).meta

@@ -36,6 +36,7 @@ from launcher.processes.signals import (
 from trainer.config.config_json import config_from_json
 from trainer.console import open_terminal
 from trainer.errors import (
+    FolderMoved,
     NonFiniteLoss,
     NonFiniteState,
     PeerFailed,
@@ -44,9 +45,12 @@ from trainer.errors import (
     SavesFailed,
     SmokeFailed,
     StateUnreadable,
+    StorageFailed,
     UserError,
     text_of,
 )
+from trainer.workdir.paths import absolute
+from trainer.workdir.workdir import Workdir
 
 
 def run_here(spec: LaunchSpec) -> int:
@@ -69,6 +73,7 @@ def run_here(spec: LaunchSpec) -> int:
             spec.local_base,
             stop_requested,
             spec.profile,
+            resumes=spec.folder.exists,
             smoke=spec.smoke,
         )
 
@@ -78,9 +83,13 @@ def run_here(spec: LaunchSpec) -> int:
             path = str(rank_log.open())
         except (OSError, UserError) as error:
             path = f"cannot be written ({error})"
+        text = f"{outcome.trace}error: {outcome.message}\n  full log: {path}"
+        if rank_log.is_moved:  # the folder at that path is not this run's
+            _log_error(text)
+            return outcome.exit_code
         in_memory = spec.settings.fast_every_secs > 0
         hint = how_to_resume(workdir, smoke=spec.smoke, in_memory=in_memory)
-        _log_error(f"{outcome.trace}error: {outcome.message}\n  full log: {path}\n  {hint}")
+        _log_error(f"{text}\n  {hint}")
         with contextlib.suppress(OSError):
             write_failure(local_dir, outcome, rank=0, log=path, attempt=rank_log.attempt)
         return outcome.exit_code
@@ -128,6 +137,7 @@ def main() -> None:
             assignment.local_dir,
             with_progress(SyncPoint() if has_peers else stop_requested, page.write),
             assignment.profile,
+            resumes=assignment.resumes,
             smoke=assignment.smoke,
         )
 
@@ -155,8 +165,15 @@ def _train(
     stop_requested: Callable[[int, str], bool],
     profile: str | None,
     *,
+    resumes: bool,
     smoke: bool,
 ) -> None:
+    folder = Workdir(absolute(workdir), config, exists=resumes)
+    if resumes and not smoke and not folder.is_recorded(patience=10.0):
+        raise FolderMoved(
+            f"{workdir} held a run when this job began, and holds none now: it was renamed or "
+            "removed meanwhile"
+        )
     from launcher.worker import exchange
     from launcher.worker.connect import connect
     from launcher.worker.mesh import build_mesh
@@ -202,7 +219,16 @@ def _outcome_of(
             "--config.nan=skip"
         )
         return Outcome(exit_codes.FAILED, f"{error}\n  HINT: {hint}", step=error.step)
-    except (NonFiniteState, ReplicasDiffer, SavesFailed, SmokeFailed, StateUnreadable) as error:
+    except StorageFailed as error:
+        return Outcome(exit_codes.RETRY, str(error), step=step(), failed=True)
+    except (
+        FolderMoved,
+        NonFiniteState,
+        ReplicasDiffer,
+        SavesFailed,
+        SmokeFailed,
+        StateUnreadable,
+    ) as error:
         return Outcome(exit_codes.FAILED, str(error), step=step())
     except PeerFailed as error:
         return Outcome(exit_codes.FAILED, str(error), step=step(), lost_peer=True)

@@ -170,6 +170,14 @@ def damage_was_found(
     return problems + kept(workdir, damage)
 
 
+def read_errors_were_told(starts: list[Start]) -> list[str]:
+    """Some start said that the disk did not answer, and went on when it did."""
+    said = [start.stderr.read_text(errors="replace") for start in starts]
+    if any("cannot be read: Input/output error" in text for text in said):
+        return []
+    return ["no line of stderr says that the disk could not be read"]
+
+
 def kept(workdir: Path, damage: Damage, *, where_it_was: bool = False) -> list[str]:
     """A damaged step was quarantined unchanged.
 

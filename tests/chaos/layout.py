@@ -46,6 +46,9 @@ ALLOWED_IF_SET_BACK = r"best/quarantine/\d+-[^/]+/.+"
 FAST_ROOT = Path(f"/dev/shm/podlift-{os.getuid()}")
 FAST_OWNER = "workdir"
 
+# The variable that names the file `tests/chaos/read_errors` looks at.
+READ_ERRORS, READ_ERRORS_MARK = "CHAOS_READ_ERRORS", "unreadable-until"
+
 # Words.
 WORKER = "rank {rank} of {processes}, {workdir}"
 STEP_LINE = re.compile(r" step (\d+)/\d+  ")

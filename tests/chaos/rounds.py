@@ -11,14 +11,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import checks
 import damage
+import folders
 import layout
 from checks import Reference
 from running import (
@@ -40,10 +39,9 @@ from running import (
 from script import HOPELESS, LAUNCHER, Disturbance, Moment, Script
 
 MAX_STARTS = 11
-DONE, USAGE, AGAIN = 0, 2, 42
+DONE, FAILED, USAGE, AGAIN = 0, 1, 2, 42
 # Seconds until all processes of a start must be gone: after a normal end, and after a kill.
 GONE_AFTER_END, GONE_AFTER_KILL = 1.0, 5.0
-DISK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def run_round(script: Script, place: Place, reference: Reference) -> Result:
     folder = place.folder / f"round-{script.number:04}-{script.kind}"
     folder.mkdir(parents=True)
     needs_disk = any(disturbance.kind == "fill" for disturbance in script.disturbances)
-    with _disk(folder) if needs_disk else contextlib.nullcontext(folder) as inner:
+    with folders.small_disk(folder) if needs_disk else contextlib.nullcontext(folder) as inner:
         round_ = _Round(script, place, folder, inner / "run")
         try:
             if script.kind == HOPELESS:
@@ -205,6 +203,8 @@ def _is_explained(code: int, sent: set[tuple[str, str]]) -> bool:
         return ("kill", LAUNCHER) in sent
     if code == -signal.SIGTERM:  # before it had set its handlers
         return ("term", LAUNCHER) in sent
+    if code == FAILED:
+        return any(kind == "rename" for kind, _ in sent)
     return code == AGAIN and bool(sent)
 
 
@@ -220,6 +220,8 @@ def _check(round_: _Round, reference: Reference) -> None:
         round_.problems += checks.damage_was_found(
             workdir, harm, round_.starts, in_memory=in_memory
         )
+    if (round_.folder / layout.READ_ERRORS_MARK).exists():
+        round_.problems += checks.read_errors_were_told(round_.starts)
 
 
 # Disturbances
@@ -236,6 +238,10 @@ def _disturb(round_: _Round, start: Start, disturbance: Disturbance, since: floa
         happened = _corrupt(round_, start, disturbance)
     elif disturbance.kind == "fill":
         happened = _fill(round_, disturbance)
+    elif disturbance.kind == "rename":
+        happened = _rename(round_, start, disturbance)
+    elif disturbance.kind == "read errors":
+        happened = _fail_reads(round_, start, disturbance)
     else:
         happened = _signal(round_, start, disturbance)
     if happened:
@@ -331,20 +337,26 @@ def _fill(round_: _Round, disturbance: Disturbance) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _disk(folder: Path) -> Iterator[Path]:
-    """A small tmpfs, whose run is copied to `folder` at the end."""
-    mounted = folder / "disk"
-    mounted.mkdir()
-    size = f"size={DISK_BYTES}"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", mounted], check=True)
-    try:
-        yield mounted
-        if (mounted / "run").exists():
-            shutil.copytree(mounted / "run", folder / "run", symlinks=True)
-    finally:
-        subprocess.run(["umount", "--lazy", mounted], check=True)
-        mounted.rmdir()
+def _rename(round_: _Round, start: Start, disturbance: Disturbance) -> bool:
+    # From the first row on the folder is this run's.
+    if not wait_until(start, lambda: progress(start) > 0) or start.is_over:
+        return False
+    round_.sent.add((disturbance.kind, disturbance.target))
+    round_.problems += folders.rename(start, is_taken=disturbance.target == "taken")
+    return True
+
+
+def _fail_reads(round_: _Round, start: Start, disturbance: Disturbance) -> bool:
+    """Kills the run; the next start cannot read its files for a while."""
+    if not wait_until(start, lambda: bool(layout.complete_steps(round_.workdir))):
+        return False
+    if start.is_over or not send(start.process.pid, signal.SIGKILL):
+        return False
+    round_.sent.add(("kill", LAUNCHER))
+    start.process.wait()
+    if not left_behind(round_.workdir, GONE_AFTER_KILL):  # else `_run_until_done` reports it
+        folders.fail_reads(round_.folder, round_.workdir, disturbance.seconds)
+    return True
 
 
 # Where no checkpoint is left to resume from

@@ -67,7 +67,7 @@ def begin(workdir: Path, folder: Path, number: int, flags: list[str], cache: Pat
         process = subprocess.Popen(
             command,
             cwd=layout.ROOT,
-            env=_environ(os.environ, cache),
+            env=_environ(os.environ, cache, folder),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
@@ -76,14 +76,15 @@ def begin(workdir: Path, folder: Path, number: int, flags: list[str], cache: Pat
     return Start(process, workdir, time.monotonic(), before, stdout, stderr)
 
 
-def _environ(inherited: Mapping[str, str], cache: Path) -> dict[str, str]:
+def _environ(inherited: Mapping[str, str], cache: Path, folder: Path) -> dict[str, str]:
     return {
         **{k: v for k, v in inherited.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")},
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "PYTHONPATH": str(layout.ROOT),
+        "PYTHONPATH": f"{Path(__file__).parent / 'read_errors'}{os.pathsep}{layout.ROOT}",
+        layout.READ_ERRORS: str(folder / layout.READ_ERRORS_MARK),
     }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import damage
 
-KINDS = ("kill", "term", "stop", "corrupt", "fill")
+KINDS = ("kill", "term", "stop", "corrupt", "rename", "read errors", "fill")
 HOPELESS = "hopeless"  # all checkpoints are damaged, and the run has to give up
 PROCESSES = 2
 STEPS = 440
@@ -44,7 +44,8 @@ class Disturbance:
 
     Attributes:
         kind: of `KINDS`.
-        target: the launcher or a rank; for "corrupt", one of `damage.WAYS`.
+        target: the launcher or a rank; for "corrupt", one of `damage.WAYS`; for "rename", "taken"
+            if another folder gets the name.
         moment: when it happens.
         seconds: its duration, if it has one.
         seed: for choices when it happens, such as the file.
@@ -119,6 +120,11 @@ def _draw_one(rng: random.Random, kind: str, *, no_rank: bool) -> Disturbance:
                 moment = Moment("step", rng.randint(1, STEPS - 40), rng.uniform(0, 0.3))
     elif kind == "corrupt":
         target = rng.choice(list(damage.WAYS))
+    elif kind == "rename":
+        target = rng.choice(("taken", "free"))
+        moment = Moment("step", rng.randint(1, STEPS - 40), rng.uniform(0, 0.3))
+    elif kind == "read errors":
+        seconds = rng.uniform(4, 8)
     elif kind == "fill":
         # On a full disk a run may refuse to start, or may fail at its last save.
         moment = Moment("step", rng.randint(1, 300), rng.uniform(0, 0.3))

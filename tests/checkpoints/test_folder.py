@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
+import stat
 
 import pytest
 from disk_faults import tree
@@ -12,8 +16,10 @@ from hypothesis import strategies as st
 from small_checkpoints import leftovers, prepared, save, versions_of
 
 from trainer.checkpoints import folder as folder_module
+from trainer.checkpoints import manifest
 from trainer.checkpoints.folder import CheckpointFolder, expired
 from trainer.checkpoints.manifest import Damaged
+from trainer.errors import FolderMoved
 
 
 def test_a_complete_save_takes_the_place_of_a_damaged_one(tmp_path):
@@ -99,3 +105,78 @@ def test_only_the_newest_do_not_expire(others, newest, keep):
     assert len(kept) == min(keep, len(steps))
     assert all(old < step for old in gone for step in kept if step != newest)
     assert expired(kept, keep, newest) == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC])
+def test_data_that_the_disk_has_not_taken_is_a_failed_save(tmp_path, monkeypatch, number):
+    folder = prepared(tmp_path / "checkpoints", (5,))
+
+    def fsync(descriptor):
+        # Only files that others have written: the manifest is synced where it is written.
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module.os, "fsync", fsync)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            save(folder, 10, 1)
+    assert versions_of(folder) == {5: 1}
+    assert leftovers(folder) == []
+
+
+def test_a_file_system_that_cannot_sync_folders_takes_saves(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def fsync_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(folder_module.os, "fsync", fsync_files)
+    assert versions_of(prepared(tmp_path / "checkpoints", (5,))) == {5: 1}
+
+
+def test_what_a_failed_save_could_not_remove_goes_with_the_next(tmp_path, monkeypatch):
+    folder = prepared(tmp_path / "checkpoints", (5,))
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module.shutil, "rmtree", lambda *arguments, **options: None)
+        with pytest.raises(OSError, match="No space"):
+            save(folder, 10, 1, fails_at=1)
+    assert leftovers(folder) == [".saving-10"]
+    save(folder, 15, 1)
+    assert leftovers(folder) == []
+    assert versions_of(folder) == {5: 1, 15: 1}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_folder_that_is_replaced_during_a_save_gets_no_checkpoint(tmp_path, number):
+    """Before the first file, and before the checkpoint gets its name."""
+    calls = []
+
+    def check():
+        calls.append(1)
+        if len(calls) == number:
+            raise FolderMoved("the folder is elsewhere")
+
+    folder = CheckpointFolder(epath.Path(tmp_path / "checkpoints"), 9, check)
+    with pytest.raises(FolderMoved):
+        save(folder, 10, 1)
+    assert folder.steps() == []
+    assert not folder.path.exists() or leftovers(folder) == []
+
+
+def test_a_save_that_cannot_be_read_now_is_not_removed(tmp_path, monkeypatch):
+    """It may be complete, and then it is the newest state of the run."""
+    folder = prepared(tmp_path / "checkpoints", (5,))
+    save(CheckpointFolder(epath.Path(tmp_path / "other"), 9), 10, 1)
+    shutil.copytree(tmp_path / "other/10", tmp_path / "checkpoints/.saving-10")
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest.hashlib, "file_digest", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            folder.sweep()
+    assert folder.sweep() == [".saving-10 (completed)"]
+    assert versions_of(folder) == {5: 1, 10: 1}

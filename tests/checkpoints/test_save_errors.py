@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
 import types
 
 import numpy as np
@@ -100,3 +103,32 @@ def test_a_disk_without_free_space_figures_does_not_end_the_thread(
     assert "try 1 of step 1 failed" in warnings.wait_for("step 1 could not be saved")
     writer.finish()
     assert disk.done == [("latest", 1)]
+
+
+@pytest.fixture
+def few_files(tmp_path):
+    """A file system that holds at most 20 files."""
+    mounted = tmp_path / "few"
+    mounted.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=16m,nr_inodes=20", "tmpfs", str(mounted)]
+    if os.geteuid() != 0 or subprocess.run(["mount", *options], check=False).returncode:
+        pytest.skip("needs root, to mount a file system")
+    yield mounted
+    subprocess.run(["umount", "--lazy", mounted], check=True)
+
+
+def test_a_file_system_without_inodes_is_reported_as_such(few_files):
+    folder = CheckpointFolder(epath.Path(few_files / "checkpoints"), 3)
+
+    def write(place):
+        for number in range(30):
+            (place / str(number)).write_bytes(b"x")
+
+    with pytest.raises(OSError, match="No space left") as full:
+        folder.save(5, write, lambda files: None)
+    assert list(folder.path.iterdir()) == []
+    for number in range(30):
+        with contextlib.suppress(OSError):
+            (few_files / str(number)).touch()
+    reason = reason_of(folder, full.value)
+    assert reason.startswith("no inodes are left: the file system holds 20 files, its limit (needs")

@@ -94,10 +94,10 @@ def test_a_state_that_is_removed_while_it_is_read_is_no_damage(run, tmp_path, mo
     copy = shutil.copytree(run, tmp_path / "run")
     read = loading._read
 
-    def remove_and_read(folder, step):
+    def remove_and_read(folder, step, run_id):
         if step == 30:
             shutil.rmtree(copy / "checkpoints/30")
-        return read(folder, step)
+        return read(folder, step, run_id)
 
     monkeypatch.setattr(loading, "_read", remove_and_read)
     assert int(trainer.load(copy)["step"]) == 20

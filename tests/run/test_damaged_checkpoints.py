@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
+import io
+import os
+import re
 import shutil
 
 import jax
 import pytest
 from conftest import mesh_of
+from disk_faults import tree
 from runs import (
     assert_bitwise_equal,
     data_files,
@@ -19,7 +24,9 @@ from runs import (
 
 import trainer
 from trainer.checkpoints import arrays
-from trainer.errors import CheckpointsUnreadable, StateUnreadable
+from trainer.errors import CheckpointsUnreadable, StateUnreadable, StorageFailed
+from trainer.workdir import patience
+from trainer.workdir.patience import Patience
 
 
 def empty_a_file(step):
@@ -168,11 +175,48 @@ def test_a_slow_disk_costs_no_checkpoint(tmp_path, stopped_run, monkeypatch, cap
         return read(*arguments)
 
     monkeypatch.setattr(arrays, "read", read_at_last)
-    monkeypatch.setattr("trainer.checkpoints.restorer._PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(patience, "PATIENCE", Patience(sleep=lambda secs: None))
     trainer.train(saving_every_10(), tmp_path / "run", mesh_of(2))
     assert "restored step 20 from" in capsys.readouterr().out
     assert not (tmp_path / "run/checkpoints/quarantine").exists()
-    monkeypatch.setattr(arrays, "read", lambda *arguments: (_ for _ in ()).throw(OSError("no")))
+    monkeypatch.setattr(arrays, "read", lambda *arguments: (_ for _ in ()).throw(ValueError("no")))
     with pytest.raises(StateUnreadable, match=r"step 30 .* cannot be read"):
         trainer.train(saving_every_10(), tmp_path / "run", mesh_of(2))
     assert (tmp_path / "run/checkpoints/30").exists()
+
+
+@pytest.mark.parametrize("what", ["manifest.json", "_METADATA", "config.json", "env.json"])
+def test_a_disk_that_does_not_answer_is_not_damage(
+    tmp_path, stopped_run, monkeypatch, capsys, what
+):
+    """For twelve seconds it costs twelve seconds; for ever, it is no reason to change anything."""
+    run, _ = stopped_run
+    shutil.copytree(run, tmp_path / "run")
+    now, until = [0.0], [12.0]
+    real = io.open
+
+    def opened(file, *arguments, **options):
+        if str(file).endswith(f"/{what}") and now[0] < until[0]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return real(file, *arguments, **options)
+
+    def sleep(secs):
+        now[0] += secs
+
+    monkeypatch.setattr(patience, "PATIENCE", Patience(clock=lambda: now[0], sleep=sleep))
+    for module in (io, builtins):
+        monkeypatch.setattr(module, "open", opened)
+    trainer.train(saving_every_10(), tmp_path / "run", mesh_of(2))
+    printed = capsys.readouterr()
+    assert "restored step 20 from" in printed.out
+    assert re.search("can be read again, after 1[56] s", printed.out)
+    assert printed.err.count("cannot be read: Input/output error; trying again") == 1
+    assert not (tmp_path / "run/checkpoints/quarantine").exists()
+    before = tree(tmp_path / "run")
+    until[0] = 1e9
+    with pytest.raises(StorageFailed, match="could not be read for 300 s: Input/output error"):
+        trainer.train(saving_every_10(), tmp_path / "run", mesh_of(2))
+    until[0] = 0.0
+    del before[".lock"]
+    after = tree(tmp_path / "run")
+    assert {name: after[name] for name in before} == before

@@ -25,6 +25,7 @@ RESULTS = [
     ("asked to stop, and saved", AttemptResult(42, asked_to_stop=True), None, None),
     ("one rank was asked to stop", AttemptResult(42), None, None),
     ("asked to stop, and failed", failed(1, asked_to_stop=True), None, None),
+    ("its folder was renamed", failed(1, is_moved=True), None, None),
     ("Ctrl-C twice", AttemptResult(130, asked_to_stop=True), None, None),
 ]
 
@@ -38,6 +39,11 @@ def test_which_attempts_are_restarted(what, result, before, then):
     if then == "again":
         assert "no restart left" in why_no_restart(result, previous, 3, 3)
         assert why_no_restart(result, previous, 0, 0) == ""
+
+
+def test_a_run_without_its_folder_would_start_from_scratch():
+    result = failed(42, is_moved=True)
+    assert "not where it was" in why_no_restart(result, None, 0, 3)
 
 
 def test_restarts_wait_longer_each_time():

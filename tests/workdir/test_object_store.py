@@ -12,7 +12,9 @@ from object_store import BUCKET, object_store  # noqa: F401 (a fixture)
 from runs import read_tensorboard
 
 from launcher.cli.report import main as make_page
+from trainer.errors import FolderMoved
 from trainer.metrics_writer.writer import MetricsWriter
+from trainer.workdir.identity import Identity
 from trainer.workdir.paths import local_folder
 from trainer.workdir.workdir import Workdir
 
@@ -97,6 +99,20 @@ def test_metrics_are_written_to_an_object_store(folder, object_store, tmp_path):
     (tmp_path / events.name).write_bytes(events.read_bytes())
     scalars, _ = read_tensorboard(tmp_path)
     assert scalars == {("train/loss", 1): 2.0, ("train/loss", 2): 1.0}
+
+
+def test_a_folder_is_the_run_that_its_env_json_names(folder, object_store):  # noqa: F811
+    object_store.put(f"{BUCKET}/run/env.json", b'{"run_id": "a"}')
+    identity = Identity(folder, "a")
+    identity.check()
+    object_store.put(f"{BUCKET}/run/env.json", b'{"run_id": "b"}')
+    with pytest.raises(FolderMoved, match="gone, or another run's"):
+        identity.check()
+    del object_store.objects[f"{BUCKET}/run/env.json"]
+    with pytest.raises(FolderMoved, match="gone, or another run's"):
+        identity.check()
+    object_store.refuse = lambda method, path: 403
+    identity.check()  # unknown: the save will say so
 
 
 @pytest.mark.slow

@@ -11,9 +11,14 @@ from conftest import ROOT, mesh_of, wide
 from user_code import ERRORS
 
 import trainer
+from launcher import exit_codes
+from launcher.processes.assignment import Outcome
+from launcher.worker import run as worker
 from launcher.worker.run import _outcome_of
 from trainer.data.prefetch import prefetch
+from trainer.errors import FolderMoved, StorageFailed
 from trainer.metrics_writer.goodput import Goodput
+from trainer.workdir.workdir import Workdir
 
 
 def outcome_of(error, has_peers=True):
@@ -115,3 +120,22 @@ def test_a_command_on_a_finished_run_fails_with_the_users_line(tmp_path, kind, m
         assert code == 1, (place, told)
         assert type(ERRORS[kind]()).__name__ in told, (place, told)
         assert "user_code.py" in told, (place, told)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(StorageFailed("no answer"), exit_codes.RETRY), (FolderMoved("gone"), 1)]
+)
+def test_files_that_are_out_of_reach_are_a_failure(error, code):
+    def train():
+        raise error
+
+    outcome = Outcome.from_line(_outcome_of(train, 0).to_line())
+    assert (outcome.exit_code, outcome.message, outcome.trace) == (code, str(error), "")
+    assert outcome.is_failure
+
+
+def test_a_run_that_is_gone_before_its_worker_starts_is_not_begun_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(Workdir, "is_recorded", lambda self, patience: False)  # now, not after 10 s
+    with pytest.raises(FolderMoved, match="held a run when this job began"):
+        worker._train({}, f"{tmp_path}/run", None, None, None, resumes=True, smoke=False)
+    assert not (tmp_path / "run").exists()

@@ -21,7 +21,8 @@ from etils import epath
 
 from trainer.checkpoints import manifest
 from trainer.checkpoints.manifest import Damaged, File, Manifest
-from trainer.workdir.paths import is_local, write_whole
+from trainer.workdir.json_object import read_object
+from trainer.workdir.paths import exists, is_local, write_whole
 
 _SAVING, _REMOVED = ".saving-", ".removed-"
 QUARANTINE = "quarantine"
@@ -33,16 +34,36 @@ class CheckpointFolder:
     Args:
         path: the folder; made at the first save.
         keep: how many of the newest checkpoints to keep.
+        check: called before a save and again before its checkpoint gets its name; raises if the
+            path leads elsewhere by now.
+        reach: from a path in the run's folder to the same place, whatever the folder's name is by
+            now.
     """
 
-    def __init__(self, path: epath.Path, keep: int) -> None:
+    def __init__(
+        self,
+        path: epath.Path,
+        keep: int,
+        check: Callable[[], None] = lambda: None,
+        reach: Callable[[epath.Path], epath.Path] = lambda path: path,
+    ) -> None:
         self.path = path
         self._keep = keep
+        self._check = check
+        self._reach = reach
+
+    @property
+    def _here(self) -> epath.Path:
+        return self._reach(self.path)
 
     def steps(self) -> list[int]:
-        """The steps in the folder, intact or not, oldest first."""
+        """The steps in the folder, intact or not, oldest first.
+
+        Raises:
+            OSError: the folder cannot be read. Clients of object stores raise other types.
+        """
         try:
-            return sorted(int(entry.name) for entry in self.path.iterdir() if _is_step(entry.name))
+            return sorted(int(entry.name) for entry in self._here.iterdir() if _is_step(entry.name))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -63,22 +84,26 @@ class CheckpointFolder:
             describe: makes its manifest from a description of the written files.
             size: roughly how many bytes it needs.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if is_local(self.path):
-            made = Path(self.path, f"{_SAVING}{step}")
-            shutil.rmtree(made, ignore_errors=True)
+        self._check()
+        self._here.mkdir(parents=True, exist_ok=True)
+        if is_local(self._here):
+            for left in Path(self._here).glob(f"{_SAVING}*"):  # a disk that failed kept them
+                _clear(left)
+            made = Path(self._here, f"{_SAVING}{step}")
             made.mkdir()
             try:
-                _check_room(self.path, size)
+                _check_room(self._here, size)
                 self._complete(made, write, describe)
+                self._check()
                 self._put_in_place(made, step)
             except BaseException:
-                shutil.rmtree(made, ignore_errors=True)  # it may be what fills the disk
+                _clear(made)  # it may be what fills the disk
                 raise
         else:
             with tempfile.TemporaryDirectory(prefix="podlift-") as name:
                 self._complete(Path(name), write, describe)
-                _upload(Path(name), self.path / str(step))
+                self._check()
+                _upload(Path(name), self._here / str(step))
         # The new one is complete, so errors from here on do not matter: the next save removes the
         # others again. Clients of object stores raise many types.
         with contextlib.suppress(Exception):
@@ -101,7 +126,7 @@ class CheckpointFolder:
         _sync(made)
 
     def _put_in_place(self, made: Path, step: int) -> None:
-        place = Path(self.path, str(step))
+        place = Path(self._here, str(step))
         if place.exists():  # after a resume the run reaches a step again
             removed = place.with_name(f"{_REMOVED}{step}")
             shutil.rmtree(removed, ignore_errors=True)
@@ -117,9 +142,9 @@ class CheckpointFolder:
         _sync(place.parent)
 
     def _remove(self, step: int) -> None:
-        place = self.path / str(step)
-        if is_local(self.path):
-            removed = Path(self.path, f"{_REMOVED}{step}")
+        place = self._here / str(step)
+        if is_local(self._here):
+            removed = Path(self._here, f"{_REMOVED}{step}")
             shutil.rmtree(removed, ignore_errors=True)
             Path(place).rename(removed)
             shutil.rmtree(removed)
@@ -131,8 +156,9 @@ class CheckpointFolder:
 
         Raises:
             Damaged: the manifest is missing, damaged or belongs to another step.
+            OSError: it cannot be read.
         """
-        return manifest.read_alone(self.path / str(step), step)
+        return manifest.read_alone(self._here / str(step), step)
 
     @contextlib.contextmanager
     def opened(self, step: int) -> Iterator[tuple[Path, Manifest]]:
@@ -140,19 +166,20 @@ class CheckpointFolder:
 
         Raises:
             Damaged: a file is not what was written; names it.
+            OSError: a file cannot be read.
         """
-        if is_local(self.path):
-            place = Path(self.path, str(step))
+        if is_local(self._here):
+            place = Path(self._here, str(step))
             yield place, manifest.read(place, step)
             return
         with tempfile.TemporaryDirectory(prefix="podlift-") as name:
             listed = self.check(step)
-            _download(self.path / str(step), listed, Path(name))
+            _download(self._here / str(step), listed, Path(name))
             yield Path(name), manifest.read(Path(name), step)
 
     def quarantine(self, step: int, why: str) -> epath.Path:
         """Moves a step into `quarantine/` and returns its new place."""
-        aside = self.path / QUARANTINE
+        aside = self._here / QUARANTINE
         aside.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y%m%dT%H%M%S")
         moved = aside / f"{step}-{stamp}"
@@ -160,24 +187,28 @@ class CheckpointFolder:
         while moved.exists():
             number += 1
             moved = aside / f"{step}-{stamp}-{number}"
-        (self.path / str(step)).rename(moved)
+        (self._here / str(step)).rename(moved)
         with contextlib.suppress(OSError):  # the note is optional
             (moved / "why.txt").write_text(f"{why}\n")
-        return moved
+        return self.path / QUARANTINE / moved.name
 
     def newest_known(self) -> int | None:
         """The newest step ever completed here, even if it is gone; None if unknown."""
         try:
-            return int(json.loads(self._note.read_text())["step"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return int(read_object(self._note)["step"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
 
     def has_history(self) -> bool:
-        """Whether a checkpoint was ever completed here."""
-        if self._note.exists() or (is_local(self.path) and Path(self.path).is_symlink()):
+        """Whether a checkpoint was ever completed here.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        if exists(self._note) or (is_local(self._here) and Path(self._here).is_symlink()):
             return True
         try:
-            names = [entry.name for entry in self.path.iterdir()]
+            names = [entry.name for entry in self._here.iterdir()]
         except (FileNotFoundError, NotADirectoryError):
             return False
         return QUARANTINE in names or any(map(_is_step, names))
@@ -186,42 +217,34 @@ class CheckpointFolder:
         """Cleans up after a killed run; returns the names of what it cleaned up.
 
         A save that only lacks its final name gets it. Call this only while holding the run's lock.
+
+        Raises:
+            OSError: a save cannot be read, so that it is unknown whether it is complete.
         """
-        if not is_local(self.path):
+        if not is_local(self._here):
             return []
         with contextlib.suppress(OSError):
             (self._note.parent / f".{self._note.name}.part").unlink()
-        if not self.path.exists():
+        if not exists(self._here):
             return []
         cleared = []
-        for entry in sorted(Path(self.path).iterdir()):
+        for entry in sorted(Path(self._here).iterdir()):
             name = entry.name
             if name.startswith(_SAVING) and _is_step(name.removeprefix(_SAVING)):
                 step = int(name.removeprefix(_SAVING))
-                with contextlib.suppress(Damaged, OSError):
-                    manifest.read(entry, step)
-                    if not self._is_intact(step):
+                if _is_intact(entry, step) and not _is_intact(Path(self._here, str(step)), step):
+                    with contextlib.suppress(OSError):
                         self._put_in_place(entry, step)
                         cleared.append(f"{name} (completed)")
                         continue
             elif not _is_leftover(name):
                 continue
-            shutil.rmtree(entry, ignore_errors=True)
-            with contextlib.suppress(OSError):  # a file; or a folder that is still in use
-                entry.unlink()
-            if not os.path.lexists(entry):
+            if _clear(entry):
                 cleared.append(name)
         steps, known = self.steps(), self.newest_known()
         if steps and (known is None or steps[-1] > known):
             self._note_newest(steps[-1])
         return cleared
-
-    def _is_intact(self, step: int) -> bool:
-        try:
-            manifest.read(Path(self.path, str(step)), step)
-        except Damaged:
-            return False
-        return True
 
     def _note_newest(self, step: int) -> None:
         write_whole(self._note, json.dumps({"step": step}) + "\n")
@@ -229,7 +252,7 @@ class CheckpointFolder:
     @property
     def _note(self) -> epath.Path:
         """The file with the newest step; beside the folder, so that it survives its removal."""
-        return self.path.parent / f".{self.path.name}.json"
+        return self._here.parent / f".{self._here.name}.json"
 
 
 def expired(steps: Sequence[int], keep: int, newest: int) -> list[int]:
@@ -243,6 +266,26 @@ def expired(steps: Sequence[int], keep: int, newest: int) -> list[int]:
     others = sorted(step for step in set(steps) if step != newest)
     surplus = len(others) + 1 - keep
     return others[: max(0, surplus)]
+
+
+def _is_intact(place: Path, step: int) -> bool:
+    try:
+        manifest.read(place, step)
+    except Damaged:
+        return False
+    return True
+
+
+def _clear(place: Path) -> bool:
+    """Removes a folder or file; returns whether it is gone. Orbax may still write into it."""
+    for pause in (0.0, 0.05, 0.2):
+        time.sleep(pause)
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a file or a link
+            place.unlink()
+        if not os.path.lexists(place):
+            return True
+    return False
 
 
 def _check_room(path: epath.Path, size: int) -> None:
@@ -284,10 +327,19 @@ def _sync(path: Path) -> None:
     """Flushes a file or a folder's entries to disk.
 
     A rename may survive a power failure that the renamed data does not.
+
+    Raises:
+        OSError: the disk has not taken the data.
     """
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    finally:
+        os.close(descriptor)
+
+
+# What file systems answer that cannot sync a folder, or anything.
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)

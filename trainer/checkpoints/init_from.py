@@ -25,7 +25,8 @@ from trainer.errors import CheckpointsUnreadable, UserError
 from trainer.lift.lift import Lift
 from trainer.state.leaves import fill_in, name_leaves
 from trainer.state.train_state import TrainState
-from trainer.workdir.paths import absolute
+from trainer.workdir.paths import absolute, exists
+from trainer.workdir.patience import patiently
 
 _SHOWN = 8
 _PLACES = "name the folder of a run, RUN/best or RUN/checkpoints/120"
@@ -78,7 +79,7 @@ def read(place: str) -> Saved:
         CheckpointsUnreadable: the checkpoint does not exist or is damaged.
     """
     folder = absolute(place)
-    if not folder.exists():
+    if not patiently(folder, lambda: exists(folder)):
         near = difflib.get_close_matches(folder.name, _names_beside(folder), n=1)
         hint = f"did you mean {folder.parent / near[0]}?" if near else _PLACES
         raise CheckpointsUnreadable(f"{folder} does not exist", hint)

@@ -13,12 +13,14 @@ from etils import epath
 from trainer.checkpoints import arrays as arrays_of
 from trainer.checkpoints import manifest
 from trainer.checkpoints.folder import CheckpointFolder
-from trainer.checkpoints.manifest import Damaged, Leaf
-from trainer.errors import CheckpointsUnreadable, first_line
+from trainer.checkpoints.manifest import Damaged, Leaf, OfAnotherRun
+from trainer.errors import CheckpointsUnreadable, StorageFailed, UserError, first_line
 from trainer.state.checksums import checksum_of
 from trainer.state.finite import find_unusable
 from trainer.state.leaves import from_flat
 from trainer.workdir.paths import absolute, is_local
+from trainer.workdir.patience import patiently
+from trainer.workdir.workdir import read_environment
 
 # How often a run that is training may remove the checkpoint that is being read.
 _TRIES = 5
@@ -61,7 +63,8 @@ def load(
         "step", "rng", and what the config adds: "ema" and "loss_scale".
 
     Raises:
-        CheckpointsUnreadable: the checkpoint does not exist or is damaged.
+        CheckpointsUnreadable: the checkpoint does not exist, is damaged or is another run's.
+        StorageFailed: the disk or the object store has not answered for minutes.
     """
     return from_flat(read_saved(workdir, best=best, step=step).leaves)
 
@@ -72,15 +75,19 @@ def read_saved(
     """The same as `load`, with step and manifest. Every file and every leaf is checked."""
     root = absolute(workdir)
     names = ["best"] if best else ["checkpoints"] if step is None else ["checkpoints", "best"]
+    run_id = str(read_environment(root).get("run_id") or "")
     for _ in range(_TRIES):
         folder, found = _find(root, names, step)
         place = folder.path / str(found)
         try:
-            return _read(folder, found)
+            return patiently(place, lambda: _read(folder, found, run_id))  # noqa: B023
+        except (StorageFailed, UserError):
+            raise
         except Exception as error:  # Orbax raises many types for damaged files
             if found in _steps(folder):
+                what = "cannot be used" if isinstance(error, OfAnotherRun) else "is damaged"
                 raise CheckpointsUnreadable(
-                    f"{place} is damaged: {first_line(error)}", _hint_of_others(root, place)
+                    f"{place} {what}: {first_line(error)}", _hint_of_others(root, place)
                 ) from error
             # else the run has removed it, for a newer one
     raise CheckpointsUnreadable(f"{place} is gone: its run removes states while they are read")
@@ -116,10 +123,14 @@ def _find(root: epath.Path, names: list[str], step: int | None) -> tuple[Checkpo
 
 def _steps(folder: CheckpointFolder) -> list[int]:
     """The steps that can be read: in an object store, an upload in progress has no manifest yet."""
-    steps = folder.steps()
-    if is_local(folder.path):
-        return steps
-    return [step for step in steps if (folder.path / str(step) / manifest.NAME).exists()]
+
+    def find() -> list[int]:
+        steps = folder.steps()
+        if is_local(folder.path):
+            return steps
+        return [step for step in steps if (folder.path / str(step) / manifest.NAME).exists()]
+
+    return patiently(folder.path, find)
 
 
 def _hint_of_others(root: epath.Path, but: epath.Path | None = None) -> str:
@@ -130,8 +141,9 @@ def _hint_of_others(root: epath.Path, but: epath.Path | None = None) -> str:
     return f"there are {listed}" if listed else ""
 
 
-def _read(folder: CheckpointFolder, step: int) -> Saved:
+def _read(folder: CheckpointFolder, step: int, run_id: str) -> Saved:
     with folder.opened(step) as (files, listed):
+        listed.check_run_id(run_id)
         leaves = arrays_of.read(files, listed.leaves)
     for name, leaf in listed.leaves.items():
         if checksum_of(leaves[name]) != leaf.checksum:

@@ -6,6 +6,7 @@ checkpoint that matches its manifest is what was written, byte for byte.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,12 +14,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config.json_text import parse_object
+
 NAME = "manifest.json"
 _VERSION = 1
 
 
 class Damaged(Exception):
     """A checkpoint is not what was written. The message says what is wrong, in a few words."""
+
+
+class OfAnotherRun(Damaged):
+    """A checkpoint is intact, and another run has saved it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,16 @@ class Manifest:
     leaves: Mapping[str, Leaf]
     files: Mapping[str, File]
 
+    @property
+    def run_id(self) -> str:
+        """The id of the run that saved it; empty in one of an earlier version."""
+        return str(self.meta.get("run_id") or "")
+
+    def check_run_id(self, run_id: str) -> None:
+        """Raises OfAnotherRun if another run has saved it; nothing where either has no id."""
+        if run_id and self.run_id not in ("", run_id):
+            raise OfAnotherRun(f"another run has saved it (run id {self.run_id}, not {run_id})")
+
     def to_text(self) -> str:
         """The manifest as JSON, led by the checksum of the rest."""
         body = json.dumps({"version": _VERSION, **asdict(self)}, sort_keys=True)
@@ -78,8 +95,7 @@ class Manifest:
             Damaged: a character has changed, or a newer podlift wrote it.
         """
         try:
-            stored = json.loads(text)
-            body = dict(stored["body"])
+            body = dict(parse_object(text)["body"])
             version = body.pop("version")
             if version > _VERSION:
                 raise Damaged(f"its {NAME} was written by a newer podlift (version {version})")
@@ -124,6 +140,7 @@ def read(folder: Path, step: int | None = None) -> Manifest:
 
     Raises:
         Damaged: a file is not what was written; names the first one.
+        OSError: a file cannot be read, so that it is unknown what it holds.
     """
     manifest = read_alone(folder, step)
     for name, file in manifest.files.items():
@@ -135,10 +152,8 @@ def read(folder: Path, step: int | None = None) -> Manifest:
             with path.open("rb") as content:
                 if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
                     raise Damaged(f"{name} is not what was written: its checksum differs")
-        except FileNotFoundError:
-            raise Damaged(f"{name} is missing") from None
         except OSError as error:
-            raise Damaged(f"{name} cannot be read: {error.strerror or error}") from error
+            raise _damage(error, name) from error
     return manifest
 
 
@@ -151,6 +166,7 @@ def read_alone(folder: Any, step: int | None = None) -> Manifest:
 
     Raises:
         Damaged: the manifest is missing, damaged, or belongs to another step.
+        OSError: it cannot be read. Clients of object stores raise other types.
     """
     try:
         manifest = Manifest.from_text((folder / NAME).read_bytes().decode())
@@ -159,16 +175,25 @@ def read_alone(folder: Any, step: int | None = None) -> Manifest:
     except UnicodeDecodeError:
         raise Damaged(f"its {NAME} is damaged") from None
     except OSError as error:
-        raise Damaged(f"its {NAME} cannot be read: {error.strerror or error}") from error
+        raise _damage(error, f"its {NAME}") from error
     if step is not None and manifest.step != step:
         raise Damaged(f"its {NAME} belongs to step {manifest.step}")
     return manifest
 
 
+def _damage(error: OSError, what: str) -> Exception:
+    """The error itself, unless it says that there is no such file."""
+    if isinstance(error, FileNotFoundError):
+        return Damaged(f"{what} is missing")
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG):
+        return Damaged(f"{what} cannot be read: {error.strerror or error}")
+    return error
+
+
 def _why_no_manifest(folder: Any) -> str:
     try:
         is_empty = not any(folder.iterdir())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         is_empty = False
     return "it is empty" if is_empty else f"it has no {NAME}: its save did not finish"
 

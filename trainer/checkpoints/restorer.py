@@ -8,7 +8,6 @@ collectives.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +20,18 @@ from trainer.checkpoints.folder import QUARANTINE, CheckpointFolder
 from trainer.checkpoints.in_memory import SLOTS, InMemoryCheckpoints
 from trainer.checkpoints.manifest import Damaged, Manifest
 from trainer.console import say, warn
-from trainer.errors import CheckpointsUnreadable, StateUnreadable, UserError, first_line
+from trainer.errors import (
+    CheckpointsUnreadable,
+    StateUnreadable,
+    StorageFailed,
+    UserError,
+    first_line,
+)
 from trainer.lift.lift import Lift
 from trainer.lift.replicas import check_replicas
 from trainer.state.leaves import name_leaves, with_leaves
 from trainer.state.train_state import TrainState
-
-# Seconds before each retry of a failed read.
-_PAUSES = (0.5, 2.0)
+from trainer.workdir.patience import patiently
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ class Restorer:
         best: the best state on disk.
         in_memory: the in-memory checkpoints of this host, if enabled.
         lift: for collectives among the processes.
-        run: the id of the run; in-memory checkpoints of another run are ignored.
+        run: the id of the steps the run is on; in-memory checkpoints with another are ignored.
+        run_id: the id of the run, in the process that reads the disk; checkpoints of another run
+            are not restored.
         allow: the kinds of difference to the saved state that are permitted.
         data: the fingerprints of the data of this start.
     """
@@ -89,6 +94,7 @@ class Restorer:
         in_memory: InMemoryCheckpoints | None,
         lift: Lift,
         run: str,
+        run_id: str,
         allow: Sequence[str],
         data: Mapping[str, Any],
     ) -> None:
@@ -97,6 +103,7 @@ class Restorer:
         self._in_memory = in_memory
         self._lift = lift
         self._run = run
+        self._run_id = run_id
         self._allow = allow
         self._data = data
 
@@ -112,6 +119,7 @@ class Restorer:
         Raises:
             CheckpointsUnreadable: the run saved checkpoints and none is intact.
             StateUnreadable: a checkpoint is intact but Orbax cannot read it.
+            StorageFailed: the disk or the object store has not answered for minutes.
             UserError: the checkpoint has other leaves or was trained on other data, and `allow`
                 does not permit that.
         """
@@ -142,7 +150,8 @@ class Restorer:
 
     def _candidates(self) -> list[_Candidate]:
         """All states that may be restored: the newest first, and of one step the disk first."""
-        steps = json.loads(self._lift.broadcast_text(json.dumps(self._latest.steps())))
+        here_on_disk = self._steps_of(self._latest) if self._lift.process == 0 else []
+        steps = json.loads(self._lift.broadcast_text(json.dumps(here_on_disk)))
         found = [_Candidate(step, 0, False) for step in steps]
         here = [-1] * len(SLOTS)
         if self._in_memory is not None:
@@ -192,12 +201,18 @@ class Restorer:
     ) -> tuple[dict[str, np.ndarray] | None, Manifest]:
         """The arrays, in the process that can read them, and the manifest, in all."""
         leaves, kind, text = None, "", ""
+        place = self._latest.path / str(candidate.step)
         if self._lift.process == candidate.source:
             try:
-                leaves, listed = _patiently(lambda: self._read(candidate, at_last))
+                if candidate.in_memory:
+                    leaves, listed = self._read(candidate, at_last)
+                else:
+                    leaves, listed = patiently(place, lambda: self._read(candidate, at_last))
                 kind, text = "intact", listed.to_text()
             except _BestIsLost as error:
                 kind, text = "best is lost", str(error)
+            except (StorageFailed, UserError) as error:
+                kind, text = type(error).__name__, str(error)
             except Exception as error:  # Orbax raises many types
                 is_damaged = candidate.in_memory or isinstance(error, Damaged)
                 kind, text = "damaged" if is_damaged else "unreadable", first_line(error)
@@ -208,6 +223,10 @@ class Restorer:
             raise _BestIsLost(text)
         if kind == "damaged":
             raise Damaged(text)
+        if kind == "StorageFailed":
+            raise StorageFailed(text)
+        if kind == "UserError":
+            raise UserError(text)
         if kind == "unreadable":
             raise StateUnreadable(
                 f"step {candidate.step} in {self._latest.path} cannot be read, although its files "
@@ -218,17 +237,26 @@ class Restorer:
     def _read(self, candidate: _Candidate, at_last: bool) -> tuple[dict[str, np.ndarray], Manifest]:
         if not candidate.in_memory:
             with self._latest.opened(candidate.step) as (place, listed):
+                listed.check_run_id(self._run_id)
                 return arrays_of.read(place, listed.leaves), listed
         assert self._in_memory is not None
         arrays, listed = self._in_memory.read(self._in_memory.steps(self._run)[candidate.step])
         best = listed.meta["best"]
-        if best is not None and max(self._best.steps(), default=-1) < best["step"] and not at_last:
+        newest_best = max(self._steps_of(self._best), default=-1)
+        if best is not None and newest_best < best["step"] and not at_last:
             # A crash interrupted that save. From an earlier state the run reaches it again.
             raise _BestIsLost(f"its best state, step {best['step']}, is not in best/")
         return arrays, listed
 
+    @staticmethod
+    def _steps_of(folder: CheckpointFolder) -> list[int]:
+        return patiently(folder.path, folder.steps)
+
     def _refuse_to_start_from_scratch(self, damaged: Sequence[tuple[int, str]]) -> None:
-        if not self._lift.gather(int(self._latest.has_history()))[0]:
+        has_history = self._lift.process == 0 and patiently(
+            self._latest.path, self._latest.has_history
+        )
+        if not self._lift.gather(int(has_history))[0]:
             return
         folder = self._latest.path
         reasons = "".join(f"\n  {step}: {why}" for step, why in damaged[:5])
@@ -246,7 +274,8 @@ class Restorer:
 
     def _warn_of_missing(self, restored_step: int) -> None:
         newest = self._latest.newest_known()
-        if newest is not None and newest > restored_step and newest not in self._latest.steps():
+        steps = self._steps_of(self._latest)
+        if newest is not None and newest > restored_step and newest not in steps:
             warn(f"checkpoint {newest} was saved and is gone; resuming from step {restored_step}")
 
 
@@ -256,19 +285,3 @@ def quarantine(folder: CheckpointFolder, step: int, why: str) -> None:
         say(f"moved {folder.path / str(step)} to {folder.quarantine(step, why)}: {why}")
     except Exception as error:  # a disk, or the client of an object store
         warn(f"{folder.path / str(step)} could not be quarantined: {first_line(error)}")
-
-
-def _patiently(read: Callable[[], Any]) -> Any:
-    """Calls `read`; retries errors that may pass, such as a disk that does not answer."""
-    for pause in _PAUSES:
-        try:
-            return read()
-        except _BestIsLost:
-            raise
-        except Damaged as damage:
-            if not isinstance(damage.__cause__, OSError):
-                raise
-        except Exception:  # noqa: S110 (the last call raises it)
-            pass
-        time.sleep(pause)
-    return read()

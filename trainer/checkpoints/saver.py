@@ -7,6 +7,7 @@ that reads it broadcasts it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import platform
@@ -17,6 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from etils import epath
+
 from trainer.checkpoints.folder import CheckpointFolder
 from trainer.checkpoints.in_memory import InMemoryCheckpoints
 from trainer.checkpoints.manifest import Damaged
@@ -25,20 +29,27 @@ from trainer.checkpoints.writer import Save, Writer
 from trainer.config.settings import Settings
 from trainer.console import say, warn
 from trainer.data.fingerprint import describe_change
-from trainer.errors import NonFiniteState, PeerFailed, SavesFailed, UserError
+from trainer.errors import FolderMoved, NonFiniteState, PeerFailed, SavesFailed, UserError
 from trainer.lift.lift import Lift
 from trainer.lift.replicas import check_replicas
+from trainer.state.checksums import checksum_of
 from trainer.state.train_state import TrainState
-from trainer.workdir.workdir import Workdir
+from trainer.workdir.identity import Identity
+from trainer.workdir.paths import exists
+from trainer.workdir.patience import patiently
+from trainer.workdir.workdir import CONFIG_FILE, Workdir
 
 Meta = Mapping[str, Any]
+
+_SETTLE_SECS = 0.5
 
 
 class Saver:
     """Saves and restores the states of a run. Every process of the run has one.
 
     Attributes:
-        run: the id of the run; in-memory checkpoints carry it.
+        run: the id of the steps the run is on; in-memory checkpoints carry it.
+        identity: the claimed folder, in the process that writes to it; None in the others.
         data: the fingerprints of the data, which every checkpoint carries; empty: unknown.
         best_value: the best value of the ranking metric so far, or None.
         best_step: the step of that value, or None.
@@ -48,8 +59,11 @@ class Saver:
         self._workdir = workdir
         self._settings = settings
         self._lift = lift
-        self._latest = CheckpointFolder(workdir.checkpoints, settings.checkpoint_keep)
-        self._best = CheckpointFolder(workdir.best, 1)
+        self.identity: Identity | None = None
+        self._latest = CheckpointFolder(
+            workdir.checkpoints, settings.checkpoint_keep, self._check_folder, self._reach
+        )
+        self._best = CheckpointFolder(workdir.best, 1, self._check_folder, self._reach)
         self._writer = Writer(settings.max_failures)
         self._in_memory = self._make_in_memory()
         self._saves_in_memory = self._is_first_of_host()
@@ -83,6 +97,17 @@ class Saver:
         hosts = self._lift.gather(zlib.crc32(name.encode()) >> 1)
         return bool(hosts.index(hosts[self._lift.process]) == self._lift.process)
 
+    def _check_folder(self) -> None:
+        if self.identity is not None:
+            self.identity.check()
+
+    def _reach(self, path: epath.Path) -> epath.Path:
+        return path if self.identity is None else self.identity.reach(path)
+
+    @property
+    def _run_id(self) -> str:
+        return self.identity.run_id if self.identity is not None else ""
+
     # Restore
 
     def restore(
@@ -101,12 +126,13 @@ class Saver:
         Raises:
             CheckpointsUnreadable: the run saved checkpoints and none is intact.
             StateUnreadable: a checkpoint is intact but Orbax cannot read it.
+            StorageFailed: the disk or the object store has not answered for minutes.
             UserError: the checkpoint has other leaves or was trained on other data, and
                 `checkpoint.allow` does not permit that.
         """
         if self._lift.writes:
             for folder in (self._latest, self._best):
-                cleared = folder.sweep()
+                cleared = patiently(folder.path, folder.sweep)
                 if cleared:
                     say(f"cleared in {folder.path}: {', '.join(cleared)}")
         restorer = Restorer(
@@ -115,6 +141,7 @@ class Saver:
             self._in_memory,
             self._lift,
             self.run,
+            self._run_id,
             self._settings.allow,
             self.data,
         )
@@ -145,13 +172,16 @@ class Saver:
         known = saved_meta["best"]
         if known is not None and (known["metric"] != metric or self.has_other_examples(saved_meta)):
             known = None
-        for step in self._best.steps():
+        for step in patiently(self._best.path, self._best.steps):
+            place = self._best.path / str(step)
             try:
-                meta = self._best.check(step).meta
+                listed = patiently(place, lambda: self._best.check(step))  # noqa: B023
+                listed.check_run_id(self._run_id)
             except Damaged as damage:
-                warn(f"the best state, step {step}, is damaged: {damage}")
+                warn(f"the best state, step {step}, cannot be used: {damage}")
                 quarantine(self._best, step, str(damage))
                 continue
+            meta = listed.meta
             found = meta["best"]
             if self.has_other_examples(meta):
                 quarantine(self._best, step, "ranked on other held-out examples")
@@ -215,9 +245,10 @@ class Saver:
         if self.best_value is not None:
             metric = self._settings.best_metric
             best = {"metric": metric, "value": self.best_value, "step": self.best_step}
-        return {"run": self.run, "best": best, "data": self.data}
+        return {"run": self.run, "run_id": self._run_id, "best": best, "data": self.data}
 
     def _submit(self, folder: CheckpointFolder, step: int, state: TrainState, meta: Meta) -> None:
+        self._check_folder()
         report = check_replicas(self._lift, state)
         if report.unusable:
             raise NonFiniteState(step, report.unusable)
@@ -227,6 +258,54 @@ class Saver:
         if self._lift.writes:
             is_latest = folder is self._latest
             self._writer.submit(Save(folder, step, arrays, report.checksums, meta, is_latest))
+
+    def rescue(self, step: int, state: TrainState, meta: Meta) -> epath.Path:
+        """Saves a state after the run's folder was renamed, removed or emptied; returns where.
+
+        That is the folder itself, under its new name, or a new one beside the place of one that is
+        gone. Only the process that writes calls this.
+
+        Args:
+            step: the step of the state.
+            state: on the devices.
+            meta: what a resume needs besides the state, as JSON.
+
+        Raises:
+            Exception: of many types, if it cannot be saved.
+        """
+        assert self.identity is not None
+        if not self._lift.holds_full_state:
+            raise FolderMoved("the state is sharded over processes")
+        arrays = self._lift.host_copy(state)
+        bad = [
+            name
+            for name, array in arrays.items()
+            if name.startswith(("params/", "model_state/")) and not np.isfinite(array).all()
+        ]
+        if bad:
+            raise NonFiniteState(step, bad)
+        time.sleep(_SETTLE_SECS)  # somebody may be removing it at this moment
+        found = self.identity.place()
+        if found is None:
+            place = _free_name_beside(self._workdir.path)
+            place.mkdir()
+        else:
+            place = epath.Path(found)
+        if not exists(place / CONFIG_FILE):
+            moved = dataclasses.replace(self._workdir, path=place, exists=False)
+            moved.record(self.run, self._run_id)
+        checksums = {name: checksum_of(array) for name, array in arrays.items()}
+        latest = CheckpointFolder(place / "checkpoints", self._settings.checkpoint_keep)
+        best = CheckpointFolder(place / "best", 1)
+        for lost in self._writer.give_up():
+            if lost.folder is self._best:
+                dataclasses.replace(lost, folder=best).run()
+        if self.best_step == step:
+            Save(best, step, arrays, checksums, self._own_meta()).run()
+        Save(latest, step, arrays, checksums, {**meta, **self._own_meta()}).run()
+        if self._in_memory is not None and not exists(self._workdir.path):
+            self._in_memory.remove()
+        return place
 
     def check(self) -> None:
         """Raises SavesFailed if too many saves in a row have failed; does not wait."""
@@ -264,8 +343,11 @@ class Saver:
         run has not claimed untouched.
         """
         if self.run and self._lift.writes:
-            with contextlib.suppress(UserError):  # a new id, so that other hosts' are not offered
-                self._workdir.record(uuid.uuid4().hex)
+            # A new id, so that other hosts' are not offered.
+            with contextlib.suppress(UserError, FolderMoved):
+                if self.identity is not None:
+                    self.identity.check()
+                    self._workdir.record(uuid.uuid4().hex, self.identity.run_id)
         if self._in_memory is not None:
             self._in_memory.remove()
 
@@ -292,3 +374,11 @@ class Saver:
         self._writer.close()
         if self._in_memory is not None:
             self._in_memory.wait()
+
+
+def _free_name_beside(path: epath.Path) -> epath.Path:
+    place, number = path.parent / f"{path.name}-saved", 1
+    while exists(place):
+        number += 1
+        place = path.parent / f"{path.name}-saved{number}"
+    return place

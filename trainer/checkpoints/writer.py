@@ -25,8 +25,8 @@ from trainer.checkpoints import arrays as arrays_of
 from trainer.checkpoints.folder import CheckpointFolder
 from trainer.checkpoints.manifest import File, Leaf, Manifest
 from trainer.console import warn
-from trainer.errors import SavesFailed
-from trainer.workdir.paths import is_local
+from trainer.errors import FolderMoved, SavesFailed
+from trainer.workdir.paths import is_local, why_no_room
 
 # Seconds before each retry; the last one repeats.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
@@ -194,6 +194,15 @@ class Writer:
         if self._thread is not None:
             self._thread.join(timeout=60)
 
+    def give_up(self) -> list[Save]:
+        """Ends the thread; returns the newest save to each folder, if it has not succeeded."""
+        with self._changed:
+            waiting, self._waiting = self._waiting, []
+        self.close()
+        with self._changed:
+            lost = [save for save, _ in self._lost.values()]
+            return waiting + [s for s in lost if all(s.folder is not w.folder for w in waiting)]
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -263,6 +272,9 @@ _CAUSES = re.compile(
 )
 
 
+_HELD = re.compile(r"/proc/self/fd/\d+")
+
+
 def _reason(save: Save, error: Exception) -> str:
     """Describes an error in one line, with the bytes needed and free on a local disk."""
     # Orbax's messages start with the operation and long paths, and end with the cause.
@@ -271,9 +283,12 @@ def _reason(save: Save, error: Exception) -> str:
     text = cause[0] if cause else lines[0].strip()[:300]
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if not is_local(save.folder.path):
+    # The folder is reached through the file that holds it open.
+    text = _HELD.sub(str(save.folder.path.parent), text)
+    if isinstance(error, FolderMoved) or not is_local(save.folder.path):
         return text
     place = Path(save.folder.path)
+    text = why_no_room(place, error) or text
     try:
         while not place.exists() and place != place.parent:
             place = place.parent

@@ -9,10 +9,12 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from trainer.config.json_text import parse_object
 from trainer.config.keys import flatten
 from trainer.errors import UserError
 
 NONE_TYPES = "__none_types__"
+_MAX_DEPTH = 50
 
 
 def config_to_json(config: ConfigDict) -> str:
@@ -52,18 +54,30 @@ def plain_data(value: Any) -> Any:
     return value
 
 
-def config_from_json(text: str) -> ConfigDict:
-    """The inverse of `config_to_json`, except that lists come back as tuples."""
-    stored = json.loads(text)
-    types = stored.pop(NONE_TYPES, {})
+def config_from_json(text: str | bytes) -> ConfigDict:
+    """The inverse of `config_to_json`, except that lists come back as tuples.
 
-    def revive(value: Any, prefix: str) -> Any:
+    Raises:
+        ValueError: the text is no such config; the message says why, in a few words.
+    """
+    stored = parse_object(text)
+    types = stored.pop(NONE_TYPES, {})
+    if not isinstance(types, dict):
+        raise ValueError(f"{NONE_TYPES} is not an object")
+
+    def revive(value: Any, prefix: str, depth: int = 0) -> Any:
+        if depth > _MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
         if isinstance(value, dict):
-            return {key: revive(inner, f"{prefix}{key}.") for key, inner in value.items()}
+            return {k: revive(inner, f"{prefix}{k}.", depth + 1) for k, inner in value.items()}
         if isinstance(value, list):
-            return tuple(revive(inner, prefix) for inner in value)
-        if value is None and hasattr(builtins, types.get(prefix[:-1], "")):
-            return placeholder(getattr(builtins, types[prefix[:-1]]))
+            return tuple(revive(inner, prefix, depth + 1) for inner in value)
+        if value is None:
+            kind = getattr(builtins, str(types.get(prefix[:-1], "")), None)
+            return placeholder(kind) if isinstance(kind, type) else value
         return value
 
-    return ConfigDict(revive(stored, ""))
+    try:
+        return ConfigDict(revive(stored, ""))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"it is no config: {error}") from error

@@ -53,7 +53,7 @@ def _lines_up_to(path: Any, step: int) -> list[str]:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return kept
 

@@ -22,6 +22,7 @@ from trainer.lift.replicas import check_replicas, check_usable
 from trainer.metrics_writer.run_log import RunLog
 from trainer.metrics_writer.step_metrics import StepMetrics
 from trainer.run.early_stop import EarlyStop
+from trainer.run.ownership import Ownership
 from trainer.state.train_state import TrainState
 
 StopRequested = Callable[[int, str], bool]
@@ -201,6 +202,22 @@ class CheckSaves:
     def run(self, call: Call, state: TrainState) -> None:
         """Raises SavesFailed."""
         self._saver.check()
+
+
+class CheckFolder:
+    """Ends the run soon after its folder was renamed or removed. Looks at most once a second."""
+
+    def __init__(self, ownership: Ownership) -> None:
+        self._ownership = ownership
+
+    def due(self, call: Call) -> bool:
+        """After every call."""
+        return True
+
+    def run(self, call: Call, state: TrainState) -> None:
+        """Raises FolderMoved, in the process that writes."""
+        if self._ownership.identity is not None:
+            self._ownership.identity.check_soon()
 
 
 class InMemoryCheckpoint:

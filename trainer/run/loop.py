@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from trainer.checkpoints.saver import Saver
 from trainer.config.settings import Settings
 from trainer.console import say
 from trainer.data.prefetch import depth_for, prefetch
-from trainer.errors import NonFiniteLoss, Preempted
+from trainer.errors import FolderMoved, NonFiniteLoss, Preempted, SavesFailed, first_line
 from trainer.inference.evaluate import Evaluator
 from trainer.lift.call import Call, calls
 from trainer.lift.lift import Lift
@@ -50,7 +51,7 @@ from trainer.step.update import metric_names
 from trainer.summaries.held_out import make_held_out_summaries
 from trainer.summaries.histograms import HistogramSummary
 from trainer.summaries.stragglers import Stragglers
-from trainer.workdir import lock
+from trainer.workdir.patience import patiently
 from trainer.workdir.workdir import Workdir
 
 # How long the other processes give process 0 to save, after a loss that is not finite.
@@ -166,6 +167,7 @@ class Run:
             self.checkpoint,
             actions.CheckReplicas(lift, settings.replica_check_every_steps, self.checkpoint),
             actions.CheckSaves(self.saver),
+            actions.CheckFolder(self.ownership),
             actions.InMemoryCheckpoint(self.saver, self.metrics, self.run_log, self._meta),
         ]
         return [action for action in listed if action is not None]
@@ -176,8 +178,10 @@ class Run:
         """Trains from the newest state to the last step."""
         state = self._start()
         step = int(self.lift.read(state.step))
+        rescuing = self._rescuing
         if step >= self.job.stop or self.early_stop.reason:
-            return self._finish_at_once(step, state)
+            with rescuing(step, state):
+                return self._finish_at_once(step, state)
         if self.workdir.exists:
             self.ownership.record(self.saver.run)
         warn_of_unsynced_state(self.lift, self.job, state)
@@ -189,7 +193,8 @@ class Run:
             for call, batch, check_labels in batches:
                 phase = "compile" if call.is_first else "train"
                 if self.stop_requested(call.before, phase):
-                    self._save_and_stop(call.before, state)
+                    with rescuing(call.before, state):
+                        self._save_and_stop(call.before, state)
                 self.step = call.before
                 kind = "compile" if call.is_first else "step"
                 with self.goodput.spending(kind), annotated(call.before):
@@ -201,17 +206,19 @@ class Run:
                 if call.is_first:
                     self._begin(call, state, time.monotonic() - began)
                 self.run_log.progress(call.step)
-                for action in self.actions:
-                    if action.due(call):
-                        action.run(call, state)
+                with rescuing(call.step, state):
+                    for action in self.actions:
+                        if action.due(call):
+                            action.run(call, state)
                 step = call.step
                 if self.early_stop.reason:
                     break
         if step < self.job.stop and not self.early_stop.reason:
             raise RuntimeError(f"the batches ended after step {step} of {self.job.stop}")
-        if self._evaluation_pending:
-            self._save_and_stop(step, state)
-        return self._finish(step, state)
+        with rescuing(step, state):
+            if self._evaluation_pending:
+                self._save_and_stop(step, state)
+            return self._finish(step, state)
 
     def close(self) -> None:
         """Releases everything, also after a failure, whose cause it never hides."""
@@ -219,7 +226,7 @@ class Run:
         with suppress(Exception):
             self.saver.close()
         self.run_log.close()
-        lock.release(self.workdir.path)
+        self.ownership.close()
 
     # Before the first step
 
@@ -231,7 +238,7 @@ class Run:
         sources = {"train": self.job.stream.source, "eval": self.job.held_out}
         self.saver.data = agree_on_data(self.lift, sources)
         if self.workdir.exists:
-            self.saver.run = self.ownership.claim()
+            self._claim()
         state = self._restore_or_initialise()
         step = int(self.lift.read(state.step))
         seconds = time.monotonic() - began
@@ -269,11 +276,17 @@ class Run:
         self.log.from_json(meta["log"])
         if meta.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:
             self.log.begin_epoch(restored.step)
-        self.run_log.resume(restored.step, meta.get("rows", []))
+        rows = meta.get("rows", [])
+        patiently(self.workdir.metrics, lambda: self.run_log.resume(restored.step, rows))
         self.goodput.resume(meta.get("goodput"))
         self.early_stop.from_json(None if has_other_examples else meta.get("early_stop"))
         if meta["evaluation_pending"] and self.evaluate is not None:
-            row = None if has_other_examples else evaluation_at(self.workdir, restored.step)
+            metrics = self.workdir.metrics
+            row = (
+                None
+                if has_other_examples
+                else patiently(metrics, lambda: evaluation_at(self.workdir, restored.step))
+            )
             found = json.dumps(row)
             done = json.loads(self.lift.broadcast_text(found))
             self.evaluate.pending = done is None
@@ -294,8 +307,32 @@ class Run:
 
     def _claim_new_folder(self) -> None:
         if self.ownership.is_new:
-            self.saver.run = self.ownership.claim()
+            self._claim()
             self.ownership.record(self.saver.run)
+
+    def _claim(self) -> None:
+        self.saver.run = self.ownership.claim()
+        self.saver.identity = self.ownership.identity
+
+    @contextmanager
+    def _rescuing(self, step: int, state: TrainState) -> Iterator[None]:
+        """If the run's folder is not in its place any more, saves the state where it can be."""
+        try:
+            yield
+        except (FolderMoved, SavesFailed):
+            identity = self.ownership.identity
+            if identity is None or not identity.is_moved:
+                raise
+            raise FolderMoved(self._rescue(step, state, identity.describe())) from None
+
+    def _rescue(self, step: int, state: TrainState, what: str) -> str:
+        try:
+            self.metrics.drain()
+            place = self.saver.rescue(step, state, self._meta())
+        except Exception as error:  # disks, Orbax and what a run finds wrong with its state
+            return f"{what}; its state could not be saved: {first_line(error)}"
+        again = shlex.quote(f"--workdir={place}")
+        return f"{what}; step {step} is saved in {place}\n  HINT: {again} resumes from it"
 
     # In the loop
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 import zlib
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from trainer.checkpoints.differences import how_leaves_differ, show
 from trainer.checkpoints.folder import CheckpointFolder
+from trainer.checkpoints.manifest import Damaged
 from trainer.config.config_json import config_to_json
 from trainer.config.settings import Settings
 from trainer.errors import UserError
@@ -17,7 +19,10 @@ from trainer.lift.lift import Lift
 from trainer.state.leaves import name_leaves
 from trainer.step.job import Job, make_init
 from trainer.version import __version__
-from trainer.workdir.workdir import Workdir
+from trainer.workdir import lock
+from trainer.workdir.identity import Identity
+from trainer.workdir.patience import patiently
+from trainer.workdir.workdir import CONFIG_FILE, Workdir
 
 _NOT_SHARED = "--workdir must be a folder that all hosts share"
 
@@ -32,6 +37,7 @@ class Ownership:
 
     Attributes:
         is_new: the folder is not recorded as this run's yet.
+        identity: the claimed folder, in the process that writes; None before, and in the others.
     """
 
     def __init__(self, folder: Workdir, lift: Lift, local_dir: str | None) -> None:
@@ -39,6 +45,7 @@ class Ownership:
         self._lift = lift
         self._local_dir = local_dir
         self.is_new = not folder.exists
+        self.identity: Identity | None = None
 
     def agree(self) -> None:
         """Raises a UserError if processes differ in config or code, or in what they see.
@@ -68,7 +75,7 @@ class Ownership:
             )
 
     def claim(self) -> str:
-        """Locks the folder; returns the id of the run in it, or a new one.
+        """Locks the folder; returns the id of the steps of the run in it, or a new one.
 
         Raises:
             UserError: another job holds the lock, or began a run in the folder meanwhile.
@@ -80,7 +87,27 @@ class Ownership:
                     f"another job has begun a run in {self._folder.path} meanwhile",
                     "start again to resume it, or name another --workdir",
                 )
-        return self._lift.broadcast_text(self._folder.run_id() if self._lift.writes else "")
+            path, run_id = self._folder.path, self._find_run_id()
+            self.identity = patiently(path, lambda: Identity(path, run_id, CONFIG_FILE))
+        return self._lift.broadcast_text(self._folder.lineage() if self._lift.writes else "")
+
+    def _find_run_id(self) -> str:
+        """That of `env.json`, else of the newest checkpoint, else a new one."""
+        found = self._folder.run_id()
+        if not found and self._folder.exists:
+            latest = CheckpointFolder(self._folder.checkpoints, 1)
+            for step in reversed(patiently(latest.path, latest.steps)):
+                with contextlib.suppress(Damaged):
+                    listed = patiently(latest.path / str(step), lambda: latest.check(step))  # noqa: B023
+                    found = listed.run_id
+                    break
+        return found or uuid.uuid4().hex
+
+    def close(self) -> None:
+        """Unlocks the folder."""
+        if self.identity is not None:
+            self.identity.close()
+        lock.release(self._folder.path)
 
     def new_run_id(self) -> str:
         """A new id, which invalidates the in-memory checkpoints of all hosts."""
@@ -94,7 +121,8 @@ class Ownership:
         """
         self.is_new = False
         if self._lift.writes:
-            self._folder.record(run)
+            assert self.identity is not None
+            self._folder.record(run, self.identity.run_id)
         self._lift.gather(0)
         seen = self._lift.gather(int(self._folder.is_recorded(patience=10.0)))
         if not all(seen):

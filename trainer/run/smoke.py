@@ -32,7 +32,6 @@ from trainer.state.leaves import count_params
 from trainer.state.train_state import TrainState
 from trainer.step.job import Job, build_job, make_init
 from trainer.step.update import metric_names
-from trainer.workdir import lock
 from trainer.workdir.paths import absolute
 from trainer.workdir.workdir import Workdir
 
@@ -83,7 +82,7 @@ def smoke(
         test.remove()
         raise
     finally:
-        lock.release(workdir.path)
+        test.ownership.close()
     lift.gather(0)  # all processes are done with the folder
     test.remove()
 

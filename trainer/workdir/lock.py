@@ -8,6 +8,7 @@ object store, the lock is a file on this machine, which keeps apart jobs on the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +19,7 @@ from typing import IO
 
 from etils import epath
 
+from trainer.config.json_text import parse_object
 from trainer.console import warn
 from trainer.errors import UserError
 from trainer.workdir import private
@@ -31,6 +33,9 @@ from trainer.workdir.paths import (
 )
 
 NAME = ".lock"
+
+# What a file system without locks answers. Other errors are of a disk that does not answer.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EACCES)
 
 # The folders this process trains in, each with its open lock file.
 _held: dict[str, IO[str] | None] = {}
@@ -119,8 +124,10 @@ def _lock(place: Path, folder: epath.Path) -> IO[str] | None:
         holder = handle.read()
         handle.close()
         raise _refusal(folder, holder) from None
-    except OSError:
+    except OSError as error:
         handle.close()
+        if error.errno not in _NO_LOCKS:
+            raise
         return None
     with contextlib.suppress(OSError):  # on a full disk the lock holds without naming its holder
         handle.truncate(0)
@@ -154,10 +161,10 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 def _refusal(folder: epath.Path, record: str) -> UserError:
     try:
-        holder = json.loads(record)
+        holder = parse_object(record)
         pid, host = int(holder["pid"]), str(holder["host"])
         who, since = f"process {pid} on {host}", f" since {holder['since']}"
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return UserError(
             f"another process is already training in {folder}",
             "wait for it, or name another --workdir",

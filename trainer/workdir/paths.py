@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -19,6 +20,25 @@ from trainer.workdir import private
 def is_local(path: epath.PathLike) -> bool:
     """Whether a path is on a file system, where files can be renamed, appended to and locked."""
     return "://" not in os.fspath(path)
+
+
+def exists(path: epath.Path) -> bool:
+    """Whether there is a file or folder.
+
+    `os.path.exists` takes a disk that does not answer for a file that is not there.
+
+    Raises:
+        OSError: that cannot be found out.
+    """
+    if not is_local(path):
+        return bool(path.exists())
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            return False
+        raise
+    return True
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -52,11 +72,11 @@ def opened_whole(path: epath.Path) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())  # a rename may survive a power failure that bytes do not
+            part.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
                 part.unlink()
             raise
-        part.replace(path)
     else:  # an object appears once its upload is complete
         with tempfile.TemporaryFile() as file:
             yield file
@@ -72,6 +92,27 @@ def write_whole(path: epath.Path, text: str) -> None:
             file.write(text.encode())
     else:
         path.write_text(text)
+
+
+def why_no_room(path: Path, error: BaseException) -> str:
+    """Why a file system that has bytes left takes no file; empty if that is not known.
+
+    Args:
+        path: of the file, which need not exist.
+        error: what was raised.
+    """
+    try:
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        status = os.statvfs(path)
+    except OSError:
+        return ""
+    is_full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(
+        error
+    )
+    if is_full and status.f_files and not status.f_favail:
+        return f"no inodes are left: the file system holds {status.f_files:,} files, its limit"
+    return ""
 
 
 def digest_of(workdir: epath.PathLike) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import json
 import os
+import stat
 import tempfile
 import time
 import uuid
@@ -22,27 +23,35 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from trainer.config.config_json import config_from_json, config_to_json, plain_data
+from trainer.config.json_text import parse_object
 from trainer.config.keys import RESUMABLE, flatten, with_defaults
 from trainer.console import warn
-from trainer.errors import UserError
+from trainer.errors import StorageFailed, UserError, first_line
 from trainer.workdir import lock
 from trainer.workdir.environment import LAYOUT_VERSION, describe_environment
-from trainer.workdir.paths import absolute, is_local, write_whole
+from trainer.workdir.json_object import read_bytes
+from trainer.workdir.paths import absolute, exists, is_local, why_no_room, write_whole
+from trainer.workdir.patience import may_pass, patiently
 
 # Files that a scheduler or a launcher may put into the folder before the run begins.
 _IGNORED_SUFFIXES = (".log", ".out", ".err")
+CONFIG_FILE = "config.json"
+_RESTORE = "restore the file, or name another --workdir"
 
 
 def read_config(folder: epath.Path) -> ConfigDict:
     """The config of the run in a folder, completed with defaults.
 
     Raises:
-        UserError: the folder was written by an incompatible podlift, or cannot be read.
+        UserError: the folder was written by an incompatible podlift, or a file in it is not what a
+            run writes.
+        StorageFailed: the disk or the object store has not answered for minutes.
     """
-    try:
-        layout = json.loads((folder / "env.json").read_text())["layout_version"]
-    except (OSError, ValueError, KeyError):
-        layout = LAYOUT_VERSION
+    layout = read_environment(folder).get("layout_version", LAYOUT_VERSION)
+    if not isinstance(layout, int):
+        raise UserError(
+            f"{folder / 'env.json'} cannot be read: its layout_version is no number", _RESTORE
+        )
     if layout > LAYOUT_VERSION:
         raise UserError(
             f"{folder} was written by a newer podlift (layout {layout}; this one reads "
@@ -55,13 +64,40 @@ def read_config(folder: epath.Path) -> ConfigDict:
             f"{LAYOUT_VERSION})",
             "resume with the version in its env.json, or name another --workdir",
         )
+    path = folder / CONFIG_FILE
+    text = _read_bytes(path)
+    if text is None:
+        raise UserError(f"{path} cannot be read: it is not there", _RESTORE)
     try:
-        return with_defaults(config_from_json((folder / "config.json").read_text()))
-    except (OSError, ValueError, AttributeError, TypeError, UserError) as error:
-        raise UserError(
-            f"{folder / 'config.json'} cannot be read: {error}",
-            "restore the file, or name another --workdir",
-        ) from error
+        return with_defaults(config_from_json(text))
+    except (ValueError, AttributeError, TypeError, KeyError, UserError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}", _RESTORE) from error
+
+
+def read_environment(folder: epath.Path) -> dict[str, Any]:
+    """`env.json` of the run in a folder; empty if it is not there.
+
+    Raises:
+        UserError: it is not what a run writes.
+        StorageFailed: the disk or the object store has not answered for minutes.
+    """
+    path = folder / "env.json"
+    text = _read_bytes(path)
+    try:
+        return {} if text is None else parse_object(text)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}", _RESTORE) from error
+
+
+def _read_bytes(path: epath.Path) -> bytes | None:
+    """The content of a file; None if it is not there."""
+    try:
+        return patiently(path, lambda: read_bytes(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(f"{path} cannot be read: {why}", _RESTORE) from error
 
 
 @dataclass(frozen=True)
@@ -118,15 +154,17 @@ class Workdir:
         if not os.fspath(path).strip():
             raise UserError("--workdir is empty", "name a folder, or leave the flag out")
         folder = absolute(path)
-        workdir = cls(folder, config, (folder / "config.json").exists())
+        config_file = folder / CONFIG_FILE
+        workdir = cls(folder, config, patiently(config_file, lambda: exists(config_file)))
         if workdir.is_local:
-            _check_writable(Path(workdir.path))
+            patiently(folder, lambda: _check_writable(Path(folder)))
+            _check_kinds(Path(folder))
         if workdir.exists:
             workdir = workdir._with_changes()
-        elif folder.exists():
+        elif patiently(folder, lambda: exists(folder)):
             others = [
                 p.name
-                for p in folder.iterdir()
+                for p in patiently(folder, lambda: list(folder.iterdir()))
                 if not p.name.startswith(".")
                 and p.name not in ("logs", "failure.json")
                 and p.suffix not in _IGNORED_SUFFIXES
@@ -193,31 +231,35 @@ class Workdir:
             UserError: the folder cannot be written, or another process is training in it.
         """
         with _errors_of_writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(self.path, local_dir)
+            patiently(self.path, lambda: self.path.mkdir(parents=True, exist_ok=True))
+            patiently(self.path, lambda: lock.acquire(self.path, local_dir))
 
     def run_id(self) -> str:
-        """The id of the run in this folder, or a new one."""
-        try:
-            return str(json.loads((self.path / "env.json").read_text())["run"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return uuid.uuid4().hex
+        """The id of the run in this folder, which it keeps for life; empty if it has none yet."""
+        found = read_environment(self.path).get("run_id", "")
+        return found if isinstance(found, str) else ""
 
-    def record(self, run: str) -> None:
+    def lineage(self) -> str:
+        """The id of the steps this run is on: another one once steps are taken anew."""
+        return str(read_environment(self.path).get("run") or uuid.uuid4().hex)
+
+    def record(self, run: str, run_id: str = "") -> None:
         """Writes `config.json` and `env.json`, once it is certain that the run starts or resumes.
 
         A resume only warns if it cannot write them again.
 
         Args:
-            run: the id of the run.
+            run: the id of its steps; in-memory checkpoints carry it.
+            run_id: the id of the run; checkpoints carry it.
 
         Raises:
             UserError: the folder of a new run cannot be written.
         """
-        environment = json.dumps({"run": run, **describe_environment()}, indent=2) + "\n"
+        ids = {"run": run, **({"run_id": run_id} if run_id else {})}
+        environment = json.dumps({**ids, **describe_environment()}, indent=2) + "\n"
         try:
             with _errors_of_writing(self.path):
-                write_whole(self.path / "config.json", config_to_json(self.config))
+                write_whole(self.path / CONFIG_FILE, config_to_json(self.config))
                 write_whole(self.path / "env.json", environment)
         except UserError as error:
             if not self.exists:
@@ -231,7 +273,8 @@ class Workdir:
             patience: seconds to wait for it; network file systems may lag behind.
         """
         deadline = time.monotonic() + patience
-        while not (self.path / "config.json").exists():
+        config_file = self.path / CONFIG_FILE
+        while not patiently(config_file, lambda: exists(config_file)):
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.1)
@@ -242,10 +285,11 @@ class Workdir:
 def _errors_of_writing(path: epath.Path) -> Iterator[None]:
     try:
         yield
-    except UserError:
+    except (UserError, StorageFailed):
         raise
     except Exception as error:  # clients of object stores raise many types
-        why = (isinstance(error, OSError) and error.strerror) or error
+        no_room = why_no_room(Path(path), error) if is_local(path) else ""
+        why = no_room or (isinstance(error, OSError) and error.strerror) or error
         raise UserError(
             f"--workdir={path} cannot be written: {why}",
             "name a folder you may write to",
@@ -273,15 +317,49 @@ def _show(flat: dict[str, Any], key: str) -> str:
 
 def _check_writable(folder: Path) -> None:
     for place in (folder, *folder.parents):
-        if place.exists():
+        if exists(epath.Path(place)):
             if not place.is_dir():
                 raise UserError(f"--workdir={folder}: {place} is a file", "name a folder")
             # Permissions are not enough: some file systems accept no files.
-            with _errors_of_writing(epath.Path(folder)):
-                try:
-                    with tempfile.TemporaryFile(dir=place):
-                        return
-                except OSError as error:
+            try:
+                with tempfile.TemporaryFile(dir=place):
+                    return
+            except OSError as error:
+                if may_pass(error) and error.errno not in _WRITE_ERRORS:
+                    raise
+                with _errors_of_writing(epath.Path(folder)):
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                         raise
-                    return  # a full disk is reported when a write fails
+                return  # a full disk is reported when a write fails
+
+
+# What a file system answers that takes no files: waiting does not change it.
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENOTSUP)
+
+
+# What a run has, and whether it is a folder.
+_KINDS = {
+    CONFIG_FILE: False,
+    "env.json": False,
+    "metrics.jsonl": False,
+    "failure.json": False,
+    "checkpoints": True,
+    "best": True,
+    "logs": True,
+}
+
+
+def _check_kinds(folder: Path) -> None:
+    """Refuses a file where a run has a folder, and the other way round."""
+    for name, is_folder in _KINDS.items():
+        path = folder / name
+        try:
+            mode = patiently(path, path.stat).st_mode
+        except OSError:  # it is not there
+            continue
+        if stat.S_ISDIR(mode) != is_folder:
+            wrong, right = ("a folder", "a file") if not is_folder else ("a file", "a folder")
+            raise UserError(
+                f"{path} is {wrong}, and a run has {right} of that name",
+                "move it away, or name another --workdir",
+            )
