@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,39 @@ def _checkpointer() -> Iterator[tuple[Any, Any]]:
         options = ocp.options.MultiprocessingOptions(
             primary_host=here, active_processes={here}, barrier_sync_key_prefix="podlift"
         )
+    _drop_late_callbacks()
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
     checkpointer = ocp.Checkpointer(handler, multiprocessing_options=options)
     try:
         yield checkpointer, ocp.args
     finally:
         checkpointer.close()
+
+
+def _drop_late_callbacks() -> None:
+    """Keeps one known error away from the terminal.
+
+    When one file of a checkpoint cannot be read, Orbax raises and closes its event loop, and
+    tensorstore's threads, which still read the others, call it back: for each of them Python would
+    print that the loop is closed, without naming any object.
+    """
+    if isinstance(sys.unraisablehook, _LateCallbacks):
+        return
+    sys.unraisablehook = _LateCallbacks(sys.unraisablehook)
+
+
+class _LateCallbacks:
+    def __init__(self, previous: Callable[[Any], object]) -> None:
+        self._previous = previous
+
+    def __call__(self, unraisable: Any) -> None:
+        is_known = (
+            isinstance(unraisable.exc_value, RuntimeError)
+            and str(unraisable.exc_value) == "Event loop is closed"
+            and unraisable.object is None
+        )
+        if not is_known:
+            self._previous(unraisable)
 
 
 @contextlib.contextmanager

@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -123,7 +125,7 @@ class TensorBoardWriter:
             if self._writer is not None and self._is_writing:
                 self._writer.close()
             self._upload()  # with the events that the flush had not written yet
-        self._writer = None
+        self._abandon()
         if self._local is not None:
             self._local.cleanup()
             self._local = None
@@ -136,7 +138,7 @@ class TensorBoardWriter:
 
     def _open(self) -> Any:
         if self._writer is not None and not self._is_writing:
-            self._writer = None  # not closed: close() waits for the dead thread
+            self._abandon()
         if self._writer is None:  # lazily: the import takes 0.1 s
             import tensorboardX
 
@@ -152,12 +154,27 @@ class TensorBoardWriter:
                 flush_secs=20,
                 max_queue=_LONGEST_QUEUE,
             )
+            _report_death(self._writer, self._warn)
             text = json.dumps(self._workdir.config.to_dict(), indent=2)
             indented = "".join(f"    {line}\n" for line in text.splitlines())
             self._writer.add_text("config", indented, self._first_step)
             # Now, so that the HPARAMS tab also lists runs that never finish.
             self._writer.file_writer.add_summary(self._hparams({})[1])
         return self._writer
+
+    def _abandon(self) -> None:
+        """Lets go of the writer; of one that a disk error has ended, too.
+
+        Its `close` would wait for the dead thread. It also runs at exit, and so does a wait for
+        somebody to read its queue.
+        """
+        writer, self._writer = self._writer, None
+        with contextlib.suppress(Exception):  # tensorboardX may change
+            events = writer.file_writer.event_writer
+            is_closed, events._closed = events._closed, True
+            if not is_closed:
+                events._event_queue.cancel_join_thread()
+                events._ev_writer.close()
 
     def _upload(self) -> None:
         """Copies event files that have grown to the object store.
@@ -177,6 +194,35 @@ class TensorBoardWriter:
         try:
             yield
         except Exception as error:  # clients of object stores raise many types
-            if not self._is_warned:
-                warn(f"no curves for TensorBoard for now: {error}")
+            self._warn(error)
+
+    def _warn(self, error: BaseException) -> None:
+        if not self._is_warned:
             self._is_warned = True
+            warn(f"no curves for TensorBoard for now: {error}")
+
+
+# By thread of tensorboardX: what to do with the error that ends it.
+_deaths: WeakKeyDictionary[threading.Thread, Callable[[BaseException], None]] = WeakKeyDictionary()
+
+
+def _report_death(writer: Any, report: Callable[[BaseException], None]) -> None:
+    """Reports the error that ends a writer's thread, of which Python would print a traceback."""
+    worker = getattr(writer.file_writer.event_writer, "_worker", None)
+    if worker is None:  # another tensorboardX
+        return
+    _deaths[worker] = report
+    if not isinstance(threading.excepthook, _Deaths):
+        threading.excepthook = _Deaths(threading.excepthook)
+
+
+class _Deaths:
+    def __init__(self, previous: Callable[[Any], object]) -> None:
+        self._previous = previous
+
+    def __call__(self, arguments: Any) -> None:
+        report = _deaths.get(arguments.thread) if arguments.thread else None
+        if report is None:
+            self._previous(arguments)
+        else:
+            report(arguments.exc_value)
