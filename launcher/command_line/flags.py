@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from launcher.command_line.parse import Flags, read_command
 from launcher.command_line.variants import chosen_run
+from trainer.config.config_json import plain_data
 from trainer.config.keys import flatten
 from trainer.errors import UserError
 
@@ -132,6 +133,10 @@ def parse(argv: Sequence[str], now: float | None = None, commands: Sequence[str]
 def format_config(config: ConfigDict) -> str:
     """Every key as `key = value`, sorted, one per line."""
     flat = {key: value for key, value in flatten(config).items() if value != ConfigDict()}
+    # The text of a ConfigDict in a list has several lines.
+    flat |= {
+        key: plain_data(value) for key, value in flat.items() if isinstance(value, (list, tuple))
+    }
     width = max(map(len, flat))
     return "".join(f"{key:{width}} = {flat[key]!r}\n" for key in sorted(flat))
 

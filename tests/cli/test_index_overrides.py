@@ -127,6 +127,7 @@ def test_flagfiles_reach_the_commands(launch, config, tmp_path):
     code, out, err = launch(f"--flagfile={path}")
     assert (code, err) == (0, "")
     assert "= [9, 2, 3]" in out
+    assert "= [{'f': 1.5, 'n': 1}, {'f': 2.5, 'n': 2}]" in out
     with pytest.raises(UserError, match=r"Unable to open flagfile: .*no such file"):
         expand_flagfiles([f"--flagfile={tmp_path}/no such file"])
     with pytest.raises(UserError, match="--flagfile with no argument"):

@@ -20,6 +20,7 @@ from trainer.data.digits import load
 from trainer.errors import NonFiniteLoss, UserError
 from trainer.losses import softmax_cross_entropy
 from trainer.metrics import accuracy, bits
+from trainer.run.smoke import smoke
 from trainer.step.init import init_state
 from trainer.step.job import build_job
 from trainer.step.labels import LabelCheck
@@ -172,6 +173,9 @@ def config_of(data, steps=22, **loss):
 def test_a_run_ends_with_the_label_that_is_no_class(tmp_path, data, expected):
     with pytest.raises(UserError, match=expected):
         trainer.train(config_of(data), tmp_path / "run", mesh_of(2))
+    if data == "first_bad":
+        with pytest.raises(UserError, match=expected):
+            smoke(config_of(data), tmp_path / "smoke", mesh_of(2))
 
 
 def test_a_label_in_a_batch_that_is_not_checked_is_found_by_its_loss(tmp_path):

@@ -50,7 +50,8 @@ def plain_data(value: Any) -> Any:
     if isinstance(value, (dict, ConfigDict)):
         return {key: plain_data(value[key]) for key in value}
     if isinstance(value, (list, tuple)):
-        return [plain_data(inner) for inner in value]
+        items = [plain_data(inner) for inner in value]
+        return tuple(items) if isinstance(value, tuple) else items
     return value
 
 

@@ -22,12 +22,14 @@ from trainer.data.prefetch import depth_for
 from trainer.data.stream import HostBatch, Source
 from trainer.errors import CheckpointsUnreadable, Preempted, SmokeFailed
 from trainer.inference.evaluate import Evaluator
+from trainer.lift.call import Call
 from trainer.lift.lift import Lift, make_lift
 from trainer.lift.replicas import check_replicas
 from trainer.lift.same_data import agree_on_data
 from trainer.lift.update import lift_update_step
 from trainer.metrics_writer.messages import describe_devices, warn_of_unsynced_state
 from trainer.run.ownership import Ownership
+from trainer.run.training_labels import TrainingLabels
 from trainer.state.leaves import count_params
 from trainer.state.train_state import TrainState
 from trainer.step.job import Job, build_job, make_init
@@ -200,6 +202,8 @@ class _Smoke:
         state, values = update(state, on_devices)
         jax.block_until_ready((state, values))
         seconds = time.monotonic() - began
+        call = Call(step, step + self.settings.steps_per_call, is_first=True)
+        TrainingLabels(job, lift).check_after(call, batch)()
         names = metric_names(job.task, job.recipe)
         losses = np.atleast_2d(lift.read(values))[:, names.index("loss")]
         for bad in np.flatnonzero(~np.isfinite(losses)):
