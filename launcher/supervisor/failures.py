@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 
 from launcher import exit_codes
+from launcher.processes import user_errors
 from launcher.processes.failure import Failure
 from launcher.processes.progress_page import DOING, Progress
 from launcher.rendezvous import Idle
@@ -112,5 +113,6 @@ def killed_by_user(rank: int, launcher: str) -> Failure:
 
 def launcher_raised(rank: int, error: Exception) -> Failure:
     """An exception in the launcher; to be called while it is handled."""
-    message = f"{type(error).__name__} in the launcher of rank {rank}: {error}"
+    what = user_errors.message_of(error)
+    message = f"{type(error).__name__} in the launcher of rank {rank}: {what}"
     return Failure(rank, exit_codes.FAILED, message, trace=traceback.format_exc())

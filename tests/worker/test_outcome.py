@@ -67,6 +67,17 @@ def test_any_exception_of_user_code_is_the_failure(kind, depth, monkeypatch):
     assert "user_code.py" in found.trace
 
 
+def test_an_error_of_the_launcher_itself_is_never_bare():
+    from launcher.supervisor.failures import launcher_raised
+
+    try:
+        raise AssertionError
+    except AssertionError as error:
+        told = launcher_raised(1, error).message
+    assert told.startswith("AssertionError in the launcher of rank 1: at tests/worker/test_outcome")
+    assert told.endswith(": raise AssertionError")
+
+
 PLACES = [
     *("load", "source", "eval", "augment"),
     *(wide(place) for place in ("model", "loss", "metric", "schedule")),
