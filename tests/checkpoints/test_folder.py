@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import stat
+import sys
 
 import pytest
 from disk_faults import tree
@@ -18,8 +19,9 @@ from small_checkpoints import leftovers, prepared, save, versions_of
 from trainer.checkpoints import folder as folder_module
 from trainer.checkpoints import manifest
 from trainer.checkpoints.folder import CheckpointFolder, expired
-from trainer.checkpoints.manifest import Damaged
+from trainer.checkpoints.manifest import Damaged, Manifest
 from trainer.errors import FolderMoved
+from trainer.workdir.identity import Identity
 
 
 def test_a_complete_save_takes_the_place_of_a_damaged_one(tmp_path):
@@ -180,3 +182,26 @@ def test_a_save_that_cannot_be_read_now_is_not_removed(tmp_path, monkeypatch):
             folder.sweep()
     assert folder.sweep() == [".saving-10 (completed)"]
     assert versions_of(folder) == {5: 1, 10: 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="paths through an open folder are Linux's")
+def test_a_save_goes_to_the_folder_it_began_in_whatever_has_its_name_now(tmp_path):
+    run, renamed = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "renamed")
+    run.mkdir()
+    identity = Identity(run)
+    folder = CheckpointFolder(run / "checkpoints", 2, reach=identity.reach)
+    for step in (5, 10):
+        save(folder, step, 1)
+
+    def write(place):
+        run.rename(renamed)
+        run.mkdir()
+        (place / "c").write_bytes(b"content")
+
+    folder.save(15, write, lambda files: Manifest(15, {}, {}, files))
+    identity.close()
+    assert list(run.iterdir()) == []
+    moved = CheckpointFolder(renamed / "checkpoints", 2)
+    assert moved.steps() == [10, 15]
+    assert moved.newest_known() == 15
+    assert leftovers(moved) == []
