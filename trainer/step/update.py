@@ -29,6 +29,7 @@ import optax
 from trainer.state.leaves import fill_in
 from trainer.state.train_state import TrainState
 from trainer.step.gradients import Gradients, make_gradient_step
+from trainer.step.learning_rate import used_rate
 from trainer.step.task import AXIS, PLAIN, Batch, Metrics, Recipe, Task
 
 
@@ -70,10 +71,7 @@ def apply_gradients(
         factor = jnp.minimum(1.0, recipe.clip_norm / (norm + 1e-12))
         grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
-    rate = task.learning_rate
-    metrics["learning_rate"] = jnp.asarray(
-        rate(state.step) if callable(rate) else rate, jnp.float32
-    )
+    metrics["learning_rate"] = used_rate(task.learning_rate, state.opt_state, opt_state, state.step)
     params = optax.apply_updates(state.params, updates)
     updated = dataclasses.replace(
         state, params=params, model_state=gradients.model_state, opt_state=opt_state
