@@ -69,6 +69,9 @@ def fake_devices(devices: int, *, override: bool = True) -> None:
     for name, value in _fake(devices).items():
         os.environ[name] = value if override else os.environ.get(name, value)
     sys.path.insert(0, str(ROOT))
+    from trainer.xla_flags import keep_nan
+
+    keep_nan(os.environ)  # as podlift does, for all contestants in this process
 
 
 def free_port() -> int:

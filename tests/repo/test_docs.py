@@ -270,7 +270,7 @@ FOREIGN = {
     "--nproc-per-node --rdzv-endpoint --standalone --tee",
     "squeue": "--me",
     "sbatch": "--array",
-    "XLA": "--xla_gpu_deterministic_ops",
+    "XLA": "--xla_cpu_experimental_ynn_fusion_type --xla_gpu_deterministic_ops",
     "tests/chaos": "--rounds --seed",
 }
 

@@ -29,6 +29,7 @@ import optax
 from trainer.state.leaves import fill_in, widen
 from trainer.state.train_state import TrainState
 from trainer.step.gradients import Gradients, make_gradient_step
+from trainer.step.learning_rate import used_rate
 from trainer.step.task import AXIS, PLAIN, Batch, Metrics, Recipe, Task
 
 
@@ -71,10 +72,7 @@ def apply_gradients(
         grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
     # The gradients have at least 32 bits; so have the optimizer's averages, if the params do.
     updates, opt_state = task.optimizer.update(grads, state.opt_state, widen(state.params))
-    rate = task.learning_rate
-    metrics["learning_rate"] = jnp.asarray(
-        rate(state.step) if callable(rate) else rate, jnp.float32
-    )
+    metrics["learning_rate"] = used_rate(task.learning_rate, state.opt_state, opt_state, state.step)
     params = optax.apply_updates(state.params, updates)
     updated = dataclasses.replace(
         state, params=params, model_state=gradients.model_state, opt_state=opt_state
