@@ -23,6 +23,7 @@ from launcher.cli.run_command import CommandFailed
 from launcher.command_line.parse import Flags
 from launcher.launch import environment
 from launcher.processes import user_errors
+from trainer.config import trust
 from trainer.console import say
 from trainer.errors import UserError
 from trainer.workdir.paths import absolute, opened_whole
@@ -76,6 +77,7 @@ def _export(argv: Sequence[str]) -> None:
         from launcher.planning.example import in_place_of_data
 
         settings = in_place_of_data(request.settings, example)
+        trust.allow(settings.data["target"])
         request = dataclasses.replace(request, settings=settings)
     # Nothing is executed, and a training run may hold the accelerators.
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -20,11 +20,13 @@ from launcher.command_line.overrides import overridden_keys
 from launcher.command_line.parse import Flags, read_command, take_flag
 from launcher.launch import environment
 from launcher.processes import user_errors
+from trainer.config import trust
 from trainer.config.settings import Settings, check
 from trainer.console import open_terminal, say
 from trainer.errors import StorageFailed, UserError
 from trainer.workdir.paths import absolute, exists, is_local
 from trainer.workdir.patience import patiently
+from trainer.workdir.private import refuse_links
 from trainer.workdir.workdir import read_config
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ WHICH_STATE = """\
   --config.KEY=VALUE     overrides one key of the run's config: of data, eval, loss or metrics, lift
                          or global_batch_size
   --config=FILE[:ARG]    another config, whose model has the same parameters
+  --trust                runs whatever code the config in RUN names, not only that of podlift, optax
+                         and packages in the current folder
 """
 
 EXIT_CODES = """\
@@ -46,6 +50,7 @@ Exit codes: 0 done, 1 the program failed, 2 usage.
 _FLAGS: Flags = {
     "workdir": (absl_flags.DEFINE_string, None, None),
     "step": (absl_flags.DEFINE_string, "latest", None),
+    "trust": (absl_flags.DEFINE_bool, False, None),
 }
 FAKE_DEVICES: Flags = {"fake_devices": (absl_flags.DEFINE_integer, None, 1)}
 
@@ -93,7 +98,8 @@ def run(argv: Sequence[str], usage: str, work: Callable[[Sequence[str]], None]) 
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs its every action as info
         open_terminal()
         try:
-            work(argv)
+            with trust.limited(None):  # read_request sets a limit
+                work(argv)
         except (UserError, StorageFailed, CommandFailed, KeyboardInterrupt):
             raise
         except BaseException as error:  # whatever a user's model or data raises, SystemExit too
@@ -104,7 +110,7 @@ def run(argv: Sequence[str], usage: str, work: Callable[[Sequence[str]], None]) 
 
 
 def read_request(name: str, argv: Sequence[str], own: Flags) -> Request:
-    """Reads a command line, without jax.
+    """Reads a command line, without jax, and limits what the run's config may name.
 
     Args:
         name: the command's name.
@@ -116,7 +122,7 @@ def read_request(name: str, argv: Sequence[str], own: Flags) -> Request:
     """
     command = read_command([name, *argv], {**_FLAGS, **own}, default_config=_config_of_run)
     given = command.flags
-    workdir, step = given.pop("workdir"), given.pop("step")
+    workdir, step, is_trusted = (given.pop(name) for name in ("workdir", "step", "trust"))
     if not (workdir or "").strip():
         raise _missing_workdir([])
     if not take_flag("config", argv)[0]:
@@ -127,6 +133,9 @@ def read_request(name: str, argv: Sequence[str], own: Flags) -> Request:
                     f"{', '.join(_CHANGEABLE)} may be overridden here",
                     "--config=FILE takes another config, whose model has the same parameters",
                 )
+        if not is_trusted:
+            typed = {text for argument in argv for text in (argument, argument.partition("=")[2])}
+            trust.set_limit(trust.Limit(os.fspath(absolute(workdir)), frozenset(typed)))
     return Request(workdir, check(command.config), step == "best", _number_of(step), given)
 
 
@@ -152,6 +161,7 @@ def _config_of_run(argv: Sequence[str]) -> tuple[str, ConfigDict]:
     if not patiently(path, lambda: exists(path)):
         what = "has no config.json" if exists(folder) else "is not there"
         raise UserError(f"--workdir={found[-1]} is not the folder of a run: it {what}", _runs())
+    refuse_links(folder)
     return os.fspath(path), read_config(folder)
 
 

@@ -141,7 +141,7 @@ def test_a_model_that_wants_to_know_how_many_examples_there_are(launch, tmp_path
     finally:
         sys.path.remove(str(tmp_path))
         sys.modules.pop("mine", None)
-    export_it = ["export", f"--workdir={tmp_path}/run", f"--out={tmp_path}/out"]
+    export_it = ["export", f"--workdir={tmp_path}/run", f"--out={tmp_path}/out", "--trust"]
     code, _, err = launch(*export_it, environ=environ)
     assert code == 1
     assert err.startswith("error: the model cannot be exported for any number of examples on cpu")

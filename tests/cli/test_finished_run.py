@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from finished_runs import finished_run, row_of
@@ -12,6 +15,8 @@ from runs import assert_bitwise_equal, digits, truncate, wait_for
 
 import trainer
 from launcher.cli import evaluate, export, predict
+from trainer.checkpoints import arrays as arrays_of
+from trainer.checkpoints import init_from, manifest
 from trainer.checkpoints import load as loading
 from trainer.config.settings import check
 from trainer.errors import CheckpointsUnreadable, UserError
@@ -186,3 +191,133 @@ def test_eval_of_data_without_held_out_examples_and_of_code_that_raises(launch, 
     assert code == 1
     assert "mine.py:5, in loss: return outputs.no_such" in err
     assert "Traceback" not in err
+
+
+# Folders that somebody has sent
+
+
+@pytest.fixture
+def sent(run, tmp_path):
+    """A copy of the run whose config names code that writes a file."""
+    shutil.copytree(run, tmp_path / "sent")
+    path = tmp_path / "sent/config.json"
+    config = json.loads(path.read_text())
+    config["loss"]["target"] = "theirs:loss"
+    path.write_text(json.dumps(config))
+    (tmp_path / "theirs.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from trainer.losses import softmax_cross_entropy as loss\n"
+    )
+    return tmp_path / "sent"
+
+
+def test_the_code_that_a_folder_names_runs_only_if_it_is_trusted(launch, sent, monkeypatch):
+    environ = {"PYTHONPATH": f"{ROOT}:{sent.parent}"}
+    arguments = ["eval", f"--workdir={sent}", "--fake_devices=1"]
+    code, _, err = launch(*arguments, environ=environ)
+    assert code == 2
+    assert err == (
+        f"error: config.loss.target='theirs:loss' in {sent} names code that is neither of podlift "
+        f"or optax nor of a package in {ROOT}\n  HINT: if you know who made that folder, --trust "
+        "(trust=True in Python) runs what it names\n"
+    )
+    monkeypatch.syspath_prepend(sent.parent)
+    with pytest.raises(UserError, match="names code"):
+        trainer.evaluate(sent)
+    with pytest.raises(UserError, match="names code"):
+        trainer.predict(sent)
+    assert not (sent.parent / "ran").exists()
+    code, out, err = launch(*arguments, "--trust", environ=environ)
+    assert (code, err) == (0, ""), out
+    assert (sent.parent / "ran").exists()
+
+
+def link_the_config(sent):
+    (sent / "config.json").rename(sent.parent / "elsewhere")
+    (sent / "config.json").symlink_to(sent.parent / "elsewhere")
+    return "config.json is a link, which is not followed"
+
+
+def block_the_config(sent):
+    (sent / "config.json").unlink()
+    os.mkfifo(sent / "config.json")
+    return "config.json is not a regular file"
+
+
+def link_a_step(sent):
+    (sent / "checkpoints/30").rename(sent.parent / "elsewhere")
+    (sent / "checkpoints/30").symlink_to(sent.parent / "elsewhere")
+    return "30 is a link, which is not followed"
+
+
+def link_a_file(sent):
+    file = next(path for path in (sent / "checkpoints/30/state/d").iterdir())
+    file.rename(sent.parent / "elsewhere")
+    file.symlink_to(sent.parent / "elsewhere")
+    return f"30/state/d/{file.name} is a link, which is not followed"
+
+
+def add_a_fifo(sent):
+    os.mkfifo(sent / "checkpoints/30/state/fifo")
+    return "30/state/fifo is not a regular file"
+
+
+@pytest.mark.parametrize(
+    "change", [link_the_config, block_the_config, link_a_step, link_a_file, add_a_fifo]
+)
+def test_links_in_a_folder_are_not_followed(sent, change, capsys):
+    expected = change(sent)
+    assert evaluate.main([f"--workdir={sent}"]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_the_folder_and_that_of_its_checkpoints_may_be_links(run, tmp_path):
+    (tmp_path / "link").symlink_to(run)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/checkpoints").symlink_to(run / "checkpoints")
+    for place in (tmp_path / "link", tmp_path / "other"):
+        assert int(trainer.load(place)["step"]) == 30
+
+
+LARGE = 10**12
+
+
+def claim_in_the_manifest(place):
+    """A manifest that is whole, and names a leaf that the memory of no machine holds."""
+    listed = manifest.read(place)
+    leaf = listed.leaves["params/Dense_0/kernel"]
+    leaves = {**listed.leaves, "params/Dense_0/kernel": dataclasses.replace(leaf, shape=(LARGE,))}
+    (place / manifest.NAME).write_text(dataclasses.replace(listed, leaves=leaves).to_text())
+    return "its arrays take 4e+03 GB"
+
+
+def claim_in_the_files(place):
+    """Files of another array than the manifest says."""
+    listed = manifest.read(place)
+    shutil.rmtree(place / "state")
+    arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in listed.leaves.items()}
+    arrays_of.write(place, {**arrays, "params/Dense_0/kernel": np.zeros(1 << 20, np.float32)})
+    (place / manifest.NAME).unlink()
+    files = manifest.describe_files(place)
+    (place / manifest.NAME).write_text(dataclasses.replace(listed, files=files).to_text())
+    return "params/Dense_0/kernel is [1048576] in its files and [64, 16] in its manifest"
+
+
+@pytest.mark.parametrize("claim", [claim_in_the_manifest, claim_in_the_files])
+def test_sizes_are_compared_before_memory_is_taken(run, tmp_path, monkeypatch, claim):
+    shutil.copytree(run, tmp_path / "sent")
+    expected = claim(tmp_path / "sent/checkpoints/30")
+    monkeypatch.setattr(arrays_of, "read", lambda *_: pytest.fail("read"))
+    for load in (trainer.load, lambda place: init_from.read(str(place))):
+        with pytest.raises(CheckpointsUnreadable) as refused:
+            load(tmp_path / "sent")
+        assert expected in refused.value.message
+        assert "\n" not in refused.value.message
+
+
+def test_what_is_far_smaller_than_it_claims_is_refused(tmp_path):
+    """Even where the memory would do: zeros compress to 1 in 32768 at most."""
+    leaves = {"a": manifest.Leaf((1 << 28,), "float32", 0)}
+    (tmp_path / "file").write_bytes(b"0" * 1000)
+    with pytest.raises(ValueError, match=r"its arrays take 1\.07 GB, and its files 1,000 b"):
+        arrays_of.check_sizes(tmp_path, leaves, 1 << 40)

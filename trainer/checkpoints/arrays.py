@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,8 @@ import numpy as np
 from trainer.checkpoints.manifest import Leaf
 from trainer.state.leaves import from_flat, name_leaves
 
+# Zstandard, in which Orbax stores arrays, makes 4 bytes of 128 KiB of zeros; twice that.
+_MOST_PER_BYTE = 1 << 16
 STATE = "state"  # the part of a checkpoint that is in Orbax's format
 
 
@@ -67,6 +70,40 @@ def read(folder: Path, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
             )
         arrays[name] = array
     return arrays
+
+
+def check_sizes(folder: Path, leaves: Mapping[str, Leaf], room: int) -> None:
+    """Compares the shapes in a manifest with what the files say, before memory is allocated.
+
+    Args:
+        folder: the local folder of the checkpoint.
+        leaves: the leaves in the manifest, by name.
+        room: bytes that the arrays may take.
+
+    Raises:
+        ValueError: they differ, or the arrays do not fit.
+        Exception: of many types, if Orbax cannot read its files.
+    """
+    size = sum(_size_of(leaf.shape, jax.numpy.dtype(leaf.dtype)) for leaf in leaves.values())
+    stored = sum(path.stat().st_size for path in folder.rglob("*"))
+    if size > room:
+        raise ValueError(f"its arrays take {size / 1e9:.3g} GB, and this host has {room / 1e9:.3g}")
+    if size > _MOST_PER_BYTE * stored:
+        raise ValueError(f"its arrays take {size / 1e9:.3g} GB, and its files {stored:,} bytes")
+    with _quiet_absl(), _checkpointer() as (checkpointer, _):
+        found = checkpointer.metadata(os.fspath(folder / STATE)).item_metadata
+    for name, array in name_leaves(getattr(found, "tree", found)).items():
+        shape = tuple(array.shape)
+        if name not in leaves or leaves[name].shape != shape:
+            expected = list(leaves[name].shape) if name in leaves else "not"
+            raise ValueError(f"{name} is {list(shape)} in its files and {expected} in its manifest")
+        chunk = getattr(array.storage, "chunk_shape", None) or ()
+        if math.prod(chunk) > max(1, math.prod(shape)):
+            raise ValueError(f"{name} is stored in parts that are larger than itself")
+
+
+def _size_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 @contextlib.contextmanager

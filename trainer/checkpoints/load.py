@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from trainer.state.finite import find_unusable
 from trainer.state.leaves import from_flat
 from trainer.workdir.paths import absolute, is_local
 from trainer.workdir.patience import patiently
+from trainer.workdir.private import not_plain
 from trainer.workdir.workdir import read_environment
 
 # How often a run that is training may remove the checkpoint that is being read.
@@ -142,11 +144,26 @@ def _hint_of_others(root: epath.Path, but: epath.Path | None = None) -> str:
 
 
 def _read(folder: CheckpointFolder, step: int, run_id: str) -> Saved:
+    if is_local(folder.path):
+        _refuse_links(Path(folder.path, str(step)))
     with folder.opened(step) as (files, listed):
         listed.check_run_id(run_id)
+        arrays_of.check_sizes(files, listed.leaves, _memory_of_host())
         leaves = arrays_of.read(files, listed.leaves)
     for name, leaf in listed.leaves.items():
         if checksum_of(leaves[name]) != leaf.checksum:
             raise Damaged(f"{name} is not what was saved")
     data = listed.meta.get("data") or {}
     return Saved(step, folder.path / str(step), leaves, dict(listed.leaves), data)
+
+
+def _refuse_links(place: Path) -> None:
+    """Raises Damaged for links in a checkpoint: its reader may not own what they lead to."""
+    for path in (place, *place.rglob("*")):
+        what = not_plain(path)
+        if what:
+            raise Damaged(f"{path.relative_to(place.parent)} is {what}, which is not followed")
+
+
+def _memory_of_host() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from trainer.config import trust
 from trainer.errors import UserError
 
 
@@ -21,7 +22,8 @@ def resolve(target: Any, where: str) -> Any:
         where: the config key of the block, for error messages.
 
     Raises:
-        UserError: the target is malformed, or its module or attribute does not exist.
+        UserError: the target is malformed, its module or attribute does not exist, or a limit of
+            `trainer.config.trust` does not allow it.
     """
     if not isinstance(target, str) or target.count(":") != 1 or not all(target.split(":")):
         raise UserError(
@@ -29,6 +31,9 @@ def resolve(target: Any, where: str) -> Any:
             'write "package.module:attribute", for example "trainer.models.mlp:MLP"',
         )
     module_name, attribute = target.split(":")
+    limit = trust.limit()
+    if limit is not None:
+        limit.check_module(target, where)
     try:
         found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -50,6 +55,8 @@ def resolve(target: Any, where: str) -> Any:
                 _did_you_mean(name, [n for n in dir(found) if not n.startswith("_")]),
             )
         found = getattr(found, name)
+        if limit is not None:
+            limit.check_found(found, target, where)
     return found
 
 

@@ -19,7 +19,7 @@ from trainer.data.fingerprint import describe_change
 from trainer.data.prefetch import depth_for, prefetch
 from trainer.data.stream import HostBatch, Source, eval_batches
 from trainer.errors import UserError
-from trainer.inference.trained_model import TrainedModel, restore_onto_devices
+from trainer.inference.trained_model import TrainedModel, restored_onto_devices
 from trainer.lift.in_flight import InFlight
 from trainer.lift.lift import Lift
 from trainer.lift.same_data import agree_on_data
@@ -35,6 +35,7 @@ def evaluate(
     step: int | None = None,
     config: ConfigDict | None = None,
     mesh: Mesh | None = None,
+    trust: bool = False,
 ) -> dict[str, float]:
     """Evaluates a saved state of a run, by default the newest, on its held-out examples.
 
@@ -49,6 +50,8 @@ def evaluate(
         config: the run's own where None; another one needs a model with the same parameters.
             `config.eval.batch_size` examples are evaluated at a time.
         mesh: the devices, on the one axis "batch"; all devices where None.
+        trust: whether the run's own config may name any code, not only that of podlift, optax and
+            packages in the current folder.
 
     Returns:
         The means over the examples, each of which counts exactly once, by the tags that training
@@ -59,8 +62,10 @@ def evaluate(
         UserError: `workdir` is not the folder of a run, the data has no held-out examples, or the
             config, its targets or the mesh are invalid; or processes have different examples.
     """
-    trained, lift = restore_onto_devices(workdir, best=best, step=step, config=config, mesh=mesh)
-    return evaluate_trained(trained, lift)
+    with restored_onto_devices(
+        workdir, best=best, step=step, config=config, mesh=mesh, is_trusted=trust
+    ) as (trained, lift):
+        return evaluate_trained(trained, lift)
 
 
 def evaluate_trained(trained: TrainedModel, lift: Lift) -> dict[str, float]:

@@ -18,7 +18,7 @@ from trainer.console import warn
 from trainer.data.prefetch import depth_for, prefetch
 from trainer.data.stream import HostBatch, Source, eval_batches
 from trainer.errors import UserError
-from trainer.inference.trained_model import TrainedModel, restore_onto_devices
+from trainer.inference.trained_model import TrainedModel, restored_onto_devices
 from trainer.lift.in_flight import InFlight
 from trainer.lift.lift import Lift
 from trainer.state.leaves import name_leaves
@@ -33,6 +33,7 @@ def predict(
     step: int | None = None,
     config: ConfigDict | None = None,
     mesh: Mesh | None = None,
+    trust: bool = False,
 ) -> dict[str, np.ndarray]:
     """The outputs of a saved state of a run, by default the newest, for every example of a split.
 
@@ -47,6 +48,8 @@ def predict(
         config: the run's own where None; another one needs a model with the same parameters.
             `config.eval.batch_size` examples are predicted at a time.
         mesh: the devices, on the one axis "batch"; all devices where None.
+        trust: whether the run's own config may name any code, not only that of podlift, optax and
+            packages in the current folder.
 
     Returns:
         Arrays of shape `(examples, ...)` in the order of the data: "outputs", or "outputs/<name>"
@@ -60,8 +63,10 @@ def predict(
             an example axis, jax runs several processes, or the config, its targets or the mesh
             are invalid.
     """
-    trained, lift = restore_onto_devices(workdir, best=best, step=step, config=config, mesh=mesh)
-    return predict_trained(trained, lift, split)
+    with restored_onto_devices(
+        workdir, best=best, step=step, config=config, mesh=mesh, is_trusted=trust
+    ) as (trained, lift):
+        return predict_trained(trained, lift, split)
 
 
 def predict_trained(trained: TrainedModel, lift: Lift, split: str) -> dict[str, np.ndarray]:

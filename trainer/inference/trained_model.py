@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from trainer.checkpoints import differences
 from trainer.checkpoints.load import read_saved, refuse_unusable
+from trainer.config import trust
 from trainer.config.settings import Settings, check
 from trainer.data.stream import Source
 from trainer.errors import UserError
@@ -23,6 +25,7 @@ from trainer.state.leaves import name_leaves, with_leaves
 from trainer.state.train_state import TrainState
 from trainer.step.job import Job, build_job, make_init
 from trainer.workdir.paths import absolute
+from trainer.workdir.private import refuse_links
 from trainer.workdir.workdir import read_config
 
 # Only training needs it, and it may be twice as large as the parameters.
@@ -109,15 +112,19 @@ def restore(
     return TrainedModel(settings, job, state, saved.step, saved.place, saved.data)
 
 
-def restore_onto_devices(
+@contextlib.contextmanager
+def restored_onto_devices(
     workdir: str | os.PathLike[str],
     *,
     best: bool = False,
     step: int | None = None,
     config: ConfigDict | None = None,
     mesh: Mesh | None = None,
-) -> tuple[TrainedModel, Lift]:
+    is_trusted: bool = False,
+) -> Iterator[tuple[TrainedModel, Lift]]:
     """Reads a state of a run and puts it onto the devices, as the config's lift has it.
+
+    A context, within which the run's own config names only the code that it may name.
 
     Args:
         workdir: the run's folder.
@@ -125,6 +132,7 @@ def restore_onto_devices(
         step: as for `trainer.load`.
         config: the run's own where None.
         mesh: the devices, on the one axis "batch"; all devices where None.
+        is_trusted: whether the run's own config may name any code.
 
     Raises:
         CheckpointsUnreadable: the checkpoint does not exist, is damaged or is not finite.
@@ -133,12 +141,15 @@ def restore_onto_devices(
     """
     settings = check(_config_of(absolute(workdir)) if config is None else config)
     lift = make_lift(settings.lift, mesh, settings.state_sharding)
-    trained = restore(workdir, settings, best=best, step=step)
-    return dataclasses.replace(trained, state=lift.put_state(trained.state)), lift
+    is_limited = config is None and not is_trusted
+    with trust.limited(trust.Limit(os.fspath(absolute(workdir))) if is_limited else None):
+        trained = restore(workdir, settings, best=best, step=step)
+        yield dataclasses.replace(trained, state=lift.put_state(trained.state)), lift
 
 
 def _config_of(folder: epath.Path) -> ConfigDict:
     if not (folder / "config.json").exists():
         why = "has no config.json" if folder.exists() else "does not exist"
         raise UserError(f"{folder} is not the folder of a run: it {why}")
+    refuse_links(folder)
     return read_config(folder)

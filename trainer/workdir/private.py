@@ -1,4 +1,4 @@
-"""Folders of one user where all users can write, such as `/tmp` and `/dev/shm`.
+"""What other users may have planted: in `/tmp` and `/dev/shm`, and in a folder that one has sent.
 
 Whoever is first can make `podlift-UID` there: as a folder of his own, or as a link to somebody
 else's files. Inside a folder that only this user can write to, no other can plant anything.
@@ -12,6 +12,8 @@ import os
 import stat
 from pathlib import Path
 from typing import IO
+
+from etils import epath
 
 from trainer.errors import UserError
 
@@ -87,6 +89,29 @@ def make(folder: Path) -> None:
             os.fchmod(descriptor, 0o700)
     finally:
         os.close(descriptor)
+
+
+def refuse_links(folder: epath.Path) -> None:
+    """Refuses a run's folder whose description is elsewhere; the folder itself may be a link.
+
+    Raises:
+        UserError: `config.json` or `env.json` is a link, or not a regular file.
+    """
+    for path in (folder / "config.json", folder / "env.json"):
+        what = "" if "://" in os.fspath(path) else not_plain(Path(path))
+        if what:
+            raise UserError(f"{path} is {what}, which is not followed", "put the file there")
+
+
+def not_plain(path: Path) -> str:
+    """What a path is if it is neither a file nor a folder: `a link` or `not a regular file`."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return ""
+    if stat.S_ISLNK(mode):
+        return "a link"
+    return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "not a regular file"
 
 
 def open_regular(path: Path, *, append: bool = False) -> IO[str]:
