@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
     from trainer.inference.evaluate import evaluate
     from trainer.inference.predict import predict
-    from trainer.run.loop import Result
+    from trainer.run.result import Result
     from trainer.run.train import train
 
 __all__ = [

@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from etils import epath
 
@@ -39,6 +38,7 @@ from launcher.supervisor.children import (
     out_of_memory_kills,
     signals_blocked,
 )
+from launcher.supervisor.result import AttemptResult
 from launcher.supervisor.watchdog import Watchdog, furthest_behind
 from trainer.errors import UserError
 from trainer.workdir.identity import Identity
@@ -54,27 +54,6 @@ _DRAIN_SECS = 0.05
 _NOISE = ("[Gloo] Rank ", "Expected number of connected peer ranks", "preemption_notifier.cc")
 
 _INTERRUPTED = 128 + signal.SIGINT
-
-
-@dataclass(frozen=True)
-class AttemptResult:
-    """How an attempt ended.
-
-    Attributes:
-        exit_code: of `launcher.exit_codes`, or 130 after a second Ctrl-C.
-        message: for the user, if the attempt stopped on request.
-        failure: the root cause, if the attempt failed.
-        asked_to_stop: whether any launcher was asked to stop.
-        number: the attempt, counted over the life of the workdir; 0 if it never started.
-        is_moved: whether the run's folder was renamed or removed meanwhile.
-    """
-
-    exit_code: int
-    message: str = ""
-    failure: Failure | None = None
-    asked_to_stop: bool = False
-    number: int = 0
-    is_moved: bool = False
 
 
 class Attempt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher import exit_codes
 from launcher.processes.failure import Failure
-from launcher.supervisor.attempt import AttemptResult
+from launcher.supervisor.result import AttemptResult
 
 
 def why_no_restart(

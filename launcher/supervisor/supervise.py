@@ -18,9 +18,10 @@ from launcher.processes.event_loop import EventLoop
 from launcher.processes.failure import Failure, clear_failure, write_failure
 from launcher.processes.messages import flush, how_to_resume, print_err, print_out
 from launcher.processes.signals import STACKS_SIGNAL, STOP_SIGNALS
-from launcher.supervisor.attempt import Attempt, AttemptResult
+from launcher.supervisor.attempt import Attempt
 from launcher.supervisor.children import adopt_orphans, child_pids
 from launcher.supervisor.restarts import backoff_secs, why_no_restart
+from launcher.supervisor.result import AttemptResult
 
 
 def supervise(spec: LaunchSpec, environ: Mapping[str, str] = os.environ) -> int:

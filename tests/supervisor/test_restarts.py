@@ -6,8 +6,8 @@ import pytest
 
 from launcher.exit_codes import RETRY
 from launcher.processes.failure import Failure
-from launcher.supervisor.attempt import AttemptResult
 from launcher.supervisor.restarts import backoff_secs, why_no_restart
+from launcher.supervisor.result import AttemptResult
 
 
 def failed(code, step=5, **values):

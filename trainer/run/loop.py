@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, closing, suppress
+from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from trainer.checkpoints.init_from import initialise_from
 from trainer.checkpoints.restorer import Restored
@@ -18,7 +18,7 @@ from trainer.checkpoints.saver import Saver
 from trainer.config.settings import Settings
 from trainer.console import say
 from trainer.data.prefetch import depth_for, prefetch
-from trainer.errors import FolderMoved, NonFiniteLoss, Preempted, SavesFailed, first_line
+from trainer.errors import NonFiniteLoss, Preempted
 from trainer.inference.evaluate import Evaluator
 from trainer.lift.call import Call, calls
 from trainer.lift.lift import Lift
@@ -44,6 +44,8 @@ from trainer.run.actions import StopRequested
 from trainer.run.early_stop import EarlyStop
 from trainer.run.ownership import Ownership
 from trainer.run.profiling import Profile, Profiler, annotated
+from trainer.run.rescue import rescuing
+from trainer.run.result import Result
 from trainer.run.training_labels import TrainingLabels
 from trainer.state.train_state import TrainState
 from trainer.step.job import Job, make_init
@@ -56,18 +58,6 @@ from trainer.workdir.workdir import Workdir
 
 # How long the other processes give process 0 to save, after a loss that is not finite.
 _PATIENCE_SECS = 60.0
-
-
-class Result(NamedTuple):
-    """The end of a run.
-
-    Attributes:
-        state: the final state, on the devices.
-        metrics: the last value of every tag that was reported, as `{"train/loss": ...}`.
-    """
-
-    state: TrainState
-    metrics: dict[str, float]
 
 
 class Run:
@@ -277,18 +267,15 @@ class Run:
         if meta.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:
             self.log.begin_epoch(restored.step)
         rows = meta.get("rows", [])
-        patiently(self.workdir.metrics, lambda: self.run_log.resume(restored.step, rows))
+        metrics = self.workdir.metrics
+        patiently(metrics, lambda: self.run_log.resume(restored.step, rows))
         self.goodput.resume(meta.get("goodput"))
         self.early_stop.from_json(None if has_other_examples else meta.get("early_stop"))
         if meta["evaluation_pending"] and self.evaluate is not None:
-            metrics = self.workdir.metrics
-            row = (
-                None
-                if has_other_examples
-                else patiently(metrics, lambda: evaluation_at(self.workdir, restored.step))
-            )
-            found = json.dumps(row)
-            done = json.loads(self.lift.broadcast_text(found))
+            row = None
+            if not has_other_examples:
+                row = patiently(metrics, lambda: evaluation_at(self.workdir, restored.step))
+            done = json.loads(self.lift.broadcast_text(json.dumps(row)))
             self.evaluate.pending = done is None
             if done is not None:  # by an attempt that ended before it saved again
                 self.early_stop.add(restored.step, done)
@@ -314,25 +301,12 @@ class Run:
         self.saver.run = self.ownership.claim()
         self.saver.identity = self.ownership.identity
 
-    @contextmanager
-    def _rescuing(self, step: int, state: TrainState) -> Iterator[None]:
-        """If the run's folder is not in its place any more, saves the state where it can be."""
-        try:
-            yield
-        except (FolderMoved, SavesFailed):
-            identity = self.ownership.identity
-            if identity is None or not identity.is_moved:
-                raise
-            raise FolderMoved(self._rescue(step, state, identity.describe())) from None
-
-    def _rescue(self, step: int, state: TrainState, what: str) -> str:
-        try:
+    def _rescuing(self, step: int, state: TrainState) -> AbstractContextManager[None]:
+        def save() -> epath.Path:
             self.metrics.drain()
-            place = self.saver.rescue(step, state, self._meta())
-        except Exception as error:  # disks, Orbax and what a run finds wrong with its state
-            return f"{what}; its state could not be saved: {first_line(error)}"
-        again = shlex.quote(f"--workdir={place}")
-        return f"{what}; step {step} is saved in {place}\n  HINT: {again} resumes from it"
+            return self.saver.rescue(step, state, self._meta())
+
+        return rescuing(self.ownership, step, save)
 
     # In the loop
 

@@ -12,9 +12,10 @@ from trainer.console import open_terminal
 from trainer.errors import ReplicasDiffer
 from trainer.lift.lift import make_lift
 from trainer.run.actions import StopRequested
-from trainer.run.loop import Result, Run
+from trainer.run.loop import Run
 from trainer.run.ownership import refuse_changes
 from trainer.run.profiling import Profile
+from trainer.run.result import Result
 from trainer.step.job import build_job
 from trainer.workdir.workdir import Workdir
 
