@@ -7,7 +7,7 @@ import sys
 from launcher import exit_codes
 from launcher.cli.commands import find_command
 from launcher.command_line.parse import expand_flagfiles
-from trainer.console import guard_streams
+from trainer.console import complain, guard_streams
 from trainer.errors import UserError
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     try:
         command, argv = find_command(expand_flagfiles(sys.argv[1:]))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(exit_codes.USAGE)
     sys.exit(command.main()(argv))
 
