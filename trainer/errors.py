@@ -49,7 +49,10 @@ class NonFiniteLoss(Exception):
         if self.skipped:
             text += f", after {self.skipped} skipped before it (config.nan_limit)"
         if math.isnan(self.values.get("loss", 0.0)) and self.values.get("grad_norm") == 0:
-            text += "; no example of that step counts: all are masked, or have the label ignored"
+            text += (
+                "; a gradient of 0 suggests that no example of that step counts: all are masked, "
+                "or have the label that the loss ignores"
+            )
         return text + (f"\n  last good checkpoint: {self.last_good}" if self.last_good else "")
 
 

@@ -67,7 +67,8 @@ def warn_of_narrow_state(state: TrainState) -> None:
         # Half the distance between two numbers: at least eps / 4 of the number.
         share = int(4 / float(jnp.finfo(dtype).eps))  # type: ignore[no-untyped-call]
         warn(
-            f"{name}{more} are {dtype}: a change of less than 1/{share} of a value is lost\n"
+            f"{name}{more} {'are' if more else 'is'} {dtype}: a change of less than 1/{share} of a "
+            "value is lost\n"
             "  HINT: keep parameters and running averages in float32; --config.precision=bf16 "
             "computes in 16 bits all the same"
         )

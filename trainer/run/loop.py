@@ -338,9 +338,9 @@ class Run:
 
     def _on_non_finite(self, error: NonFiniteLoss) -> None:
         self.run_log.non_finite(error)
+        self.labels.blame(error)  # first, because it communicates: here no process waits for a disk
         self.saver.close()  # completes the save in progress: its state is good
         error.last_good = self.saver.last_good
-        self.labels.blame(error)
         if not self.lift.writes:
             time.sleep(_PATIENCE_SECS)  # the first failure ends the job, and process 0 still saves
 

@@ -82,7 +82,7 @@ class LabelCheck:
     def hint(self, where: str = "config.loss") -> str:
         """What to do about a label that is no class."""
         return (
-            "correct the data, or give the model more outputs; a label that should not count is "
+            "correct the data, give the model more outputs, or name a label that should not count: "
             f"{where}.ignore_index"
         )
 
