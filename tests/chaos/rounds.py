@@ -21,6 +21,8 @@ import checks
 import damage
 import layout
 from checks import Reference
+from clock_step import Clock
+from patience import wait_out
 from running import (
     LIMIT,
     LOOK_AT_SAVES_SECS,
@@ -37,7 +39,7 @@ from running import (
     wait_until,
     worker_of,
 )
-from script import HOPELESS, LAUNCHER, Disturbance, Moment, Script
+from script import HOPELESS, LAUNCHER, PATIENCE_KINDS, Disturbance, Moment, Script
 
 MAX_STARTS = 11
 DONE, USAGE, AGAIN = 0, 2, 42
@@ -125,6 +127,8 @@ def run_round(script: Script, place: Place, reference: Reference) -> Result:
     needs_disk = any(disturbance.kind == "fill" for disturbance in script.disturbances)
     with _disk(folder) if needs_disk else contextlib.nullcontext(folder) as inner:
         round_ = _Round(script, place, folder, inner / "run")
+        if script.kind == "clock":
+            round_.clock = Clock(folder)
         try:
             if script.kind == HOPELESS:
                 _run_hopeless(round_)
@@ -158,6 +162,7 @@ class _Round:
     done: list[str] = field(default_factory=list)
     damages: list[damage.Damage] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    clock: Clock | None = None
     # Signals and their targets since the last start.
     sent: set[tuple[str, str]] = field(default_factory=set)
 
@@ -165,7 +170,10 @@ class _Round:
         """Starts the launcher once more."""
         flags = self.place.flags(self.script.fast_secs)
         number = len(self.starts) + 1
-        self.starts.append(begin(self.workdir, self.folder, number, flags, self.place.cache))
+        environ = self.clock.environ if self.clock else {}
+        self.starts.append(
+            begin(self.workdir, self.folder, number, flags, self.place.cache, environ)
+        )
         self.sent.clear()
         return self.starts[-1]
 
@@ -236,6 +244,8 @@ def _disturb(round_: _Round, start: Start, disturbance: Disturbance, since: floa
         happened = _corrupt(round_, start, disturbance)
     elif disturbance.kind == "fill":
         happened = _fill(round_, disturbance)
+    elif disturbance.kind in PATIENCE_KINDS:
+        happened = wait_out(start, disturbance, round_.clock)
     else:
         happened = _signal(round_, start, disturbance)
     if happened:

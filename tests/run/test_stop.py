@@ -73,7 +73,7 @@ class Asked:
         self.left = questions
 
     def __call__(self, step, phase):
-        self.left -= phase not in ("start", "wait", "save")
+        self.left -= phase not in ("load", "start", "wait", "save")
         return self.left < 0
 
 
