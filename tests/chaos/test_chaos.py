@@ -7,7 +7,6 @@ import os
 
 import checks
 import pytest
-from clock_step import why_no_clock
 from conftest import skip_here
 from rounds import Place, make_reference, run_round, why_no_disk
 from script import HOPELESS, KINDS, PATIENCE_KINDS, draw
@@ -61,9 +60,9 @@ def test_a_disturbed_run_has_the_results_of_an_undisturbed_one(
     run_and_check(script, reference, tmp_path, cache_dir)
 
 
-@skip_here(why_no_clock())
-@pytest.mark.parametrize("kind", PATIENCE_KINDS)
+@pytest.mark.parametrize("kind", ["suspend", "late"])
 def test_a_run_waits_and_does_not_restart(kind, reference, tmp_path, cache_dir):
+    """A step of the clock is in tests/jobs/test_failed_ranks.py."""
     run_and_check(draw(SEED, 0, kind), reference, tmp_path, cache_dir)
 
 
