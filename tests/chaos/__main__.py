@@ -20,11 +20,11 @@ from pathlib import Path
 
 # As in the tests: states are compared on the CPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent.parent), str(Path(__file__).parent.parent)]
 
 import checks
 from rounds import Place, Result, make_reference, run_round, why_no_disk
-from script import HOPELESS, KINDS, Script, draw
+from script import HOPELESS, KINDS, PATIENCE_KINDS, Script, draw
 
 
 def main() -> int:
@@ -62,7 +62,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10, help="number of rounds (default: 10)")
     parser.add_argument("--round", type=int, help="run only the round with this number")
     parser.add_argument("--seed", type=int, default=0, help="of the whole series (default: 0)")
-    parser.add_argument("--kind", choices=(*KINDS, HOPELESS), help="only disturbances of one kind")
+    parser.add_argument(
+        "--kind", choices=(*KINDS, *PATIENCE_KINDS, HOPELESS), help="only disturbances of one kind"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the folders of all rounds")
     parser.add_argument("--no_in_memory", action="store_true", help="save no in-memory checkpoints")
     return parser.parse_args()
@@ -92,7 +94,7 @@ def _print_result(result: Result, options: argparse.Namespace) -> None:
 
 def _print_table(results: list[Result]) -> None:
     print(f"\n{'kind':10} {'rounds':>6} {'failed':>6} {'starts':>6} {'seconds':>8}")
-    for kind in (*KINDS, HOPELESS):
+    for kind in (*KINDS, *PATIENCE_KINDS, HOPELESS):
         mine = [result for result in results if result.script.kind == kind]
         if mine:
             failed = sum(bool(result.problems) for result in mine)

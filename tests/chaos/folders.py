@@ -1,4 +1,4 @@
-"""Folders that are small, that are renamed under a run, or that cannot be read."""
+"""Folders that are small or full, that are renamed under a run, or that cannot be read."""
 
 from __future__ import annotations
 
@@ -43,6 +43,20 @@ def rename(start: Start, *, is_taken: bool) -> list[str]:
     shutil.rmtree(workdir, ignore_errors=True)
     moved.rename(workdir)
     return problems
+
+
+def fill(disk: Path, seconds: float) -> None:
+    """Fills a disk to the last byte for a while, and again what is freed meanwhile."""
+    filler = disk / "filler"
+    until = time.monotonic() + seconds
+    with filler.open("ab", buffering=0) as file:
+        while time.monotonic() < until:
+            for size in (1 << 20, 1 << 12, 1):
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(size)) == size:
+                        pass
+            time.sleep(0.01)
+    filler.unlink()
 
 
 def fail_reads(folder: Path, workdir: Path, seconds: float) -> None:

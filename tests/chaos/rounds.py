@@ -20,6 +20,8 @@ import damage
 import folders
 import layout
 from checks import Reference
+from clock_step import Clock
+from patience import wait_out
 from running import (
     LIMIT,
     LOOK_AT_SAVES_SECS,
@@ -36,7 +38,7 @@ from running import (
     wait_until,
     worker_of,
 )
-from script import HOPELESS, LAUNCHER, Disturbance, Moment, Script
+from script import HOPELESS, LAUNCHER, PATIENCE_KINDS, Disturbance, Moment, Script
 
 MAX_STARTS = 11
 DONE, FAILED, USAGE, AGAIN = 0, 1, 2, 42
@@ -123,6 +125,8 @@ def run_round(script: Script, place: Place, reference: Reference) -> Result:
     needs_disk = any(disturbance.kind == "fill" for disturbance in script.disturbances)
     with folders.small_disk(folder) if needs_disk else contextlib.nullcontext(folder) as inner:
         round_ = _Round(script, place, folder, inner / "run")
+        if script.kind == "clock":
+            round_.clock = Clock(folder)
         try:
             if script.kind == HOPELESS:
                 _run_hopeless(round_)
@@ -156,6 +160,7 @@ class _Round:
     done: list[str] = field(default_factory=list)
     damages: list[damage.Damage] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    clock: Clock | None = None
     # Signals and their targets since the last start.
     sent: set[tuple[str, str]] = field(default_factory=set)
 
@@ -163,7 +168,10 @@ class _Round:
         """Starts the launcher once more."""
         flags = self.place.flags(self.script.fast_secs)
         number = len(self.starts) + 1
-        self.starts.append(begin(self.workdir, self.folder, number, flags, self.place.cache))
+        environ = self.clock.environ if self.clock else {}
+        self.starts.append(
+            begin(self.workdir, self.folder, number, flags, self.place.cache, environ)
+        )
         self.sent.clear()
         return self.starts[-1]
 
@@ -237,11 +245,14 @@ def _disturb(round_: _Round, start: Start, disturbance: Disturbance, since: floa
     if disturbance.kind == "corrupt":
         happened = _corrupt(round_, start, disturbance)
     elif disturbance.kind == "fill":
-        happened = _fill(round_, disturbance)
+        folders.fill(round_.workdir.parent, disturbance.seconds)
+        happened = True
     elif disturbance.kind == "rename":
         happened = _rename(round_, start, disturbance)
     elif disturbance.kind == "read errors":
         happened = _fail_reads(round_, start, disturbance)
+    elif disturbance.kind in PATIENCE_KINDS:
+        happened = wait_out(start, disturbance, round_.clock)
     else:
         happened = _signal(round_, start, disturbance)
     if happened:
@@ -319,21 +330,6 @@ def _corrupt(round_: _Round, start: Start, disturbance: Disturbance) -> bool:
     next_start = len(round_.starts)
     made = damage.do(round_.workdir, undamaged()[0], disturbance.target, rng, next_start)
     round_.damages.append(made)
-    return True
-
-
-def _fill(round_: _Round, disturbance: Disturbance) -> bool:
-    """Fills the disk of the run to the last byte for a while, and again what is freed meanwhile."""
-    filler = round_.workdir.parent / "filler"
-    until = time.monotonic() + disturbance.seconds
-    with filler.open("ab", buffering=0) as file:
-        while time.monotonic() < until:
-            for size in (1 << 20, 1 << 12, 1):
-                with contextlib.suppress(OSError):
-                    while file.write(bytes(size)) == size:
-                        pass
-            time.sleep(0.01)
-    filler.unlink()
     return True
 
 

@@ -45,7 +45,14 @@ class Start:
         return self.process.poll() is not None
 
 
-def begin(workdir: Path, folder: Path, number: int, flags: list[str], cache: Path) -> Start:
+def begin(
+    workdir: Path,
+    folder: Path,
+    number: int,
+    flags: list[str],
+    cache: Path,
+    environ: Mapping[str, str] = {},
+) -> Start:
     """Starts the launcher.
 
     Args:
@@ -54,6 +61,7 @@ def begin(workdir: Path, folder: Path, number: int, flags: list[str], cache: Pat
         number: of the start.
         flags: further flags.
         cache: the compilation cache.
+        environ: further variables.
     """
     stdout, stderr = folder / f"start-{number}.out", folder / f"start-{number}.err"
     command = [
@@ -67,7 +75,7 @@ def begin(workdir: Path, folder: Path, number: int, flags: list[str], cache: Pat
         process = subprocess.Popen(
             command,
             cwd=layout.ROOT,
-            env=_environ(os.environ, cache, folder),
+            env={**_environ(os.environ, cache, folder), **environ},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import damage
 
 KINDS = ("kill", "term", "stop", "corrupt", "rename", "read errors", "fill")
+# What a run has to wait out; only where they are asked for.
+PATIENCE_KINDS = ("suspend", "late", "clock")
 HOPELESS = "hopeless"  # all checkpoints are damaged, and the run has to give up
 PROCESSES = 2
 STEPS = 440
@@ -43,11 +45,11 @@ class Disturbance:
     """One disturbance of a run.
 
     Attributes:
-        kind: of `KINDS`.
+        kind: of `KINDS` or `PATIENCE_KINDS`.
         target: the launcher or a rank; for "corrupt", one of `damage.WAYS`; for "rename", "taken"
             if another folder gets the name.
         moment: when it happens.
-        seconds: its duration, if it has one.
+        seconds: its duration, if it has one; of "clock", the sum of all steps so far.
         seed: for choices when it happens, such as the file.
     """
 
@@ -90,6 +92,8 @@ def draw(seed: int, number: int, kind: str | None = None) -> Script:
     """
     rng = random.Random(f"{seed}-{number}")
     first = kind or KINDS[number % len(KINDS)]
+    if first in PATIENCE_KINDS:
+        return Script(seed, number, first, rng.choice(FAST_SECS), _draw_patience(rng, first))
     fast_secs = 0.0 if first == HOPELESS else rng.choice(FAST_SECS)
     count = 1 if first == HOPELESS else rng.choices((1, 2, 3), (7, 2, 1))[0]
     # Only a round that begins with "fill" has a small disk; the others fit into any round.
@@ -130,6 +134,23 @@ def _draw_one(rng: random.Random, kind: str, *, no_rank: bool) -> Disturbance:
         moment = Moment("step", rng.randint(1, 300), rng.uniform(0, 0.3))
         seconds = rng.uniform(1, 2)
     return Disturbance(kind, target, moment, seconds, rng.random())
+
+
+def _draw_patience(rng: random.Random, kind: str) -> tuple[Disturbance, ...]:
+    """One to three of a kind, in order; a rank is late only once."""
+    count = 1 if kind == "late" else rng.randint(1, 3)
+    drawn, ahead = [], 0
+    for step in sorted(rng.sample(range(1, STEPS - 40), count)):
+        target = f"rank {rng.randrange(PROCESSES)}"
+        moment, seconds = Moment("step", step, rng.uniform(0, 0.3)), rng.uniform(1, 3)
+        if kind == "late":
+            moment, seconds = Moment("time", 0, 0.0), rng.uniform(5, 10)
+        elif kind == "clock":
+            # A step backward must not pass the last heartbeat of jax, that at the start.
+            ahead += rng.choice((-1, 15, 90, 3600, 86400))
+            target, seconds = "", float(ahead)
+        drawn.append(Disturbance(kind, target, moment, seconds, rng.random()))
+    return tuple(drawn)
 
 
 def _draw_moment(rng: random.Random) -> Moment:

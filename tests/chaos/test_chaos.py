@@ -9,7 +9,7 @@ import checks
 import pytest
 from conftest import skip_here
 from rounds import Place, make_reference, run_round, why_no_disk
-from script import HOPELESS, KINDS, draw
+from script import HOPELESS, KINDS, PATIENCE_KINDS, draw
 
 SEED = 1
 SCRIPTS = [draw(SEED, number) for number in range(20)]
@@ -42,7 +42,7 @@ def reference(shared, cache_dir):
 def run_and_check(script, reference, tmp_path, cache_dir):
     result = run_round(script, Place(tmp_path, cache_dir), reference)
     text = "\n".join([*result.done, *result.problems])
-    kind = f" --kind={HOPELESS}" if script.kind == HOPELESS else ""
+    kind = f" --kind={script.kind}" if script.kind in (*PATIENCE_KINDS, HOPELESS) else ""
     again = f"python tests/chaos --seed={script.seed} --round={script.number}{kind}"
     assert not result.problems, f"{text}\nin {result.folder}\nagain: {again}"
 
@@ -58,6 +58,12 @@ def test_a_disturbed_run_has_the_results_of_an_undisturbed_one(
     script, reference, tmp_path, cache_dir
 ):
     run_and_check(script, reference, tmp_path, cache_dir)
+
+
+@pytest.mark.parametrize("kind", ["suspend", "late"])
+def test_a_run_waits_and_does_not_restart(kind, reference, tmp_path, cache_dir):
+    """A step of the clock is in tests/jobs/test_failed_ranks.py."""
+    run_and_check(draw(SEED, 0, kind), reference, tmp_path, cache_dir)
 
 
 def test_all_checkpoints_damaged(tmp_path, cache_dir):

@@ -66,6 +66,18 @@ def test_asked_to_stop_before_the_first_step(tmp_path):
     assert_bitwise_equal(trainer.train(digits(10), tmp_path / "run", mesh_of(2)).state, whole.state)
 
 
+def test_it_says_when_it_loads_data_and_when_it_waits_for_the_other_processes(tmp_path):
+    """A launcher tells the rank that loads data from those that wait for it."""
+    phases = []
+
+    def record(step, phase):
+        phases.append(phase)
+        return False
+
+    trainer.train(digits(1), tmp_path / "run", mesh_of(1), stop_requested=record)
+    assert phases[:2] == ["load", "start"]
+
+
 class Asked:
     """Says yes from its n-th question on."""
 
@@ -73,7 +85,7 @@ class Asked:
         self.left = questions
 
     def __call__(self, step, phase):
-        self.left -= phase not in ("start", "wait", "save")
+        self.left -= phase not in ("load", "start", "wait", "save")
         return self.left < 0
 
 

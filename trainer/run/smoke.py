@@ -77,7 +77,9 @@ def smoke(
     place = absolute(folder) / lift.broadcast_text(f"smoke-{uuid.uuid4().hex[:8]}")
     workdir = Workdir.check(place, settings.config)
     stop_requested(0, "load")
-    test = _Smoke(settings, workdir, lift, build_job(settings), stop_requested, local_dir)
+    job = build_job(settings)
+    stop_requested(0, "start")  # from here on, processes wait for each other
+    test = _Smoke(settings, workdir, lift, job, stop_requested, local_dir)
     try:
         test.run()
     except Preempted:

@@ -63,6 +63,7 @@ def train(
     lift.check_divides(settings.global_batch_size, settings.grad_accum_steps)
     stop_requested(0, "load")
     job = build_job(settings)
+    stop_requested(0, "start")  # from here on, processes wait for each other
     if folder.refused:
         refuse_changes(settings, folder, job)
     run = Run(settings, folder, lift, job, stop_requested, local_dir, profile)
