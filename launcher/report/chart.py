@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.report.scale import LARGEST, Scale, number, steps_scale, values_scale
 from launcher.report.thin import Points, thin
+from trainer.console import escape
 
 # Colours and dashes rotate. Their counts have no common factor, so 42 lines differ. The style of
 # the page defines the colours, for light and for dark.
@@ -71,10 +72,10 @@ def draw(tag: str, lines: Sequence[Line], last_step: int, *, log: bool) -> tuple
     paths = [
         _draw_line(line.number, points, x, y) for line, points in zip(lines, thinned, strict=True)
     ]
-    words = html.escape(_describe(tag, lines, y))
+    words = html.escape(escape(_describe(tag, lines, y)))
     picture = (
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words}">'
-        f"<title>{html.escape(tag)}</title><desc>{words}</desc>"
+        f"<title>{html.escape(escape(tag))}</title><desc>{words}</desc>"
         f"{_draw_axes(x, y)}{''.join(paths)}"
         f'<path class="cursor" d="M0 {TOP}V{BOTTOM}" visibility="hidden"/></svg>'
     )

@@ -15,7 +15,7 @@ from launcher.report.attempts import Attempt
 from launcher.report.chart import Line, swatch
 from launcher.report.read import Run
 from launcher.report.scale import number
-from trainer.console import duration
+from trainer.console import duration, escape
 
 _NONE = "\N{EN DASH}"
 _MOST_WARNINGS = 30
@@ -50,7 +50,7 @@ def render(runs: Sequence[Run], *, log: bool, made: str) -> str:
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value))
+    return html.escape(escape(str(value)))
 
 
 def _table(head: Sequence[str], rows: Sequence[str]) -> str:

@@ -24,6 +24,20 @@ def test_a_run_that_is_being_written(tmp_path):
     assert ["train/loss", "0.25", "0.25", "4", "1", "1"] in page.rows
 
 
+def test_control_characters_are_shown(tmp_path):
+    odd = "\x1b[2J\u202etext"
+    rows = [{"step": 1, odd: 1.0}, {"step": 2, odd: 2.0}]
+    failure = {"error": odd, "rank": 0, "log": odd, "step": 2}
+    run = make_run(
+        tmp_path / "run\x1b[2J", rows, config={odd: odd}, env={odd: odd}, failure=failure
+    )
+    log(run, 1, 0, f"warning: {odd}", f"error: {odd}")
+    _, text, _ = page_of(run)
+    assert text.count("\\x1b[2J\\u202etext") > 4
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
 def test_values_that_are_not_finite_are_gaps(tmp_path):
     rows = [{"step": step, "train/loss": float(step)} for step in range(1, 8)]
     rows[2]["train/loss"] = None

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trainer.console import duration, print_above
+from trainer.console import duration, escape, print_above
 from trainer.metrics_writer.goodput import Goodput
 from trainer.metrics_writer.messages import describe_chips, describe_rate, describe_shares
 
@@ -94,7 +94,9 @@ class LiveView:
         top = Table.grid(padding=(0, 2))
         top.add_row(ProgressBar(total=self._stop, completed=self.step, width=40), self._progress())
         lines = [self._values(), self._speed(), self._time()]
-        return Group(top, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
+        return Group(
+            top, *(Text(escape(line), no_wrap=True, overflow="ellipsis") for line in lines)
+        )
 
     def _progress(self) -> str:
         shown = f"{self.step:,}/{self._stop:,}  {self.step / self._stop:.0%}"
