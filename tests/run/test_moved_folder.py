@@ -168,7 +168,9 @@ def branch_off(run):
     run.with_name("a").rename(run)
 
 
-@pytest.mark.parametrize("change", [of_an_earlier_version, lose_the_environment, branch_off])
+@pytest.mark.parametrize(
+    "change", [of_an_earlier_version, wide(lose_the_environment), wide(branch_off)]
+)
 def test_its_own_checkpoints_stay_its_own(tmp_path, whole, change):
     run = tmp_path / "run"
     trainer.train(config(stop_at_step=20), run, mesh_of(2))
