@@ -8,7 +8,7 @@ import shutil
 
 import jax
 import pytest
-from conftest import mesh_of
+from conftest import mesh_of, wide
 from disk_faults import tree
 from runs import assert_bitwise_equal, digits, steps_of, without_speed
 
@@ -54,8 +54,17 @@ def disturbed(run, step, disturb):
     return str(moved.value)
 
 
-@pytest.mark.parametrize("step", [13, 19, 29])
-@pytest.mark.parametrize("checked_at", ["every step", "saves only"])
+@pytest.mark.parametrize(
+    ("step", "checked_at"),
+    [
+        (13, "every step"),
+        (29, "every step"),
+        (13, "saves only"),
+        wide(19, "every step"),
+        wide(19, "saves only"),
+        wide(29, "saves only"),
+    ],
+)
 def test_a_renamed_folder_keeps_its_run(
     tmp_path, monkeypatch, capsys, whole, other, step, checked_at
 ):
@@ -159,7 +168,9 @@ def branch_off(run):
     run.with_name("a").rename(run)
 
 
-@pytest.mark.parametrize("change", [of_an_earlier_version, lose_the_environment, branch_off])
+@pytest.mark.parametrize(
+    "change", [of_an_earlier_version, wide(lose_the_environment), wide(branch_off)]
+)
 def test_its_own_checkpoints_stay_its_own(tmp_path, whole, change):
     run = tmp_path / "run"
     trainer.train(config(stop_at_step=20), run, mesh_of(2))

@@ -82,6 +82,8 @@ def test_after_minutes_it_is_a_failure_of_the_storage(time, warnings, error):
     [
         (os_error(errno.ENOENT), FileNotFoundError),
         (os_error(errno.ENOTDIR), NotADirectoryError),
+        (os_error(errno.ENOSPC), OSError),
+        (os_error(errno.EROFS), OSError),
         (os_error(errno.EACCES), UserError),
         (OSError("Forbidden: https://storage"), UserError),
         (ValueError("it holds null, not an object"), ValueError),

@@ -193,10 +193,21 @@ class CheckpointFolder:
         return self.path / QUARANTINE / moved.name
 
     def newest_known(self) -> int | None:
-        """The newest step ever completed here, even if it is gone; None if unknown."""
+        """The newest step ever completed here, even if it is gone; None if unknown.
+
+        Raises:
+            OSError: that cannot be read.
+        """
         try:
             return int(read_object(self._note)["step"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+            ValueError,
+            KeyError,
+            TypeError,
+            OverflowError,
+        ):
             return None
 
     def has_history(self) -> bool:

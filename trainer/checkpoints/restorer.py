@@ -273,7 +273,7 @@ class Restorer:
         )
 
     def _warn_of_missing(self, restored_step: int) -> None:
-        newest = self._latest.newest_known()
+        newest = patiently(self._latest.path, self._latest.newest_known)
         steps = self._steps_of(self._latest)
         if newest is not None and newest > restored_step and newest not in steps:
             warn(f"checkpoint {newest} was saved and is gone; resuming from step {restored_step}")

@@ -55,6 +55,8 @@ def train(
         CheckpointsUnreadable: the workdir holds checkpoints, and none is intact.
         ReplicasDiffer: devices disagree about the state.
         SavesFailed: too many saves in a row have failed.
+        FolderMoved: the workdir was renamed or removed meanwhile; says where the state is.
+        StorageFailed: files could not be read for minutes.
     """
     open_terminal()
     settings = check(config)

@@ -23,8 +23,11 @@ T = TypeVar("T")
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 _REPEAT_SECS = 60.0  # between two lines about the same file
 
-# The path leads elsewhere, or nowhere: an answer, not a failure to answer.
-_ANSWERS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+# Answers, not failures to answer: the path leads elsewhere, or the file system takes no files.
+_ANSWERS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EINVAL, errno.ENOTSUP, errno.ENOSPC, errno.EDQUOT, errno.EROFS),
+)
 _DENIED = (errno.EACCES, errno.EPERM)
 _DENIED_WORDS = re.compile(r"\b(401|403|Forbidden|Unauthorized|Anonymous caller)\b")
 # Of errors that other libraries raise for local files.
@@ -63,7 +66,7 @@ class Patience:
 PATIENCE = Patience()
 
 
-def patiently(what: object, read: Callable[[], T]) -> T:
+def patiently(what: object, read: Callable[[], T], done: str = "read") -> T:
     """Calls `read`, again and again while the disk or the object store does not answer.
 
     The first failure is told at once, the others once a minute.
@@ -71,10 +74,11 @@ def patiently(what: object, read: Callable[[], T]) -> T:
     Args:
         what: the file or folder, for messages.
         read: may be called several times.
+        done: what it does to the file, for messages.
 
     Raises:
         StorageFailed: it has failed for `PATIENCE.secs`.
-        UserError: reading is not permitted.
+        UserError: that is not permitted.
         Exception: any other that `read` raises.
     """
     pauses = _pauses()
@@ -84,7 +88,9 @@ def patiently(what: object, read: Callable[[], T]) -> T:
             result = read()
         except Exception as error:
             if is_denied(error):
-                raise UserError(f"{what} cannot be read: {_why(error)}") from error
+                raise UserError(
+                    f"{what} cannot be {done}: {_why(error)}", f"name a folder that can be {done}"
+                ) from error
             if not may_pass(error):
                 raise
             now = PATIENCE.clock()
@@ -92,17 +98,17 @@ def patiently(what: object, read: Callable[[], T]) -> T:
             left = PATIENCE.secs - (now - began)
             if left <= 0:
                 raise StorageFailed(
-                    f"{what} could not be read for {now - began:.0f} s: {_why(error)}\n"
+                    f"{what} could not be {done} for {now - began:.0f} s: {_why(error)}\n"
                     "  HINT: nothing was changed; when the disk or the store is back, the same "
                     "command resumes"
                 ) from error
             if told is None or now - told >= _REPEAT_SECS:
-                warn(f"{what} cannot be read: {_why(error)}; trying again for {left:.0f} s")
+                warn(f"{what} cannot be {done}: {_why(error)}; trying again for {left:.0f} s")
                 told = now
             PATIENCE.sleep(min(next(pauses), left))
         else:
             if began is not None:
-                say(f"{what} can be read again, after {PATIENCE.clock() - began:.0f} s")
+                say(f"{what} can be {done} again, after {PATIENCE.clock() - began:.0f} s")
             return result
 
 

@@ -157,7 +157,7 @@ class Workdir:
         config_file = folder / CONFIG_FILE
         workdir = cls(folder, config, patiently(config_file, lambda: exists(config_file)))
         if workdir.is_local:
-            patiently(folder, lambda: _check_writable(Path(folder)))
+            patiently(folder, lambda: _check_writable(Path(folder)), "written")
             _check_kinds(Path(folder))
         if workdir.exists:
             workdir = workdir._with_changes()
@@ -231,8 +231,8 @@ class Workdir:
             UserError: the folder cannot be written, or another process is training in it.
         """
         with _errors_of_writing(self.path):
-            patiently(self.path, lambda: self.path.mkdir(parents=True, exist_ok=True))
-            patiently(self.path, lambda: lock.acquire(self.path, local_dir))
+            patiently(self.path, lambda: self.path.mkdir(parents=True, exist_ok=True), "written")
+            patiently(self.path, lambda: lock.acquire(self.path, local_dir), "written")
 
     def run_id(self) -> str:
         """The id of the run in this folder, which it keeps for life; empty if it has none yet."""
@@ -325,16 +325,12 @@ def _check_writable(folder: Path) -> None:
                 with tempfile.TemporaryFile(dir=place):
                     return
             except OSError as error:
-                if may_pass(error) and error.errno not in _WRITE_ERRORS:
+                if may_pass(error):
                     raise
                 with _errors_of_writing(epath.Path(folder)):
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                         raise
                 return  # a full disk is reported when a write fails
-
-
-# What a file system answers that takes no files: waiting does not change it.
-_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENOTSUP)
 
 
 # What a run has, and whether it is a folder.
