@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import launcher.cli
 from trainer.config import trust
 from trainer.config.targets import build, resolve
 from trainer.errors import UserError
@@ -107,7 +108,7 @@ def test_podlift_optax_and_own_packages_may_be_named(project, target):
 @pytest.mark.parametrize("target", REFUSED)
 def test_other_code_is_not_even_imported(project, target, monkeypatch):
     place = project / f"here/{'bare_3' if 'bare' in target else 'sent_3'}/run"
-    monkeypatch.setitem(sys.modules, "__main__", sys.modules["launcher.cli"])
+    monkeypatch.setitem(sys.modules, "__main__", launcher.cli)
     with trust.limited(trust.Limit(str(place))), pytest.raises(UserError) as refused:
         resolve(target, "config.model")
     assert f"config.model.target={target!r} in {place} names code" in str(refused.value)

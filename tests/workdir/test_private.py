@@ -42,11 +42,6 @@ def open_to_all(folder):
     folder.chmod(0o777)
 
 
-def replaceable(folder):
-    folder.mkdir(mode=0o700)
-    folder.parent.chmod(0o777)
-
-
 def of_another_user(folder):
     """As he leaves it: with a FIFO as the lock of the run, which would block whoever opens it."""
     place = folder / paths.digest_of(RUN)
@@ -64,7 +59,6 @@ CASES = {
     a_fifo: "it is not a folder",
     open_to_the_group: "other users can write to it",
     open_to_all: "other users can write to it",
-    replaceable: "other users can replace it",
     of_another_user: "it belongs to user 65534" if os.getuid() == 0 else "can write to it",
 }
 

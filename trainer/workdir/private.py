@@ -1,7 +1,9 @@
 """What other users may have planted: in `/tmp` and `/dev/shm`, and in a folder that one has sent.
 
 Whoever is first can make `podlift-UID` there: as a folder of his own, or as a link to somebody
-else's files. Inside a folder that only this user can write to, no other can plant anything.
+else's files. Inside a folder that only this user can write to, no other can plant anything. Whether
+others could replace that folder is not checked: `/tmp` is sticky where users share it, and the
+volumes of containers, which are open to all and not sticky, belong to one user.
 """
 
 from __future__ import annotations
@@ -38,9 +40,6 @@ def why_not_private(folder: Path) -> str:
         return f"it belongs to user {status.st_uid}"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return "other users can write to it"
-    around = folder.parent.stat().st_mode
-    if around & stat.S_IWOTH and not around & stat.S_ISVTX:
-        return f"other users can replace it: {folder.parent} is open to all and not sticky"
     return ""
 
 
