@@ -37,22 +37,28 @@ def restore_rows(
     """
     data = path.read_bytes() if path.exists() else b""
     found = lines_up_to(path, step)
-    merged = _merge([json.dumps(row) + "\n" for row in rows], found)
+    merged = _merge([json.dumps(row) + "\n" for row in rows], found, step)
     text = "".join(merged)
-    is_clean = not _has_other_lines(data) and data.startswith("".join(found).encode())
-    if len(merged) == len(found) and (_is_of(data, identity) if identity else is_clean):
+    is_changed = merged != found or _has_other_lines(data)
+    if not is_changed and (identity is None or _is_of(data, identity)):
         return True
     is_complete = identity is None or _is_of(text.encode(), identity)
-    is_damaged = bool(data.strip()) and not (is_clean and is_complete)
-    state = "is damaged" if is_damaged else "is too short" if data else "is gone or empty"
-    of = f" of {identity['rows']}" if identity else ""
-    told = f"{len(merged)}{of} rows up to step {step} are left"
-    if identity and is_complete:
-        told = f"every row up to step {step} is there again"
+    # Short of rows that a disk refused, or of the end of a line; nothing else is lost with it.
+    is_short = text.startswith("".join(found)) and not _has_other_lines(data) and is_complete
+    state = "is too short" if is_short else "is damaged"
+    state = state if data.strip() else "is gone or empty"
+    told = f"{len(merged)} rows up to step {step} are left"
+    if identity is not None:
+        told = f"{len(merged)} of {identity['rows']} rows up to step {step} are left"
+        if is_complete:
+            told = f"every row up to step {step} is there again"
+    if not is_changed:
+        warn(f"{path} {state}: {told}, not as they were written")
+        return True
     try:
         restored = path.parent / f".{path.name}.restored"
         write_whole(restored, text)
-        if is_damaged:
+        if data.strip() and not is_short:
             told += f"; what was there is now {_put_aside(path)}"
         restored.replace(path)
     except Exception as error:  # a disk, or the client of an object store
@@ -77,10 +83,21 @@ def _has_other_lines(data: bytes) -> bool:
     return False
 
 
-def _merge(newest: Sequence[str], found: Sequence[str]) -> list[str]:
-    """All lines once, by step. At the step of the checkpoint, later rows may follow its own."""
-    lines = dict.fromkeys([*newest, *found])
-    return sorted(lines, key=lambda line: int(json.loads(line)["step"]))
+def _merge(saved: Sequence[str], found: Sequence[str], step: int) -> list[str]:
+    """The lines of the file before those of the checkpoint, which are right from their first step.
+
+    Only at the checkpoint's own step can the file have others: an evaluation that was made up for.
+    """
+    rows = [json.loads(line) for line in saved]
+    first = rows[0]["step"] if rows else step + 1
+    last = [row.keys() for row in rows if row["step"] == step]
+
+    def is_later(row: Mapping[str, Any]) -> bool:
+        return row["step"] == step and row.keys() not in last
+
+    before = [line for line in found if json.loads(line)["step"] < first]
+    after = [line for line in found if is_later(json.loads(line))] if rows else []
+    return [*before, *saved, *after]
 
 
 def _put_aside(path: epath.Path) -> epath.Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -78,7 +79,8 @@ class RunLog:
             meta: what the checkpoint has of `for_checkpoint`; None if there is no checkpoint.
         """
         if meta is not None:
-            self._restored_rows = meta.get("rows", [])
+            rows = meta.get("rows", [])  # of an earlier version they are dicts
+            self._restored_rows = [json.loads(r) if isinstance(r, str) else r for r in rows]
             if self._writes:
                 self._is_restored = restore_rows(
                     self._workdir.metrics, step, self._restored_rows, meta.get("metrics_file")
@@ -170,7 +172,7 @@ class RunLog:
     def for_checkpoint(self, saved: int | None) -> dict[str, Any]:
         """What a checkpoint keeps of `metrics.jsonl`; see `MetricsWriter.for_checkpoint`."""
         if self._writer is None:  # as the restored checkpoint has it
-            return {"rows": list(self._restored_rows)}
+            return {"rows": [json.dumps(row) for row in self._restored_rows]}
         return self._writer.for_checkpoint(saved)
 
     def complete(self, step: int) -> bool:

@@ -71,9 +71,10 @@ class MetricsWriter:
                 has taken are left out from now on.
         """
         self._recent = [row for row in self._recent if saved is None or row["step"] >= saved]
-        recent = {json.dumps(row) for row in self._recent}
-        unwritten = [row for row in self._file.unwritten() if json.dumps(row) not in recent]
-        return {"rows": unwritten + self._recent, "metrics_file": self._file.identity()}
+        # Both end at the newest row. As text, because a manifest sorts the keys of objects.
+        newest = max(self._recent, self._file.unwritten(), key=len)
+        lines = [json.dumps(row) for row in newest]
+        return {"rows": lines, "metrics_file": self._file.identity()}
 
     def close(self) -> None:
         """Flushes and closes the files."""
