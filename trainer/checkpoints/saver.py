@@ -312,6 +312,11 @@ class Saver:
         self._writer.check()
 
     @property
+    def last_saved(self) -> int | None:
+        """The step of the newest save to disk that succeeded, or of the state restored from it."""
+        return self._writer.last_saved
+
+    @property
     def last_good(self) -> str:
         """The newest checkpoint on disk, for a message."""
         steps = self._latest.steps()

@@ -5,9 +5,10 @@ Rows that the disk refuses are kept and written later.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,27 @@ class MetricsFile(Protocol):
     def unwritten(self) -> list[dict[str, Any]]:
         """The rows that are not written yet."""
 
+    def identity(self) -> dict[str, Any]:
+        """Describes what the file holds once every row is written, as JSON."""
+
+
+class _Identity:
+    """Number, bytes and digest of all rows of a file, for a resume to compare it with."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self._rows = self._bytes = 0
+        self._digest = hashlib.sha256()
+        for line in lines:
+            self.add(line.encode())
+
+    def add(self, line: bytes) -> None:
+        self._rows += 1
+        self._bytes += len(line)
+        self._digest.update(line)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rows": self._rows, "bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
 
 def open_metrics_file(path: epath.Path, step: int) -> MetricsFile:
     """Opens a metrics file to append to, and drops its rows past a step.
@@ -42,10 +64,11 @@ def open_metrics_file(path: epath.Path, step: int) -> MetricsFile:
 
 def read_metrics_file(path: epath.Path, step: int) -> list[dict[str, Any]]:
     """The rows up to a step, without truncated lines."""
-    return [json.loads(line) for line in _lines_up_to(path, step)]
+    return [json.loads(line) for line in lines_up_to(path, step)]
 
 
-def _lines_up_to(path: Any, step: int) -> list[str]:
+def lines_up_to(path: Any, step: int) -> list[str]:
+    """The lines of rows up to a step, without any other line."""
     if not path.exists():
         return []
     kept = []
@@ -68,7 +91,9 @@ class _LocalFile:
         self._truncate(step)
 
     def _truncate(self, step: int) -> None:
-        kept = "".join(_lines_up_to(self._path, step)).encode()
+        lines = lines_up_to(self._path, step)
+        self._identity = _Identity(lines)
+        kept = "".join(lines).encode()
         if not self._path.exists():
             return
         if self._path.read_bytes().startswith(kept):
@@ -78,6 +103,7 @@ class _LocalFile:
 
     def add(self, row: Mapping[str, Any]) -> None:
         self._waiting.append((json.dumps(row) + "\n").encode())
+        self._identity.add(self._waiting[-1])
         self.flush()
 
     def flush(self) -> bool:
@@ -103,6 +129,9 @@ class _LocalFile:
     def unwritten(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._waiting]
 
+    def identity(self) -> dict[str, Any]:
+        return self._identity.to_json()
+
     def __del__(self) -> None:
         if self._file is not None:
             os.close(self._file)
@@ -113,7 +142,7 @@ class _RemoteFile:
 
     def __init__(self, path: epath.Path, step: int) -> None:
         self._path = path
-        self._lines = _lines_up_to(path, step)
+        self._lines = lines_up_to(path, step)
         self._is_written = False
         self._written = 0
 
@@ -133,3 +162,6 @@ class _RemoteFile:
 
     def unwritten(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._lines[self._written :]]
+
+    def identity(self) -> dict[str, Any]:
+        return _Identity(self._lines).to_json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,11 +12,15 @@ from trainer.errors import NonFiniteLoss
 from trainer.metrics_writer.goodput import Goodput
 from trainer.metrics_writer.live_view import LiveView
 from trainer.metrics_writer.messages import say_evaluation, say_row
+from trainer.metrics_writer.restored_rows import restore_rows
 from trainer.metrics_writer.tensorboard import TensorBoardWriter
 from trainer.metrics_writer.throughput import Throughput
 from trainer.metrics_writer.train_log import LogRow
 from trainer.metrics_writer.writer import MetricsWriter, NullWriter, last_values
 from trainer.workdir.workdir import Workdir
+
+# Seconds before each further try to write the last rows of a run.
+_PAUSES = (0.5, 1.0, 2.0)
 
 
 class RunLog:
@@ -58,6 +63,7 @@ class RunLog:
         self._view: LiveView | None = None
         self._throughput: Throughput | None = None
         self._restored_rows: Sequence[Mapping[str, Any]] = ()
+        self._is_restored = True
         self.metrics: dict[str, float] = {}
 
     @property
@@ -65,14 +71,20 @@ class RunLog:
         """For what goes to TensorBoard alone; None where this process does not write."""
         return self._writer.tensorboard if self._writer is not None else None
 
-    def resume(self, step: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Reads the metrics that earlier starts reported.
+    def resume(self, step: int, meta: Mapping[str, Any] | None = None) -> None:
+        """Reads the metrics that earlier starts reported, and restores those that are gone.
 
         Args:
             step: the restored step.
-            rows: of an in-memory checkpoint; the metrics file may lack them.
+            meta: what the checkpoint has of `for_checkpoint`; None if there is no checkpoint.
         """
-        self._restored_rows = rows
+        if meta is not None:
+            rows = meta.get("rows", [])  # of an earlier version they are dicts
+            self._restored_rows = [json.loads(r) if isinstance(r, str) else r for r in rows]
+            if self._writes:
+                self._is_restored = restore_rows(
+                    self._workdir.metrics, step, self._restored_rows, meta.get("metrics_file")
+                )
         self.metrics = last_values(self._workdir, step)
 
     def open(self, step: int) -> None:
@@ -157,9 +169,27 @@ class RunLog:
         if self._writer is not None:
             self._writer.flush()
 
-    def unwritten(self) -> list[dict[str, Any]]:
-        """The rows that the file system has not taken yet."""
-        return self._writer.unwritten() if self._writer is not None else []
+    def for_checkpoint(self, saved: int | None) -> dict[str, Any]:
+        """What a checkpoint keeps of `metrics.jsonl`; see `MetricsWriter.for_checkpoint`."""
+        if self._writer is None:  # as the restored checkpoint has it
+            return {"rows": [json.dumps(row) for row in self._restored_rows]}
+        return self._writer.for_checkpoint(saved)
+
+    def complete(self, step: int) -> bool:
+        """Whether `metrics.jsonl` holds every row; waits some seconds for a disk that does not.
+
+        Args:
+            step: the last step.
+        """
+        if self._writer is None and self._is_restored:
+            return True
+        self.open(step)
+        assert self._writer is not None
+        for pause in _PAUSES:
+            if self._writer.flush():
+                return True
+            time.sleep(pause)
+        return self._writer.flush()
 
     def finish(self, step: int) -> None:
         """Writes the closing metrics of a complete run, and closes the files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ class MetricsWriter:
     Args:
         workdir: the claimed folder of the run.
         step: the step the run resumes from; later rows in the files are dropped.
-        rows: up to that step, which the file may lack.
+        rows: the newest ones up to that step, which the file may lack.
 
     Attributes:
         tensorboard: the event files.
@@ -26,6 +27,7 @@ class MetricsWriter:
     def __init__(self, workdir: Workdir, step: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         present = read_metrics_file(workdir.metrics, step) if rows else []
         self._file = open_metrics_file(workdir.metrics, step)
+        self._recent: list[dict[str, Any]] = [dict(row) for row in rows]
         for row in rows:
             if row not in present:
                 self._file.add(row)
@@ -39,7 +41,9 @@ class MetricsWriter:
             values: by tag; a value that is not finite becomes `null` in the file.
         """
         finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
-        self._file.add({"step": step, **dict.fromkeys(values), **finite})
+        row = {"step": step, **dict.fromkeys(values), **finite}
+        self._recent.append(row)
+        self._file.add(row)
         self.tensorboard.scalars(step, finite)
 
     def goodput(self, step: int, seconds: Mapping[str, float]) -> None:
@@ -59,9 +63,18 @@ class MetricsWriter:
         self.tensorboard.flush()
         return self._file.flush()
 
-    def unwritten(self) -> list[dict[str, Any]]:
-        """The rows that the file system has not taken yet."""
-        return self._file.unwritten()
+    def for_checkpoint(self, saved: int | None) -> dict[str, Any]:
+        """What a checkpoint keeps of the file, as JSON: its newest rows, and what it should be.
+
+        Args:
+            saved: the step of the newest checkpoint on disk; rows before it that the file system
+                has taken are left out from now on.
+        """
+        self._recent = [row for row in self._recent if saved is None or row["step"] >= saved]
+        # Both end at the newest row. As text, because a manifest sorts the keys of objects.
+        newest = max(self._recent, self._file.unwritten(), key=len)
+        lines = [json.dumps(row) for row in newest]
+        return {"rows": lines, "metrics_file": self._file.identity()}
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -90,9 +103,9 @@ class NullWriter:
         """Does nothing."""
         return True
 
-    def unwritten(self) -> list[dict[str, Any]]:
-        """Returns no rows."""
-        return []
+    def for_checkpoint(self, saved: int | None) -> dict[str, Any]:
+        """Returns nothing."""
+        return {}
 
     def close(self) -> None:
         """Does nothing."""

@@ -226,20 +226,17 @@ class InMemoryCheckpoint:
     Args:
         saver: keeps the copies.
         metrics: drained first, as for a checkpoint.
-        run_log: whose rows may not be on disk yet.
-        meta: gives what a resume needs beside the state and the rows, as JSON.
+        meta: gives what a resume needs beside the state, as JSON.
     """
 
     def __init__(
         self,
         saver: Saver,
         metrics: StepMetrics,
-        run_log: RunLog,
         meta: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._saver = saver
         self._metrics = metrics
-        self._run_log = run_log
         self._meta = meta
 
     def due(self, call: Call) -> bool:
@@ -251,6 +248,6 @@ class InMemoryCheckpoint:
         self._metrics.drain()
         jax.block_until_ready(state)
         began = time.monotonic()
-        meta = {**self._meta(), "rows": self._run_log.unwritten()}
+        meta = self._meta()
         with self._metrics.excluding("save"):
             self._saver.save_in_memory(call.step, state, meta, began)

@@ -18,7 +18,7 @@ from trainer.checkpoints.saver import Saver
 from trainer.config.settings import Settings
 from trainer.console import say
 from trainer.data.prefetch import depth_for, prefetch
-from trainer.errors import NonFiniteLoss, Preempted
+from trainer.errors import NonFiniteLoss, PeerFailed, Preempted, SavesFailed
 from trainer.inference.evaluate import Evaluator
 from trainer.lift.call import Call, calls
 from trainer.lift.lift import Lift
@@ -158,7 +158,7 @@ class Run:
             actions.CheckReplicas(lift, settings.replica_check_every_steps, self.checkpoint),
             actions.CheckSaves(self.saver),
             actions.CheckFolder(self.ownership),
-            actions.InMemoryCheckpoint(self.saver, self.metrics, self.run_log, self._meta),
+            actions.InMemoryCheckpoint(self.saver, self.metrics, self._meta),
         ]
         return [action for action in listed if action is not None]
 
@@ -266,9 +266,8 @@ class Run:
         self.log.from_json(meta["log"])
         if meta.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:
             self.log.begin_epoch(restored.step)
-        rows = meta.get("rows", [])
         metrics = self.workdir.metrics
-        patiently(metrics, lambda: self.run_log.resume(restored.step, rows))
+        patiently(metrics, lambda: self.run_log.resume(restored.step, meta))
         self.goodput.resume(meta.get("goodput"))
         self.early_stop.from_json(None if has_other_examples else meta.get("early_stop"))
         if meta["evaluation_pending"] and self.evaluate is not None:
@@ -353,6 +352,7 @@ class Run:
             "goodput": self.goodput.to_json(),
             "evaluation_pending": self._evaluation_pending,
             "early_stop": self.early_stop.to_json(),
+            **self.run_log.for_checkpoint(self.saver.last_saved),
         }
 
     @property
@@ -367,7 +367,7 @@ class Run:
         with self.goodput.spending("save"):
             self.saver.finish()
         self.run_log.finish(step)
-        self.lift.gather(0)  # the job takes a process that leaves early for lost
+        self._check_rows(step)  # also because the job takes a process that leaves early for lost
         reason = self.early_stop.reason
         say_end(self.settings, self.job, self.workdir, self.saver, self.goodput, step, reason)
         self.profiler.say_end()
@@ -381,8 +381,20 @@ class Run:
             self.ownership.record(self.saver.run)
             self.checkpoint.save(step, state)
         self.saver.finish()
+        self._check_rows(step)
         say_nothing_to_do(self.settings, self.job, self.workdir.path, step, self.early_stop.reason)
         return Result(state, self.run_log.metrics)
+
+    def _check_rows(self, step: int) -> None:
+        """Raises unless every row is written: a run is not done without its metrics."""
+        is_complete = self.run_log.complete(step)
+        if not all(self.lift.gather(int(is_complete))):
+            if is_complete:
+                raise PeerFailed("process 0 could not write metrics.jsonl")
+            raise SavesFailed(
+                f"{self.workdir.metrics} lacks rows that could not be written; they are in the "
+                f"checkpoint of step {step}, and the same command writes them"
+            )
 
     def _save_and_stop(self, step: int, state: TrainState) -> None:
         say(f"asked to stop: saving at step {step}")

@@ -1,0 +1,125 @@
+"""No row of metrics.jsonl vanishes without a word."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+
+import pytest
+from conftest import mesh_of, wide
+from runs import digits, without_speed
+
+import trainer
+from trainer.checkpoints.manifest import Manifest
+from trainer.metrics_writer import metrics_file, run_log
+
+
+def config(**changes):
+    made = digits(20, **changes)
+    made.checkpoint.every_steps = 10
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Rows at 5, 10, 15 and 20, evaluations at 10 and 20; the checkpoint has those from 10 on."""
+    workdir = tmp_path_factory.mktemp("rows") / "run"
+    for stop in (10, 20):
+        trainer.train(config(stop_at_step=stop), workdir, mesh_of(2))
+    return workdir
+
+
+def flipped(number):
+    def damage(lines):
+        changed = lines[number].replace(b"0.", b"1.", 1)
+        return b"".join([*lines[:number], changed, *lines[number + 1 :]])
+
+    return damage
+
+
+# What is done to the lines, what is said, and whether the file is put aside.
+DAMAGES = {
+    "emptied": (lambda lines: b"", "gone or empty: 5 of 6 rows", False),
+    "missing": (lambda lines: None, "gone or empty: 5 of 6 rows", False),
+    "binary": (lambda lines: bytes(range(256)) * 8, "damaged: 5 of 6 rows", True),
+    "cut short": (lambda lines: b"".join(lines)[: -len(lines[-1]) - 9], "too short: every", False),
+    "another line": (
+        lambda lines: b"".join([*lines[:2], b"# mine\n", *lines[2:]]),
+        "damaged: every row up to step 20 is there again",
+        True,
+    ),
+    "a digit of the last": (flipped(5), "damaged: every", True),
+    "a digit of the first": (flipped(0), "damaged: 6 of 6 rows up to step 20 are left, not", False),
+    "the first gone": (lambda lines: b"".join(lines[1:]), "damaged: 5 of 6 rows", False),
+}
+MAIN = ("emptied", "binary", "cut short")
+
+
+@pytest.mark.parametrize("name", [*MAIN, *(wide(n) for n in DAMAGES if n not in MAIN)])
+def test_damage_is_told_put_aside_and_repaired(run, tmp_path, name, capsys):
+    damage, said, is_put_aside = DAMAGES[name]
+    copy = shutil.copytree(run, tmp_path / "run")
+    path = copy / "metrics.jsonl"
+    before = path.read_bytes().splitlines(keepends=True)
+    damaged = damage(before)
+    if damaged is None:
+        path.unlink()
+    else:
+        path.write_bytes(damaged)
+    trainer.train(config(), copy, mesh_of(2))
+    told = capsys.readouterr().err
+    assert f"warning: {path} is {said}" in told
+    left = path.read_bytes().splitlines(keepends=True)
+    assert left[-5:] == before[-5:]
+    assert left == before or "every" not in said
+    aside = copy / "metrics.jsonl.damaged-1"
+    assert (str(aside) in told) == aside.exists() == is_put_aside
+    assert not is_put_aside or aside.read_bytes() == damaged
+    trainer.train(config(), copy, mesh_of(2))
+    again = capsys.readouterr().err
+    assert ("warning" in again) == (left != before)  # a row is still lacking
+    assert not (copy / "metrics.jsonl.damaged-2").exists()
+
+
+class FullDisk:
+    """The module `os`, on a disk that takes no rows."""
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def open(self, *arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_without_its_rows_is_no_success_and_the_next_start_writes_them(
+    tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics_file, "os", FullDisk())
+        patched.setattr(run_log, "_PAUSES", (0.0,))
+        with pytest.raises(trainer.SavesFailed, match="lacks rows that could not be written; they"):
+            trainer.train(config(), workdir, mesh_of(2))
+    assert not (workdir / "metrics.jsonl").exists()
+    trainer.train(config(), workdir, mesh_of(2))
+    assert "metrics.jsonl is gone or empty: every row up to step 20" in capsys.readouterr().err
+    steps = [row["step"] for row in without_speed(workdir / "metrics.jsonl")]
+    assert steps == [5, 10, 15, 20, 20]
+
+
+def test_a_run_of_an_earlier_version_resumes(run, tmp_path, capsys):
+    """Its checkpoints say nothing of the file."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    manifest = copy / "checkpoints/20/manifest.json"
+    listed = Manifest.from_text(manifest.read_text())
+    meta = {k: v for k, v in listed.meta.items() if k not in ("rows", "metrics_file")}
+    manifest.write_text(dataclasses.replace(listed, meta=meta).to_text())
+    trainer.train(config(), copy, mesh_of(2))
+    assert capsys.readouterr().err == ""
+    with (copy / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\n")
+    trainer.train(config(), copy, mesh_of(2))
+    assert "is damaged: 6 rows up to step 20 are left" in capsys.readouterr().err
+    assert (copy / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
