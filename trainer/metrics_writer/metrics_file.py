@@ -16,6 +16,7 @@ from etils import epath
 
 from trainer.console import warn
 from trainer.workdir.paths import is_local, write_whole
+from trainer.workdir.patience import patiently
 
 
 class MetricsFile(Protocol):
@@ -64,7 +65,8 @@ def open_metrics_file(path: epath.Path, step: int) -> MetricsFile:
 
 def read_metrics_file(path: epath.Path, step: int) -> list[dict[str, Any]]:
     """The rows up to a step, without truncated lines."""
-    return [json.loads(line) for line in lines_up_to(path, step)]
+    lines = patiently(path, lambda: lines_up_to(path, step))
+    return [json.loads(line) for line in lines]
 
 
 def lines_up_to(path: Any, step: int) -> list[str]:

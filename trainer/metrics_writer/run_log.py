@@ -17,6 +17,7 @@ from trainer.metrics_writer.tensorboard import TensorBoardWriter
 from trainer.metrics_writer.throughput import Throughput
 from trainer.metrics_writer.train_log import LogRow
 from trainer.metrics_writer.writer import MetricsWriter, NullWriter, last_values
+from trainer.workdir.patience import patiently
 from trainer.workdir.workdir import Workdir
 
 # Seconds before each further try to write the last rows of a run.
@@ -82,8 +83,9 @@ class RunLog:
             rows = meta.get("rows", [])  # of an earlier version they are dicts
             self._restored_rows = [json.loads(r) if isinstance(r, str) else r for r in rows]
             if self._writes:
-                self._is_restored = restore_rows(
-                    self._workdir.metrics, step, self._restored_rows, meta.get("metrics_file")
+                path, identity = self._workdir.metrics, meta.get("metrics_file")
+                self._is_restored = patiently(
+                    path, lambda: restore_rows(path, step, self._restored_rows, identity)
                 )
         self.metrics = last_values(self._workdir, step)
 

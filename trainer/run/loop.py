@@ -53,7 +53,6 @@ from trainer.step.update import metric_names
 from trainer.summaries.held_out import make_held_out_summaries
 from trainer.summaries.histograms import HistogramSummary
 from trainer.summaries.stragglers import Stragglers
-from trainer.workdir.patience import patiently
 from trainer.workdir.workdir import Workdir
 
 # How long the other processes give process 0 to save, after a loss that is not finite.
@@ -168,9 +167,8 @@ class Run:
         """Trains from the newest state to the last step."""
         state = self._start()
         step = int(self.lift.read(state.step))
-        rescuing = self._rescuing
         if step >= self.job.stop or self.early_stop.reason:
-            with rescuing(step, state):
+            with self._rescuing(step, state):
                 return self._finish_at_once(step, state)
         if self.workdir.exists:
             self.ownership.record(self.saver.run)
@@ -183,7 +181,7 @@ class Run:
             for call, batch, check_labels in batches:
                 phase = "compile" if call.is_first else "train"
                 if self.stop_requested(call.before, phase):
-                    with rescuing(call.before, state):
+                    with self._rescuing(call.before, state):
                         self._save_and_stop(call.before, state)
                 self.step = call.before
                 kind = "compile" if call.is_first else "step"
@@ -196,7 +194,7 @@ class Run:
                 if call.is_first:
                     self._begin(call, state, time.monotonic() - began)
                 self.run_log.progress(call.step)
-                with rescuing(call.step, state):
+                with self._rescuing(call.step, state):
                     for action in self.actions:
                         if action.due(call):
                             action.run(call, state)
@@ -205,7 +203,7 @@ class Run:
                     break
         if step < self.job.stop and not self.early_stop.reason:
             raise RuntimeError(f"the batches ended after step {step} of {self.job.stop}")
-        with rescuing(step, state):
+        with self._rescuing(step, state):
             if self._evaluation_pending:
                 self._save_and_stop(step, state)
             return self._finish(step, state)
@@ -228,7 +226,7 @@ class Run:
         sources = {"train": self.job.stream.source, "eval": self.job.held_out}
         self.saver.data = agree_on_data(self.lift, sources)
         if self.workdir.exists:
-            self._claim()
+            self.saver.run, self.saver.identity = self.ownership.claim()
         state = self._restore_or_initialise()
         step = int(self.lift.read(state.step))
         seconds = time.monotonic() - began
@@ -266,14 +264,13 @@ class Run:
         self.log.from_json(meta["log"])
         if meta.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:
             self.log.begin_epoch(restored.step)
-        metrics = self.workdir.metrics
-        patiently(metrics, lambda: self.run_log.resume(restored.step, meta))
+        self.run_log.resume(restored.step, meta)
         self.goodput.resume(meta.get("goodput"))
         self.early_stop.from_json(None if has_other_examples else meta.get("early_stop"))
         if meta["evaluation_pending"] and self.evaluate is not None:
             row = None
             if not has_other_examples:
-                row = patiently(metrics, lambda: evaluation_at(self.workdir, restored.step))
+                row = evaluation_at(self.workdir, restored.step)
             done = json.loads(self.lift.broadcast_text(json.dumps(row)))
             self.evaluate.pending = done is None
             if done is not None:  # by an attempt that ended before it saved again
@@ -293,12 +290,8 @@ class Run:
 
     def _claim_new_folder(self) -> None:
         if self.ownership.is_new:
-            self._claim()
+            self.saver.run, self.saver.identity = self.ownership.claim()
             self.ownership.record(self.saver.run)
-
-    def _claim(self) -> None:
-        self.saver.run = self.ownership.claim()
-        self.saver.identity = self.ownership.identity
 
     def _rescuing(self, step: int, state: TrainState) -> AbstractContextManager[None]:
         def save() -> epath.Path:

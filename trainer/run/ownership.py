@@ -74,8 +74,8 @@ class Ownership:
                 _NOT_SHARED,
             )
 
-    def claim(self) -> str:
-        """Locks the folder; returns the id of the steps of the run in it, or a new one.
+    def claim(self) -> tuple[str, Identity | None]:
+        """Locks the folder; returns the id of the steps of its run, or a new one, and `identity`.
 
         Raises:
             UserError: another job holds the lock, or began a run in the folder meanwhile.
@@ -89,7 +89,8 @@ class Ownership:
                 )
             path, run_id = self._folder.path, self._find_run_id()
             self.identity = patiently(path, lambda: Identity(path, run_id, CONFIG_FILE))
-        return self._lift.broadcast_text(self._folder.lineage() if self._lift.writes else "")
+        run = self._lift.broadcast_text(self._folder.lineage() if self._lift.writes else "")
+        return run, self.identity
 
     def _find_run_id(self) -> str:
         """That of `env.json`, else of the newest checkpoint, else a new one."""

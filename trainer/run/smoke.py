@@ -121,7 +121,7 @@ class _Smoke:
             report(f"{describe_devices(lift)}, global batch {settings.global_batch_size}, ")
             report(f"{per_shard} a shard")
         with self._check("processes") as report:
-            run = self.ownership.claim()
+            run, _ = self.ownership.claim()
             self.ownership.record(run)
             sources = {"train": self.job.stream.source, "eval": self.job.held_out}
             agree_on_data(lift, sources)
