@@ -47,11 +47,11 @@ DAMAGES = {
     "cut short": (lambda lines: b"".join(lines)[: -len(lines[-1]) - 9], "too short: every", False),
     "another line": (
         lambda lines: b"".join([*lines[:2], b"# mine\n", *lines[2:]]),
-        "damaged: every row up to step 20 is there again",
+        "damaged: every row is there again",
         True,
     ),
     "a digit of the last": (flipped(5), "damaged: every", True),
-    "a digit of the first": (flipped(0), "damaged: 6 of 6 rows up to step 20 are left, not", False),
+    "a digit of the first": (flipped(0), "damaged: 6 of 6 rows are left, not", False),
     "the first gone": (lambda lines: b"".join(lines[1:]), "damaged: 5 of 6 rows", False),
 }
 MAIN = ("emptied", "binary", "cut short")
@@ -70,7 +70,8 @@ def test_damage_is_told_put_aside_and_repaired(run, tmp_path, name, capsys):
         path.write_bytes(damaged)
     trainer.train(config(), copy, mesh_of(2))
     told = capsys.readouterr().err
-    assert f"warning: {path} is {said}" in told
+    state, what = said.split(": ")
+    assert f"warning: {path} is {state}, compared with the checkpoint of step 20: {what}" in told
     left = path.read_bytes().splitlines(keepends=True)
     assert left[-5:] == before[-5:]
     assert left == before or "every" not in said
@@ -104,7 +105,7 @@ def test_a_run_without_its_rows_is_no_success_and_the_next_start_writes_them(
             trainer.train(config(), workdir, mesh_of(2))
     assert not (workdir / "metrics.jsonl").exists()
     trainer.train(config(), workdir, mesh_of(2))
-    assert "metrics.jsonl is gone or empty: every row up to step 20" in capsys.readouterr().err
+    assert "compared with the checkpoint of step 20: every row is there" in capsys.readouterr().err
     steps = [row["step"] for row in without_speed(workdir / "metrics.jsonl")]
     assert steps == [5, 10, 15, 20, 20]
 
@@ -121,5 +122,8 @@ def test_a_run_of_an_earlier_version_resumes(run, tmp_path, capsys):
     with (copy / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\xfe\n")
     trainer.train(config(), copy, mesh_of(2))
-    assert "is damaged: 6 rows up to step 20 are left" in capsys.readouterr().err
+    assert (
+        "is damaged, compared with the checkpoint of step 20: 6 rows are left"
+        in capsys.readouterr().err
+    )
     assert (copy / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()

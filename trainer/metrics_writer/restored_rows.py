@@ -47,13 +47,14 @@ def restore_rows(
     is_short = text.startswith("".join(found)) and not _has_other_lines(data) and is_complete
     state = "is too short" if is_short else "is damaged"
     state = state if data.strip() else "is gone or empty"
-    told = f"{len(merged)} rows up to step {step} are left"
+    compared = f"{path} {state}, compared with the checkpoint of step {step}"
+    told = f"{len(merged)} rows are left"
     if identity is not None:
-        told = f"{len(merged)} of {identity['rows']} rows up to step {step} are left"
+        told = f"{len(merged)} of {identity['rows']} rows are left"
         if is_complete:
-            told = f"every row up to step {step} is there again"
+            told = "every row is there again"
     if not is_changed:
-        warn(f"{path} {state}: {told}, not as they were written")
+        warn(f"{compared}: {told}, not as they were written")
         return True
     try:
         restored = path.parent / f".{path.name}.restored"
@@ -62,9 +63,9 @@ def restore_rows(
             told += f"; what was there is now {_put_aside(path)}"
         restored.replace(path)
     except Exception as error:  # a disk, or the client of an object store
-        warn(f"{path} {state}, and cannot be restored: {first_line(error)}")
+        warn(f"{compared}: it cannot be restored, {first_line(error)}")
         return False
-    warn(f"{path} {state}: {told}")
+    warn(f"{compared}: {told}")
     return True
 
 
