@@ -13,6 +13,7 @@ from launcher.rendezvous.address import join_address
 from launcher.rendezvous.connection import Connection
 from launcher.rendezvous.late import Idle
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, PROTOCOL, Hello, Listener, Start
+from launcher.rendezvous.pulse import Pulse
 
 
 class Client:
@@ -49,6 +50,7 @@ class Client:
         self._heartbeat_timeout = heartbeat_timeout
         self._answer_timeout = answer_timeout
         self._began = loop.time()
+        self._pulse = Pulse(loop.time, heartbeat_timeout)
         self._connection: Connection | None = None
         self._has_started = self._is_over = self._is_done = False
         self._reason = ""
@@ -140,7 +142,8 @@ class Client:
     def _on_loss(self, reason: str) -> None:
         if self._has_started or self._is_over:
             host = join_address(*self._target)
-            self._end(Failure(0, RETRY, f"lost rank 0 at {host}: {reason}", host=host))
+            lost = Failure(0, RETRY, f"lost rank 0 at {host}: {reason}", host=host)
+            self._end(self._pulse.given_up(self._hello) or lost)
             return
         # It may be a proxy in front of a pod that is not up yet: try again.
         self._connection = None
@@ -159,7 +162,9 @@ class Client:
     def _beat(self) -> None:
         if self._is_over:
             return
+        was_suspended = self._pulse.beat()
         if self._connection is not None:
             self._connection.send("heartbeat")
-            self._connection.check(self._heartbeat_timeout)
+            if not was_suspended:  # else what has arrived meanwhile is still to be read
+                self._connection.check(self._heartbeat_timeout)
         self._loop.call_later(HEARTBEAT_SECS, self._beat)
