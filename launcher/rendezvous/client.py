@@ -15,6 +15,7 @@ from launcher.rendezvous.connection import Connection
 from launcher.rendezvous.handshake import Handshake, new_nonce
 from launcher.rendezvous.late import Idle
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, PROTOCOL, Hello, Listener, Start
+from launcher.rendezvous.pulse import Pulse
 from launcher.rendezvous.secret import VARIABLE, JobSecret, NoSecret
 
 # For what answers at the address of rank 0 to prove that it is; files may be late on other hosts.
@@ -58,6 +59,7 @@ class Client:
         self._answer_timeout = answer_timeout
         self._began = loop.time()
         self._secret = secret
+        self._pulse = Pulse(loop.time, heartbeat_timeout)
         self._connection: Connection | None = None
         self._is_trying = False  # in a thread
         self._nonce = ""
@@ -124,7 +126,7 @@ class Client:
 
     def idle(self, idle: Idle) -> None:
         """Tells rank 0's launcher that a rank is idle."""
-        if self._connection is not None:
+        if self._connection is not None and self._is_proven:
             self._connection.send("idle", idle=idle.to_json())
 
     def abandon(self, failure: Failure) -> None:
@@ -218,7 +220,8 @@ class Client:
     def _on_loss(self, reason: str) -> None:
         if self._has_started or self._is_over:
             host = join_address(*self._target)
-            self._end(Failure(0, RETRY, f"lost rank 0 at {host}: {reason}", host=host))
+            lost = Failure(0, RETRY, f"lost rank 0 at {host}: {reason}", host=host)
+            self._end(self._pulse.given_up(self._hello) or lost)
             return
         # It may be a proxy in front of a pod that is not up yet: try again.
         self._connection = None
@@ -237,7 +240,9 @@ class Client:
     def _beat(self) -> None:
         if self._is_over:
             return
+        was_suspended = self._pulse.beat()
         if self._connection is not None:
             self._connection.send("heartbeat")
-            self._connection.check(self._heartbeat_timeout)
+            if not was_suspended:  # else what has arrived meanwhile is still to be read
+                self._connection.check(self._heartbeat_timeout)
         self._loop.call_later(HEARTBEAT_SECS, self._beat)

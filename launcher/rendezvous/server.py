@@ -17,6 +17,7 @@ from launcher.rendezvous.connection import NO_LAUNCHER, Connection
 from launcher.rendezvous.handshake import Handshake, new_nonce
 from launcher.rendezvous.late import Idle, Late
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, Hello, Listener, Start
+from launcher.rendezvous.pulse import Pulse
 from launcher.rendezvous.root_cause import MakeRootCause
 from launcher.rendezvous.secret import JobSecret
 
@@ -174,6 +175,7 @@ class Server:
         self._socket.setblocking(False)
         loop.add_reader(self._socket, self._accept)
         self._began = loop.time()
+        self._pulse = Pulse(loop.time, heartbeat_timeout)
         self._deadline = loop.call_later(rendezvous_timeout, self._give_up)
         loop.call_later(HEARTBEAT_SECS, self._beat)
         loop.call_later(10, self._remind)
@@ -277,7 +279,8 @@ class Server:
             self._sessions.pop(hello.rank, None)  # it may join again
         elif not session.has_left and not self._is_over:
             message = f"lost rank {hello.rank} on {hello.host}: {reason}"
-            self._root_cause.add(Failure(hello.rank, RETRY, message, host=hello.host))
+            lost = Failure(hello.rank, RETRY, message, host=hello.host)
+            self._root_cause.add(self._pulse.given_up(self._hello) or lost)
         session.has_left = True
 
     def note_stranger(self, address: str, why: str) -> None:
@@ -362,8 +365,10 @@ class Server:
             self._loop.call_later(10, self._remind)
 
     def _beat(self) -> None:
+        was_suspended = self._pulse.beat()
         self._broadcast("heartbeat")
         for session in list(self._sessions.values()):
-            session.connection.check(self._heartbeat_timeout)
+            if not was_suspended:  # else what has arrived meanwhile is still to be read
+                session.connection.check(self._heartbeat_timeout)
         if not self._is_over:
             self._loop.call_later(HEARTBEAT_SECS, self._beat)

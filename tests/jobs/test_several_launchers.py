@@ -102,6 +102,11 @@ def test_a_silent_launcher_is_given_up(begin, tmp_path):
     assert code == 42
     assert "lost rank 1 on" in err
     assert "no heartbeat" in err
+    launchers[1].send_signal(signal.SIGCONT)
+    ((code, _, err),) = ends(launchers[1], timeout=20)
+    assert code == 42
+    assert "the launcher of rank 1" in err, "not the others, which did not stop"
+    assert "s, and the others have given it up" in err
 
 
 @pytest.mark.slow
