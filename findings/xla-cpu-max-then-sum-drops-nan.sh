@@ -5,10 +5,13 @@
 #   NaN for 16 x 16. From some size on, XLA:CPU offloads the fused max and sum to YNNPACK
 #   ("__ynn_fusion" in the compiled HLO), whose max returns the other operand for NaN; smaller arrays
 #   take XLA's own code, which propagates NaN as HLO's maximum is specified to. A relu followed by a
-#   mean over space, as at the end of a ResNet, therefore hides NaN from the loss on CPU.
+#   mean over space, as at the end of a ResNet, therefore hides NaN from the loss on CPU. So does
+#   (relu(x @ w) @ w).sum(), and jnp.max(x) alone.
 #   --xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_REDUCE (a leading minus removes a
 #   type from the default list) keeps the sum in XLA, and the NaN.
-# Versions: jax and jaxlib 0.10.2, CPU.
+#   As a compiler option of one jax.jit, where a minus is refused, the same is
+#   LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION.
+# Versions: jax and jaxlib 0.10.2, CPU; the same in 0.12.0.1, and 0.9.0 has the option too.
 # Sources: measured; https://openxla.org/xla/operation_semantics (element-wise binary operations).
 # Guess before the run: NaN in all cases, as in numpy, and the same answer for every size.
 set -euo pipefail

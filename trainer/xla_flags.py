@@ -1,9 +1,9 @@
 """XLA_FLAGS that keep NaN on CPU. They are read once, when jax first compiles or lists devices.
 
 XLA:CPU hands max followed by a sum to YNNPACK, whose max drops NaN: `jnp.maximum(x, 0).sum()` of
-NaN is 0.0 from some size on, and so is a relu followed by a mean, as at the end of a ResNet
-(jaxlib 0.9.0 to 0.12.0.1; findings/xla-cpu-max-then-sum-drops-nan.sh). Without fusions that end in
-a sum, XLA's own code computes both, and keeps it.
+NaN is 0.0 from some size on, and so is a relu followed by a mean, as at the end of a ResNet (jaxlib
+0.10.2 and 0.12.0.1; findings/xla-cpu-max-then-sum-drops-nan.sh). Without fusions that end in a sum,
+XLA's own code computes both, and keeps it.
 """
 
 from __future__ import annotations
