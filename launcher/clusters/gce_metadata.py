@@ -7,24 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from trainer.errors import UserError
+from trainer.xla_flags import has_tpu
 
 _SERVER = "http://metadata.google.internal"
 _KEYS = ("agent-worker-number", "worker-network-endpoints", "tpu-env")
-_GOOGLE = "0x1ae0"  # PCI vendor
-
-
-def has_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
-    """Whether a TPU chip is on the PCI bus of this machine."""
-    for path in devices.glob("*/vendor"):
-        try:
-            if path.read_text().strip().lower() == _GOOGLE:
-                return True
-        except OSError:  # a device that was removed
-            continue
-    return False
 
 
 def fetch_attribute(

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from launcher.processes.assignment import Assignment
+from trainer.xla_flags import add_option
 
 # A backstop for jax's own timeouts, in seconds: a week. The launchers find lost hosts, and ranks
 # that make no progress, on monotonic clocks. jax counts heartbeats on the wall clock: with a
@@ -31,7 +32,8 @@ def join(assignment: Assignment) -> None:
     """
     if assignment.coordinator is None:
         return
-    _wait_in_collectives(os.environ)
+    # The launcher, not XLA, decides how long a process may wait in a collective on CPU.
+    add_option(os.environ, f"{_COLLECTIVE_TIMEOUT}={BACKSTOP_SECS}")
     _listen_on(assignment.address)
     host = assignment.coordinator.rpartition(":")[0].strip("[]")
     bypass_proxies(os.environ, (host, assignment.address))
@@ -58,16 +60,6 @@ def leave() -> None:
     """Disconnects from the peers."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
-
-
-def _wait_in_collectives(environ: MutableMapping[str, str]) -> None:
-    """Lets the launcher, not XLA, decide how long a process may wait in a collective on CPU.
-
-    XLA reads its flags with the first program, so they can still be set here.
-    """
-    flags = environ.get("XLA_FLAGS", "")
-    if _COLLECTIVE_TIMEOUT not in flags:
-        environ["XLA_FLAGS"] = f"{flags} {_COLLECTIVE_TIMEOUT}={BACKSTOP_SECS}".strip()
 
 
 # The variables in which gRPC looks for a proxy. It takes no notice of the others.

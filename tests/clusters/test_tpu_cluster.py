@@ -9,8 +9,9 @@ import pytest
 from recorded_environ import changed, recorded
 
 from launcher.clusters.detect import detect
-from launcher.clusters.gce_metadata import fetch_attribute, has_tpu, read_gce_metadata
+from launcher.clusters.gce_metadata import fetch_attribute, read_gce_metadata
 from trainer.errors import UserError
+from trainer.xla_flags import has_tpu
 
 
 def test_tpu_variables_win_over_the_metadata_and_over_each_other():

@@ -150,6 +150,12 @@ def test_numbers_that_jax_would_cut_to_32_bits_are_refused(key, value, expected)
         check(config)
 
 
+def test_seeds_of_code_that_is_not_podlifts_are_its_own():
+    config = config_of("digits")
+    config.data = {"target": "mine.data:load", "split_seed": 2**40}
+    check(config)
+
+
 def test_seeds_of_32_bits_are_all_different():
     task = Task(PlainMLP((1,), 1), squared_error, optax.sgd(0.1))
     keys = [init_state(task, seed, jnp.zeros(3)).rng for seed in (0, 5, 2**32 - 1, 2**31)]

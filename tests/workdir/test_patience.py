@@ -81,6 +81,7 @@ def test_after_minutes_it_is_a_failure_of_the_storage(time, warnings, error):
     ("error", "kind"),
     [
         (os_error(errno.ENOENT), FileNotFoundError),
+        (FileNotFoundError("gs://bucket/none"), FileNotFoundError),  # of gcsfs, without a number
         (os_error(errno.ENOTDIR), NotADirectoryError),
         (os_error(errno.ENOSPC), OSError),
         (os_error(errno.EROFS), OSError),

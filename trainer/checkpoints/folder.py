@@ -343,10 +343,11 @@ def _sync(path: Path) -> None:
         OSError: the disk has not taken the data.
     """
     descriptor = os.open(path, os.O_RDONLY)
+    ignored = (*_NO_SYNC, *_NO_SYNC_OF_FOLDER) if path.is_dir() else _NO_SYNC
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NO_SYNC:
+        if error.errno not in ignored:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         os.close(descriptor)
@@ -354,3 +355,5 @@ def _sync(path: Path) -> None:
 
 # What file systems answer that cannot sync a folder, or anything.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+# A folder can only be opened for reading, which some network file systems do not flush.
+_NO_SYNC_OF_FOLDER = (errno.EACCES, errno.EPERM, errno.EBADF)

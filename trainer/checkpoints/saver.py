@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from trainer.checkpoints.folder import CheckpointFolder
@@ -33,6 +32,7 @@ from trainer.errors import FolderMoved, NonFiniteState, PeerFailed, SavesFailed,
 from trainer.lift.lift import Lift
 from trainer.lift.replicas import check_replicas
 from trainer.state.checksums import checksum_of
+from trainer.state.finite import find_unusable
 from trainer.state.train_state import TrainState
 from trainer.workdir.identity import Identity
 from trainer.workdir.paths import exists
@@ -277,11 +277,7 @@ class Saver:
         if not self._lift.holds_full_state:
             raise FolderMoved("the state is sharded over processes")
         arrays = self._lift.host_copy(state)
-        bad = [
-            name
-            for name, array in arrays.items()
-            if name.startswith(("params/", "model_state/")) and not np.isfinite(array).all()
-        ]
+        bad = list(find_unusable(arrays))
         if bad:
             raise NonFiniteState(step, bad)
         time.sleep(_SETTLE_SECS)  # somebody may be removing it at this moment

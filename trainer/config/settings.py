@@ -116,7 +116,9 @@ def check(config: ConfigDict | Mapping[str, Any]) -> Settings:
         )
     flat = flatten(config)
     for where, value in flat.items():
-        if re.fullmatch(r"(.*[._])?seed", where) and isinstance(value, int):
+        block = where.rpartition(".")[0]
+        is_ours = not block or str(flat.get(f"{block}.target", "trainer.")).startswith("trainer.")
+        if is_ours and re.fullmatch(r"(.*[._])?seed", where) and isinstance(value, int):
             check_seed(value, f"config.{where}")
 
     def positive(where: str) -> int:

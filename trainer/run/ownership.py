@@ -8,6 +8,7 @@ import zlib
 
 import jax
 import numpy as np
+from etils import epath
 
 from trainer.checkpoints.differences import how_leaves_differ, show
 from trainer.checkpoints.folder import CheckpointFolder
@@ -93,15 +94,11 @@ class Ownership:
         return run, self.identity
 
     def _find_run_id(self) -> str:
-        """That of `env.json`, else of the newest checkpoint, else a new one."""
+        """That of `env.json`, else of the newest checkpoint that has one, else a new one."""
         found = self._folder.run_id()
         if not found and self._folder.exists:
-            latest = CheckpointFolder(self._folder.checkpoints, 1)
-            for step in reversed(patiently(latest.path, latest.steps)):
-                with contextlib.suppress(Damaged):
-                    listed = patiently(latest.path / str(step), lambda: latest.check(step))  # noqa: B023
-                    found = listed.run_id
-                    break
+            places = (self._folder.checkpoints, self._folder.best)
+            found = next(filter(None, map(_run_id_in, places)), "")
         return found or uuid.uuid4().hex
 
     def close(self) -> None:
@@ -131,6 +128,17 @@ class Ownership:
                 f"process {seen.index(0)} does not see what process 0 wrote to {self._folder.path}",
                 _NOT_SHARED,
             )
+
+
+def _run_id_in(place: epath.Path) -> str:
+    """The run id of the newest checkpoint that has one: an earlier podlift saved it without."""
+    folder = CheckpointFolder(place, 1)
+    for step in reversed(patiently(place, folder.steps)):
+        with contextlib.suppress(Damaged):
+            listed = patiently(place / str(step), lambda: folder.check(step))  # noqa: B023
+            if listed.run_id:
+                return listed.run_id
+    return ""
 
 
 def refuse_changes(settings: Settings, folder: Workdir, job: Job) -> None:

@@ -98,7 +98,7 @@ class Identity:
         if not is_local(self._folder):
             return f"{self._folder} is gone, or another run's: {_MEANWHILE}"
         now = self.place()
-        if now == Path(self._folder):
+        if now == Path(os.path.realpath(self._folder)):
             return f"the files in {self._folder} are gone: {_MEANWHILE}"
         what = f"{self._folder} is gone" if now is None else f"{self._folder} is now {now}"
         other = ", and another folder has its name" if os.path.lexists(self._folder) else ""

@@ -28,6 +28,8 @@ _ANSWERS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.EINVAL, errno.ENOTSUP, errno.ENOSPC, errno.EDQUOT, errno.EROFS),
 )
+# Clients of object stores raise these without a number.
+_ANSWER_TYPES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _DENIED = (errno.EACCES, errno.EPERM)
 _DENIED_WORDS = re.compile(r"\b(401|403|Forbidden|Unauthorized|Anonymous caller)\b")
 # Of errors that other libraries raise for local files.
@@ -114,6 +116,8 @@ def patiently(what: object, read: Callable[[], T], done: str = "read") -> T:
 
 def may_pass(error: BaseException) -> bool:
     """Whether an error is one of the disk, the network or the store, not of what is stored."""
+    if isinstance(error, _ANSWER_TYPES):
+        return False
     if isinstance(error, OSError):
         return error.errno not in _ANSWERS and not is_denied(error)
     kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}

@@ -19,6 +19,8 @@ from etils import epath
 
 from trainer.errors import UserError
 
+_OPEN = "other users can write to it"
+
 
 def folder_in(place: Path) -> Path:
     """The folder of this user in a place for all users. Call `check` or `make` before using it."""
@@ -39,7 +41,7 @@ def why_not_private(folder: Path) -> str:
     if status.st_uid != os.getuid():
         return f"it belongs to user {status.st_uid}"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return "other users can write to it"
+        return _OPEN
     return ""
 
 
@@ -65,10 +67,10 @@ def check(folder: Path) -> None:
             f"{folder} cannot be used: {error.strerror or error}", "name another --local_dir"
         ) from error
     if why:
-        raise UserError(
-            f"{folder} is not this user's alone: {why}",
-            "remove it, or name a folder of your own with --local_dir",
-        )
+        hint = "remove it, or name a folder of your own with --local_dir"
+        if why == _OPEN:  # as an older podlift made it where the umask is 002
+            hint = f"`chmod go-w {folder}` if all in it is yours, or name another --local_dir"
+        raise UserError(f"{folder} is not this user's alone: {why}", hint)
 
 
 def make(folder: Path) -> None:
