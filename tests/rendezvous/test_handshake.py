@@ -3,93 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import socket
-import threading
 from pathlib import Path
 
 import pytest
 from object_store import BUCKET, object_store  # noqa: F401 (a fixture)
+from rendezvous_job import job_opener, secret_of, starts  # noqa: F401 (a fixture)
 
-from launcher.exit_codes import RETRY, USAGE
-from launcher.processes.event_loop import EventLoop
-from launcher.processes.failure import Failure
+from launcher.exit_codes import USAGE
 from launcher.rendezvous import client as client_module
 from launcher.rendezvous import server as server_module
-from launcher.rendezvous.client import Client
 from launcher.rendezvous.handshake import Handshake, new_nonce
-from launcher.rendezvous.late import Late
-from launcher.rendezvous.protocol import PROTOCOL, Hello, Listener
-from launcher.rendezvous.root_cause import RootCause
+from launcher.rendezvous.protocol import PROTOCOL
 from launcher.rendezvous.secret import NAME, VARIABLE, JobSecret, NoSecret
-from launcher.rendezvous.server import Server
 from trainer.errors import UserError
-
-
-class Launcher:
-    """What the rendezvous tells one launcher."""
-
-    def __init__(self):
-        self.starts, self.ends, self.lines = [], [], []
-        self.listener = Listener(
-            self.starts.append, self.ends.append, self.lines.append, self.lines.append
-        )
-
-
-class Job:
-    """The launchers of a job in one event loop, rank 0 as the server."""
-
-    def __init__(self, loop, workdir, size, environ, address="127.0.0.1", secret=None):
-        self.loop = loop
-        self.workdir = workdir
-        self.hello = Hello(0, size, "n0", "job", "{}", "podlift", str(workdir), sees_run=False)
-        self.first = Launcher()
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self.server = Server(
-            loop,
-            self.hello,
-            self.port,
-            address,
-            lambda: 1,
-            self.first.listener,
-            lambda decide: RootCause(loop, decide, consequence_secs=0, hang_secs=0),
-            Late(size, 60, loop.time),
-            60,
-            60,
-            secret or JobSecret(str(workdir), environ),
-        )
-        self.server.open()
-        self.clients = []
-
-    def join(self, rank, environ, port=None, secret=None, seconds=60, **changes):
-        launcher = Launcher()
-        hello = dataclasses.replace(self.hello, **{"rank": rank, "host": f"n{rank}", **changes})
-        secret = secret or JobSecret(hello.workdir, environ)
-        port = port or self.port
-        listener = launcher.listener
-        client = Client(self.loop, hello, "127.0.0.1", port, listener, seconds, 60, 5, secret)
-        client.open()
-        self.clients.append(client)
-        return launcher
-
-    def leave(self):
-        for rendezvous in (*self.clients, self.server):
-            rendezvous.leave()
-
-
-@pytest.fixture
-def open_job(tmp_path):
-    with EventLoop() as loop, contextlib.ExitStack() as stack:
-
-        def open_one(size=2, environ=None, **settings):
-            job = Job(loop, tmp_path / "runs/run", size, environ or {}, **settings)
-            stack.callback(job.leave)
-            return job
-
-        yield open_one
 
 
 class Stranger:
@@ -141,11 +70,6 @@ def knock():
         yield connect
 
 
-def secret_of(job):
-    job.loop.run(lambda: job.server.secret is not None)
-    return job.server.secret
-
-
 def handshake_of(stranger, secret, nonce=None):
     """The messages by which the right client introduces itself."""
     join = {"kind": "join", "protocol": PROTOCOL, "nonce": nonce or new_nonce()}
@@ -153,11 +77,6 @@ def handshake_of(stranger, secret, nonce=None):
     challenge = stranger.hear()
     proof = Handshake(secret, join["nonce"], challenge["nonce"]).proof("client")
     return join, {"kind": "proof", "proof": proof}
-
-
-def starts(job, *launchers):
-    job.loop.run(lambda: all(launcher.starts for launcher in (job.first, *launchers)))
-    assert not any(launcher.ends for launcher in (job.first, *launchers))
 
 
 FAILURE = {"rank": 1, "exit_code": 1, "message": "\x1b[2Jfake"}
@@ -332,105 +251,6 @@ def test_a_server_that_listens_everywhere_says_so(open_job):
         "host stands for none of them here"
     ]
     starts(job, job.join(1, {}))
-
-
-# A secret on a file system that stalls
-
-
-class StalledSecret(JobSecret):
-    """Reads and publishes once `released` is set."""
-
-    def __init__(self, workdir):
-        super().__init__(str(workdir), {})
-        self.released, self.is_publishing = threading.Event(), threading.Event()
-        self.reads = 0
-
-    def read(self):
-        self.reads += 1
-        self.released.wait(60)
-        return super().read()
-
-    def _publish_local(self):
-        self.is_publishing.set()
-        self.released.wait(60)
-        return super()._publish_local()
-
-
-@pytest.fixture
-def stalled(tmp_path):
-    secret = StalledSecret(tmp_path / "runs/run")
-    yield secret
-    secret.released.set()
-
-
-def test_a_client_goes_on_while_its_secret_is_not_read(open_job, monkeypatch, stalled):
-    """The server turns it away meanwhile; it does not read twice at once, and joins afterwards."""
-    monkeypatch.setattr(server_module, "_HELLO_SECS", 0.2)
-    monkeypatch.setattr(client_module, "HEARTBEAT_SECS", 0.1)
-    job = open_job()
-    late = job.join(1, {}, secret=stalled)
-    job.loop.run(lambda: job.server._strangers == 1)
-    passed = []
-    job.loop.call_later(1.5, lambda: passed.append(True))  # a try per second if it did not wait
-    job.loop.run(lambda: bool(passed))
-    assert (stalled.reads, late.ends, job.server._strangers) == (1, [], 1)
-    stalled.released.set()
-    starts(job, late)
-
-
-@pytest.mark.parametrize("how", ["the timeout", "a stop"])
-def test_a_client_ends_while_its_secret_is_not_read(open_job, stalled, how):
-    job = open_job()
-    late = job.join(1, {}, secret=stalled, seconds=1.0 if how == "the timeout" else 60)
-    job.loop.run(lambda: stalled.reads == 1)
-    if how == "a stop":
-        job.clients[0].report(Failure(1, RETRY, "stopped"))
-    job.loop.run(lambda: bool(late.ends))
-    stalled.released.set()  # nobody waits for it any more
-    starts(job, job.join(1, {}))
-    (failure,) = late.ends
-    unread = f"({stalled.source} is not read yet)"
-    assert unread in failure.message if how == "the timeout" else failure.message == "stopped"
-    assert (failure.exit_code, late.starts) == (RETRY, [])
-
-
-def test_launchers_wait_for_a_secret_that_is_not_published(open_job, monkeypatch, stalled):
-    """However long it takes: they do not take rank 0 for another job's."""
-    monkeypatch.setattr(client_module, "_DOUBT_SECS", 0.0)
-    job = open_job(secret=stalled)
-    one = job.join(1, {})
-    passed = []
-    job.loop.call_later(0.5, lambda: passed.append(True))
-    job.loop.run(lambda: bool(passed))
-    job.server._give_up()
-    (failure,) = job.first.ends
-    assert f"{stalled.source}, the secret of the ranks, is not written yet" in failure.message
-    job.first.ends.clear()
-    job.server._is_over = False
-    stalled.released.set()
-    starts(job, one)
-
-
-def test_leaving_waits_for_a_stalled_secret_for_a_while_only(tmp_path, monkeypatch, stalled):
-    """What is published later is withdrawn all the same."""
-    monkeypatch.setattr(server_module, "_WITHDRAW_SECS", 0.2)
-    with EventLoop() as loop:
-        job = Job(loop, tmp_path / "runs/run", 2, {}, secret=stalled)
-        assert stalled.is_publishing.wait(60)
-        job.leave()
-    assert not stalled.released.is_set()
-    stalled.released.set()
-    for thread in threading.enumerate():
-        if thread.name == "podlift-blocking":
-            thread.join(60)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_secret_that_cannot_be_published_is_the_users_error(open_job, tmp_path):
-    (tmp_path / "runs").write_text("")
-    job = open_job()
-    with pytest.raises(UserError, match="which holds the secret of the ranks, cannot be written"):
-        job.loop.run(lambda: False)
 
 
 # The file of the secret
