@@ -16,7 +16,7 @@ from launcher.rendezvous.handshake import Handshake, new_nonce
 from launcher.rendezvous.late import Idle
 from launcher.rendezvous.protocol import HEARTBEAT_SECS, PROTOCOL, Hello, Listener, Start
 from launcher.rendezvous.pulse import Pulse
-from launcher.rendezvous.secret import VARIABLE, JobSecret, NoSecret
+from launcher.rendezvous.secret import VARIABLE, JobSecret
 
 # For what answers at the address of rank 0 to prove that it is; files may be late on other hosts.
 _DOUBT_SECS = 10.0
@@ -35,7 +35,7 @@ class Client:
         heartbeat_timeout: seconds of silence after which rank 0 is lost.
         answer_timeout: seconds until rank 0 must have answered a reported failure; then the failure
             ends this launcher.
-        secret: of the job; read once rank 0 has answered.
+        secret: of the job; read in a thread, once rank 0 has answered.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Client:
         self._secret = secret
         self._pulse = Pulse(loop.time, heartbeat_timeout)
         self._connection: Connection | None = None
-        self._is_trying = False  # in a thread
+        self._is_trying = False  # in a thread: to connect, then to read the secret
         self._nonce = ""
         self._handshake: Handshake | None = None
         self._is_proven = False  # whether it is rank 0 of this job that answers
@@ -95,8 +95,8 @@ class Client:
         self._end(Failure(self._hello.rank, RETRY, message))
 
     def _end_try(self) -> None:
-        """Gives up if a thread still tries when the time is over."""
-        if self._is_trying:
+        """Gives up if rank 0 is not found when the time is over, whatever it waits for."""
+        if self._is_trying or not self._is_proven:
             self._give_up()
 
     def _on_no_connection(self, error: Exception) -> None:
@@ -110,6 +110,7 @@ class Client:
         self._is_trying = False
         if self._is_over:
             return connected.close()
+        self._reason = "it accepts connections and says nothing"
         self._address = connected.getsockname()[0]
         self._connection = Connection(self._loop, connected, self._handle, self._on_loss)
         self._nonce, self._handshake, self._is_proven = new_nonce(), None, False
@@ -183,14 +184,12 @@ class Client:
         """Proves to the other side that this launcher is of the job, and expects the same."""
         assert self._connection is not None
         kind = message["kind"]
-        if kind == "challenge" and self._handshake is None:
-            try:
-                secret = self._secret.read()
-            except NoSecret as error:
-                self._connection.send("proof", proof="")
-                return self._doubt(str(error))
-            self._handshake = Handshake(secret, self._nonce, message["nonce"])
-            return self._connection.send("proof", proof=self._handshake.proof("client"))
+        if kind == "challenge" and self._handshake is None and not self._is_trying:
+            self._is_trying, self._reason = True, f"{self._secret.source} is not read yet"
+            ours, theirs = self._nonce, message["nonce"]
+            return self._loop.call_in_thread(
+                lambda: Handshake(self._secret.read(), ours, theirs), self._prove, self._prove
+            )
         if kind == "welcome" and self._handshake is not None:
             if not self._handshake.proves("server", message["proof"]):
                 return self._doubt(f"it does not have the secret in {self._secret.source}")
@@ -200,6 +199,19 @@ class Client:
         if kind == "end":  # of an older podlift, or to one
             return self._doubt("another version of podlift holds this port")
         return self._doubt(f"it does not accept the secret in {self._secret.source}")
+
+    def _prove(self, handshake: Handshake | Exception) -> None:
+        """Answers a challenge, once the secret is read or cannot be."""
+        self._is_trying = False
+        if self._is_over:
+            return None
+        if self._connection is None:  # the other side has not waited for that
+            return self._on_loss(self._reason)
+        if isinstance(handshake, Exception):
+            self._connection.send("proof", proof="")
+            return self._doubt(str(handshake))
+        self._handshake = handshake
+        return self._connection.send("proof", proof=handshake.proof("client"))
 
     def _doubt(self, reason: str) -> None:
         """Tries again, as a file may be late on another host; gives up after a while."""
@@ -225,15 +237,17 @@ class Client:
             return
         # It may be a proxy in front of a pod that is not up yet: try again.
         self._connection = None
-        self._reason = reason
-        self._loop.call_later(1.0, self.open)
+        if not self._is_trying:  # else once the secret is read
+            self._reason = reason
+            self._loop.call_later(1.0, self.open)
 
     def _remind(self) -> None:
         if not self._has_started and not self._is_over:
             waited = self._loop.time() - self._began
             where = join_address(*self._target)
-            what = f"the other ranks at {where}" if self._connection else f"rank 0 at {where}"
-            because = f": {self._reason}" if self._connection is None else ""
+            is_found = self._connection is not None and self._is_proven
+            what = f"the other ranks at {where}" if is_found else f"rank 0 at {where}"
+            because = "" if is_found else f": {self._reason}"
             self._listener.on_wait(f"waiting for {what} ({waited:.0f} s{because})")
             self._loop.call_later(10, self._remind)
 

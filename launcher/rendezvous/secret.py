@@ -1,7 +1,8 @@
 """The secret that the launchers of a job share: from PODLIFT_SECRET, or a file in the workdir.
 
 All ranks of a job must see its workdir, so a file that only its user can read tells them apart from
-everyone else who can reach the port. Rank 0's launcher makes it; it stays with the run.
+everyone else who can reach the port. Rank 0's launcher makes it; it stays with the run. Object
+stores and network file systems may take minutes: launchers call the methods in threads.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import os
 import re
 import secrets
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,6 +54,7 @@ class JobSecret:
             )
         self._folder = absolute(workdir)
         self._file = self._folder / NAME
+        self._lock = threading.Lock()  # what is still being published is withdrawn afterwards
         self._is_new = False
         self._new_folders: list[Path] = []  # the innermost first
         self.source = VARIABLE if self._given else str(self._file)
@@ -65,7 +68,8 @@ class JobSecret:
         if self._given:
             return self._given
         try:
-            return self._publish_local() if is_local(self._folder) else self._publish_remote()
+            with self._lock:
+                return self._publish_local() if is_local(self._folder) else self._publish_remote()
         except Exception as error:  # clients of object stores raise many types
             why = (isinstance(error, OSError) and error.strerror) or first_line(error)
             raise UserError(
@@ -96,7 +100,7 @@ class JobSecret:
 
     def withdraw(self) -> None:
         """Removes what `publish` made, unless a run has begun there: a refusal leaves nothing."""
-        with contextlib.suppress(Exception):
+        with self._lock, contextlib.suppress(Exception):
             if not self._is_new or (self._folder / "config.json").exists():
                 return
             self._file.unlink()

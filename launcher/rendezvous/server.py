@@ -28,6 +28,8 @@ _HELLO_SECS = 10.0
 # Connections that have not proved to belong to the job. One more closes the oldest: launchers need
 # it for milliseconds only, and try again.
 _MAX_STRANGERS = 256
+# For an object store to remove the secret of a job that was refused.
+_WITHDRAW_SECS = 5.0
 
 
 class _Session:
@@ -71,6 +73,7 @@ class _Session:
             if refusal is not None:
                 self._refuse(Failure(0, refusal.exit_code, refusal.reason))
                 return self._server.note_stranger(self.address, "it is of another podlift")
+            assert self._server.secret is not None  # else the server does not accept yet
             self._handshake = Handshake(self._server.secret, message["nonce"], new_nonce())
             return self.connection.send("challenge", nonce=self._handshake.server)
         if not self._handshake.proves("client", message["proof"]):
@@ -122,14 +125,14 @@ class Server:
         late: finds out which rank is late.
         rendezvous_timeout: seconds until all ranks must have joined.
         heartbeat_timeout: seconds of silence after which a launcher is lost.
-        secret: of the job; published once the port is this launcher's.
+        secret: of the job; published in a thread, once the port is this launcher's. A UserError
+            of `publish` is raised to whoever runs the loop.
 
     Attributes:
-        secret: the same, as bytes.
+        secret: the same, as bytes; None until it is published. Until then connections wait.
 
     Raises:
         OSError: the port is taken.
-        UserError: the secret cannot be published.
     """
 
     def __init__(
@@ -166,19 +169,23 @@ class Server:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((address, port))
         self._socket.listen(128)
-        self._secret = secret
-        try:
-            self.secret = secret.publish()
-        except BaseException:
-            self._socket.close()
-            raise
         self._socket.setblocking(False)
-        loop.add_reader(self._socket, self._accept)
+        self._secret = secret
+        self.secret: bytes | None = None
+        loop.call_in_thread(secret.publish, self._on_published, self._on_not_published)
         self._began = loop.time()
         self._pulse = Pulse(loop.time, heartbeat_timeout)
         self._deadline = loop.call_later(rendezvous_timeout, self._give_up)
         loop.call_later(HEARTBEAT_SECS, self._beat)
         loop.call_later(10, self._remind)
+
+    def _on_published(self, secret: bytes) -> None:
+        self.secret = secret
+        self._resume_accepting()
+
+    def _on_not_published(self, error: Exception) -> None:
+        if not (self._is_over or self._has_started):  # it starts without one if it is alone
+            raise error
 
     def open(self) -> None:
         """Starts at once if no other rank is expected."""
@@ -239,9 +246,13 @@ class Server:
             session.close()
         self._loop.remove_reader(self._socket)
         self._socket.close()
-        self._secret.withdraw()
         if self._held_port is not None:
             self._held_port.close()
+        is_withdrawn: list[object] = []
+        self._loop.call_in_thread(self._secret.withdraw, is_withdrawn.append, is_withdrawn.append)
+        timer = self._loop.call_later(_WITHDRAW_SECS, lambda: is_withdrawn.append(None))
+        self._loop.run(lambda: bool(is_withdrawn))
+        timer.cancel()
 
     def check(self, hello: Hello) -> Refusal | None:
         """Why a launcher cannot join; None if it can."""
@@ -334,7 +345,9 @@ class Server:
             if rank != except_rank:
                 session.connection.send(kind, **values)
 
-    def _turned_away(self) -> str:
+    def _because(self) -> str:
+        if self.secret is None:
+            return f"; {self._secret.source}, the secret of the ranks, is not written yet"
         if not self._strangers:
             return ""
         return f"; connections turned away: {self._strangers}, the last {self._last_stranger}"
@@ -351,7 +364,7 @@ class Server:
         failure = Failure(
             self._hello.rank,
             RETRY,
-            f"{self._missing()} did not join within {waited:.0f} s{self._turned_away()}\n  HINT: "
+            f"{self._missing()} did not join within {waited:.0f} s{self._because()}\n  HINT: "
             "were all started, and can they reach this host? --rendezvous_timeout_secs waits "
             "longer",
         )
@@ -360,8 +373,8 @@ class Server:
     def _remind(self) -> None:
         if not self._has_started and not self._is_over:
             waited = self._loop.time() - self._began
-            strangers = self._turned_away()
-            self._listener.on_wait(f"waiting for {self._missing()} ({waited:.0f} s{strangers})")
+            because = self._because()
+            self._listener.on_wait(f"waiting for {self._missing()} ({waited:.0f} s{because})")
             self._loop.call_later(10, self._remind)
 
     def _beat(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import socket
@@ -11,81 +10,15 @@ from pathlib import Path
 
 import pytest
 from object_store import BUCKET, object_store  # noqa: F401 (a fixture)
+from rendezvous_job import job_opener, secret_of, starts  # noqa: F401 (a fixture)
 
 from launcher.exit_codes import USAGE
-from launcher.processes.event_loop import EventLoop
 from launcher.rendezvous import client as client_module
 from launcher.rendezvous import server as server_module
-from launcher.rendezvous.client import Client
 from launcher.rendezvous.handshake import Handshake, new_nonce
-from launcher.rendezvous.protocol import PROTOCOL, Hello, Listener
-from launcher.rendezvous.root_cause import RootCause
+from launcher.rendezvous.protocol import PROTOCOL
 from launcher.rendezvous.secret import NAME, VARIABLE, JobSecret, NoSecret
-from launcher.rendezvous.server import Server
 from trainer.errors import UserError
-
-
-class Launcher:
-    """What the rendezvous tells one launcher."""
-
-    def __init__(self):
-        self.starts, self.ends, self.lines = [], [], []
-        self.listener = Listener(
-            self.starts.append, self.ends.append, self.lines.append, self.lines.append
-        )
-
-
-class Job:
-    """The launchers of a job in one event loop, rank 0 as the server."""
-
-    def __init__(self, loop, workdir, size, environ, address="127.0.0.1"):
-        self.loop = loop
-        self.workdir = workdir
-        self.hello = Hello(0, size, "n0", "job", "{}", "podlift", str(workdir), sees_run=False)
-        self.first = Launcher()
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self.server = Server(
-            loop,
-            self.hello,
-            self.port,
-            address,
-            lambda: 1,
-            self.first.listener,
-            lambda decide: RootCause(loop, decide, consequence_secs=0, hang_secs=0),
-            60,
-            60,
-            JobSecret(str(workdir), environ),
-        )
-        self.server.open()
-        self.clients = []
-
-    def join(self, rank, environ, port=None, **changes):
-        launcher = Launcher()
-        hello = dataclasses.replace(self.hello, **{"rank": rank, "host": f"n{rank}", **changes})
-        secret = JobSecret(hello.workdir, environ)
-        port = port or self.port
-        listener = launcher.listener
-        client = Client(self.loop, hello, "127.0.0.1", port, listener, 60, 60, 5, secret)
-        client.open()
-        self.clients.append(client)
-        return launcher
-
-    def leave(self):
-        for rendezvous in (*self.clients, self.server):
-            rendezvous.leave()
-
-
-@pytest.fixture
-def open_job(tmp_path):
-    with EventLoop() as loop, contextlib.ExitStack() as stack:
-
-        def open_one(size=2, environ=None, **settings):
-            job = Job(loop, tmp_path / "runs/run", size, environ or {}, **settings)
-            stack.callback(job.leave)
-            return job
-
-        yield open_one
 
 
 class Stranger:
@@ -146,11 +79,6 @@ def handshake_of(stranger, secret, nonce=None):
     return join, {"kind": "proof", "proof": proof}
 
 
-def starts(job, *launchers):
-    job.loop.run(lambda: all(launcher.starts for launcher in (job.first, *launchers)))
-    assert not any(launcher.ends for launcher in (job.first, *launchers))
-
-
 FAILURE = {"rank": 1, "exit_code": 1, "message": "\x1b[2Jfake"}
 JOIN = {"kind": "join", "protocol": PROTOCOL, "nonce": "0" * 64}
 HELLO = {"rank": 1, "size": 9, "host": "h", "job": "j", "config": "{}", "versions": "v"}
@@ -195,7 +123,7 @@ def test_the_wrong_proof_is_turned_away(open_job, knock, proof):
     if proof == "another secret":
         proof = Handshake(b"another secret", join["nonce"], challenge["nonce"]).proof("client")
     elif proof == "as server":
-        secret = JobSecret(str(job.workdir), {}).read()
+        secret = secret_of(job)
         proof = Handshake(secret, join["nonce"], challenge["nonce"]).proof("server")
     stranger.say({"kind": "proof", "proof": proof}, {"kind": "hello", "hello": HELLO})
     job.loop.run(lambda: stranger.is_closed)
@@ -208,7 +136,7 @@ def test_the_wrong_proof_is_turned_away(open_job, knock, proof):
 
 def test_a_recorded_handshake_is_worth_nothing(open_job, knock):
     job = open_job()
-    secret = JobSecret(str(job.workdir), {}).read()
+    secret = secret_of(job)
     launcher = knock(job)
     join, proof = handshake_of(launcher, secret)
     launcher.say(proof)

@@ -10,6 +10,7 @@ from launcher.rendezvous.client import Client
 from launcher.rendezvous.late import Idle, Late
 from launcher.rendezvous.protocol import Hello, Listener
 from launcher.rendezvous.root_cause import RootCause
+from launcher.rendezvous.secret import VARIABLE, JobSecret
 from launcher.rendezvous.server import Server
 
 
@@ -51,11 +52,22 @@ def test_a_rank_that_has_more_time_than_the_one_that_waits_for_it_is_named(late_
             return RootCause(loop, on_decision, consequence_secs=0.2, hang_secs=0.2)
 
         late = Late(2, 60, loop.time)
+        secret = JobSecret("run", {VARIABLE: "s" * 16})
         server = Server(
-            loop, hellos[0], 0, "127.0.0.1", lambda: 1, listener, make_root_cause, late, 60, 60
+            loop,
+            hellos[0],
+            0,
+            "127.0.0.1",
+            lambda: 1,
+            listener,
+            make_root_cause,
+            late,
+            60,
+            60,
+            secret,
         )
         port = server._socket.getsockname()[1]
-        client = Client(loop, hellos[1], "127.0.0.1", port, listener, 60, 60, 60)
+        client = Client(loop, hellos[1], "127.0.0.1", port, listener, 60, 60, 60, secret)
         client.open()
         loop.run(lambda: server._has_started and client._has_started)
         sides = [server, client]
