@@ -115,7 +115,7 @@ def test_the_check_names_the_example_and_its_label(value):
     dtype = np.int64 if isinstance(value, int) else np.float64
     y = np.where(Y >= 0, Y, 0).astype(dtype)
     y[7, 3] = value
-    task = Task(TOKENS.model, softmax_cross_entropy, optax.sgd(0.1), traced={"outputs": (2, 5, 4)})
+    task = Task(TOKENS.model, softmax_cross_entropy, optax.sgd(0.1), traced={(5, 4)})
     checked, numbers = LabelCheck(task, "training", rank=1), np.arange(100, 100 + EXAMPLES)
     expected = rf"config.loss: the label {value} of training example 107 at position 3 .* rank 1"
     with pytest.raises(UserError, match=expected):
@@ -127,6 +127,20 @@ def test_the_check_names_the_example_and_its_label(value):
     y[7, 3] = 0
     checked.check({"x": X, "y": y}, numbers)
     checked.check({"x": X, "y": RANDOM.normal(size=(EXAMPLES, 2))}, numbers)  # no labels of classes
+
+
+def test_the_check_knows_the_shapes_of_training_and_of_evaluation():
+    """Texts of another length in the evaluation, traced last, do not turn off the check."""
+    task = Task(TOKENS.model, softmax_cross_entropy, optax.sgd(0.1))
+    state = init_state(task, 0, X[0])
+    for train, x in ((True, X), (False, X[:, :2])):
+        task.apply(state.params, {}, {"x": x}, train=train, rng=jax.random.key(0))
+    for length in (LENGTH, 2):
+        y = np.zeros((EXAMPLES, length), np.int32)
+        LabelCheck(task, "training").check({"y": y}, np.arange(EXAMPLES))
+        y[7, 1] = CLASSES
+        with pytest.raises(UserError, match="the label 4 of training example 7 at position 1 "):
+            LabelCheck(task, "training").check({"y": y}, np.arange(EXAMPLES))
 
 
 def relabelled(**labels):
