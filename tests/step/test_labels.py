@@ -17,6 +17,7 @@ from steps import LIFTS, RANDOM, run
 import trainer
 from trainer.config.settings import check
 from trainer.data.digits import load
+from trainer.data.stream import ArraySource
 from trainer.errors import NonFiniteLoss, UserError
 from trainer.losses import softmax_cross_entropy
 from trainer.metrics import accuracy, bits
@@ -203,6 +204,33 @@ def test_a_label_in_a_batch_that_is_not_checked_is_found_by_its_loss(tmp_path):
     )
     with pytest.raises(UserError, match=expected):
         trainer.train(config, tmp_path / "run", mesh_of(2))
+
+
+class ReadOnce:
+    """One of its labels is no class, and its batch can be read only once."""
+
+    def __init__(self, arrays):
+        self._source, self._is_read = ArraySource(arrays), False
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, indices):
+        if indices.size > 1 and 70 in indices:
+            if self._is_read:
+                raise SystemExit("a fault of the user's code")
+            self._is_read = True
+        return self._source[indices]
+
+
+def read_once(seed):
+    data = relabelled(train_70=-1)(seed)
+    return {**data, "train": ReadOnce(data["train"])}
+
+
+def test_a_batch_that_cannot_be_read_again_does_not_hide_the_loss(tmp_path):
+    with pytest.raises(NonFiniteLoss, match="loss is not finite at step 2 "):
+        trainer.train(config_of("read_once"), tmp_path / "run", mesh_of(2))
 
 
 def test_ignored_labels_are_no_mistake_and_metrics_ignore_them_too(tmp_path):
