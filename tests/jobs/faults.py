@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from trainer.data.digits import load
 from trainer.data.stream import ArraySource
 
 
 class Faulty:
-    """A source that fails at the n-th batch of one rank."""
+    """A source that fails at the n-th batch of one rank, or whose n-th example is bad."""
 
     def __init__(self, arrays, kind, rank, at_step, once, delay):
         self._source = ArraySource(arrays)
@@ -34,7 +35,13 @@ class Faulty:
             self._batches += 1
             if self._batches == self._at_step and jax.process_index() == self._rank:
                 self._fail()
-        return self._source[indices]
+        batch = self._source[indices]
+        bad = np.asarray(indices) == self._at_step
+        if self._kind == "nan":
+            batch["x"] = np.where(bad[..., None, None, None], np.nan, batch["x"])
+        if self._kind == "label":
+            batch["y"] = np.where(bad, -1, batch["y"])
+        return batch
 
     def _fail(self):
         if self._once is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -58,6 +59,37 @@ def test_the_rank_that_raised_is_the_root_cause(run, tmp_path, rank):
     assert "gloo" not in err.lower(), "a consequence for another rank is no root cause"
     assert "Traceback" in log_of(workdir, rank).read_text()
     assert json.loads((workdir / "failure.json").read_text())["rank"] == rank
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "expected"),
+    [
+        ("nan", 1, r"error: loss and grad_norm are not finite at step 18 \("),
+        (
+            "label",
+            2,
+            "error: the loss of step 18 is not finite: config.loss: the label -1 of training "
+            r"example 1128 is none of the model's 10 classes, 0 to 9 \(read by rank 1\)",
+        ),
+    ],
+)
+def test_a_loss_that_ranks_notice_at_different_steps(run, tmp_path, kind, code, expected):
+    """Rank 0 saves into memory, for which it reads the loss; rank 1 dispatches more steps."""
+    rare = [f"--config.{key}.every_steps=100000" for key in ("checkpoint", "eval")]
+    rare += ["--config.log_every_steps=28"]  # at which rank 1 reads it
+    memory = [
+        f"--config.checkpoint.fast_dir={tmp_path}",
+        "--config.checkpoint.fast_every_secs=0.01",
+    ]
+    bad = [f"--config.data.kind={kind}", "--config.data.at_step=1128", "--config.data.delay=0.05"]
+    found, out, err = run(
+        tmp_path / "run",
+        *(*TWO, *rare, *memory, *bad, "--config.data.shuffle=False", "--config.num_steps=100"),
+        *("--hang_timeout_secs=20", "--max_restarts=0"),
+    )
+    assert found == code, out + err
+    assert re.search(expected, err), err
+    assert err.count("error:") == 1
 
 
 def test_a_rank_whose_data_stop_is_the_root_cause(launch, tmp_path):

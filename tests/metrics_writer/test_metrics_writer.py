@@ -131,5 +131,5 @@ def test_no_more_than_the_limit_is_in_flight():
     for i in range(40):
         in_flight.push(i, i)
         assert len(read) == max(0, i - 15)
-    in_flight.drain()
+    list(in_flight.drain())
     assert read == list(range(40))

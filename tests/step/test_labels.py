@@ -17,6 +17,7 @@ from steps import LIFTS, RANDOM, run
 import trainer
 from trainer.config.settings import check
 from trainer.data.digits import load
+from trainer.data.stream import ArraySource
 from trainer.errors import NonFiniteLoss, UserError
 from trainer.losses import softmax_cross_entropy
 from trainer.metrics import accuracy, bits
@@ -115,7 +116,7 @@ def test_the_check_names_the_example_and_its_label(value):
     dtype = np.int64 if isinstance(value, int) else np.float64
     y = np.where(Y >= 0, Y, 0).astype(dtype)
     y[7, 3] = value
-    task = Task(TOKENS.model, softmax_cross_entropy, optax.sgd(0.1), traced={"outputs": (2, 5, 4)})
+    task = Task(TOKENS.model, softmax_cross_entropy, optax.sgd(0.1), traced={(5, 4)})
     checked, numbers = LabelCheck(task, "training", rank=1), np.arange(100, 100 + EXAMPLES)
     expected = rf"config.loss: the label {value} of training example 107 at position 3 .* rank 1"
     with pytest.raises(UserError, match=expected):
@@ -127,6 +128,20 @@ def test_the_check_names_the_example_and_its_label(value):
     y[7, 3] = 0
     checked.check({"x": X, "y": y}, numbers)
     checked.check({"x": X, "y": RANDOM.normal(size=(EXAMPLES, 2))}, numbers)  # no labels of classes
+
+
+def test_the_check_knows_the_shapes_of_training_and_of_evaluation():
+    """Texts of another length in the evaluation, traced last, do not turn off the check."""
+    task = Task(TOKENS.model, softmax_cross_entropy, optax.sgd(0.1))
+    state = init_state(task, 0, X[0])
+    for train, x in ((True, X), (False, X[:, :2])):
+        task.apply(state.params, {}, {"x": x}, train=train, rng=jax.random.key(0))
+    for length in (LENGTH, 2):
+        y = np.zeros((EXAMPLES, length), np.int32)
+        LabelCheck(task, "training").check({"y": y}, np.arange(EXAMPLES))
+        y[7, 1] = CLASSES
+        with pytest.raises(UserError, match="the label 4 of training example 7 at position 1 "):
+            LabelCheck(task, "training").check({"y": y}, np.arange(EXAMPLES))
 
 
 def relabelled(**labels):
@@ -189,6 +204,33 @@ def test_a_label_in_a_batch_that_is_not_checked_is_found_by_its_loss(tmp_path):
     )
     with pytest.raises(UserError, match=expected):
         trainer.train(config, tmp_path / "run", mesh_of(2))
+
+
+class ReadOnce:
+    """One of its labels is no class, and its batch can be read only once."""
+
+    def __init__(self, arrays):
+        self._source, self._is_read = ArraySource(arrays), False
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, indices):
+        if indices.size > 1 and 70 in indices:
+            if self._is_read:
+                raise SystemExit("a fault of the user's code")
+            self._is_read = True
+        return self._source[indices]
+
+
+def read_once(seed):
+    data = relabelled(train_70=-1)(seed)
+    return {**data, "train": ReadOnce(data["train"])}
+
+
+def test_a_batch_that_cannot_be_read_again_does_not_hide_the_loss(tmp_path):
+    with pytest.raises(NonFiniteLoss, match="loss is not finite at step 2 "):
+        trainer.train(config_of("read_once"), tmp_path / "run", mesh_of(2))
 
 
 def test_ignored_labels_are_no_mistake_and_metrics_ignore_them_too(tmp_path):

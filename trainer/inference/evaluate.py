@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
@@ -131,7 +131,7 @@ class HeldOutSums:
 
         in_flight = InFlight(read)
 
-        def add(finished: list[Any]) -> None:
+        def add(finished: Iterable[Any]) -> None:
             nonlocal totals
             for _, sums in finished:
                 sums = jax.tree.map(lambda leaf: leaf.astype(np.float64), sums)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any, cast
 
@@ -110,7 +110,7 @@ def predict_source(
     def put(batch: HostBatch) -> tuple[np.ndarray | None, Any]:
         return batch.get("y"), lift.put_batch({"x": batch["x"]})
 
-    def fill(finished: list[Any]) -> None:
+    def fill(finished: Iterable[Any]) -> None:
         for (start, y), outputs in finished:
             rows = {**outputs, "y": y} if y is not None else outputs
             for name, values in rows.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,15 +32,20 @@ class InFlight:
     def push(self, key: Any, values: Any) -> list[tuple[Any, Any]]:
         """Adds a call; returns the calls, with their metrics, that the limit made it read."""
         self._calls.append((key, values))
-        return self._pop(self._limit)
-
-    def drain(self) -> list[tuple[Any, Any]]:
-        """Reads all calls that are left."""
-        return self._pop(0)
-
-    def _pop(self, left: int) -> list[tuple[Any, Any]]:
         finished = []
-        while len(self._calls) > left:
-            key, values = self._calls.popleft()
-            finished.append((key, self._read(values)))
+        while len(self._calls) > self._limit:
+            finished.append(self._pop())
         return finished
+
+    def drain(self) -> Iterator[tuple[Any, Any]]:
+        """Reads all calls that are left, each when it is asked for."""
+        while self._calls:
+            yield self._pop()
+
+    def clear(self) -> None:
+        """Forgets all calls that are left, and does not wait for them."""
+        self._calls.clear()
+
+    def _pop(self) -> tuple[Any, Any]:
+        key, values = self._calls.popleft()
+        return key, self._read(values)

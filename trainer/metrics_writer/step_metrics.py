@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -66,10 +66,12 @@ class StepMetrics:
             yield
         self.log.exclude(time.monotonic() - began)
 
-    def _log(self, finished: list[tuple[int, np.ndarray]]) -> None:
+    def _log(self, finished: Iterable[tuple[int, np.ndarray]]) -> None:
         try:
             for first_step, rows in finished:
                 self.log.add(first_step, rows)
         except NonFiniteLoss as error:
+            # The later calls may never end: a process that noticed it earlier takes no part.
+            self._in_flight.clear()
             self._on_non_finite(error)
             raise

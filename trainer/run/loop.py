@@ -330,11 +330,11 @@ class Run:
 
     def _on_non_finite(self, error: NonFiniteLoss) -> None:
         self.run_log.non_finite(error)
-        self.labels.blame(error)  # first, because it communicates: here no process waits for a disk
+        self.labels.blame(error)  # first: another process may not wait for a disk
         self.saver.close()  # completes the save in progress: its state is good
         error.last_good = self.saver.last_good
-        if not self.lift.writes:
-            time.sleep(_PATIENCE_SECS)  # the first failure ends the job, and process 0 still saves
+        # The first failure ends the job, and process 0 still saves.
+        time.sleep(self.labels.patience(error) if self.lift.writes else _PATIENCE_SECS)
 
     def _meta(self) -> dict[str, Any]:
         """What a resume needs beside the state."""

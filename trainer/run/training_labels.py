@@ -16,6 +16,9 @@ from trainer.step.labels import LabelCheck
 # A batch is checked whenever so many steps are taken, and the first one of a start.
 _EVERY_STEPS = 100
 
+# The first failure ends the job. A process notices a loss up to 16 calls after another.
+_PATIENCE_SECS = 2.0
+
 
 class TrainingLabels:
     """Checks the labels of a run's training batches against the classes of its model.
@@ -45,18 +48,30 @@ class TrainingLabels:
         return functools.partial(self._check.check, batch, numbers)
 
     def blame(self, error: NonFiniteLoss) -> None:
-        """Raises a UserError, in all processes, if a label of that step is no class."""
-        if math.isfinite(error.values["loss"]) or not self._check.guards_loss:
+        """Raises a UserError if a label that this process read for that step is no class.
+
+        Nothing is communicated: the processes notice the loss after different steps.
+        """
+        if not self._may_explain(error):
             return
         step = error.step - 1
-        batch = self._stream.batch_at(step, self._rows)
-        found = self._check.explain(batch, self._stream.indices_at(step, 1, self._rows))
-        by = self._lift.gather(int(bool(found)))
-        if any(by):
-            text = self._lift.broadcast_text(found, by.index(1))
+        try:
+            batch = self._stream.batch_at(step, self._rows)
+            found = self._check.explain(batch, self._stream.indices_at(step, 1, self._rows))
+        except (Exception, SystemExit):  # a user's data may raise anything, and explain nothing
+            return
+        if found:
             raise UserError(
-                f"the loss of step {error.step} is not finite: {text}", self._check.hint()
+                f"the loss of step {error.step} is not finite: {found}", self._check.hint()
             ) from error
+
+    def patience(self, error: NonFiniteLoss) -> float:
+        """For how many seconds a process without such a label waits for one that may have it."""
+        is_alone = self._lift.num_processes == 1
+        return 0.0 if is_alone or not self._may_explain(error) else _PATIENCE_SECS
+
+    def _may_explain(self, error: NonFiniteLoss) -> bool:
+        return self._check.guards_loss and not math.isfinite(error.values["loss"])
 
 
 def _nothing() -> None:

@@ -91,11 +91,11 @@ class LabelCheck:
     ) -> str:
         """Describes the first label that is neither a class nor `ignore_index`; or is empty."""
         labels = np.asarray(batch.get("y", ()))
-        *shape, classes = self._task.traced.get("outputs", (0,))
-        inner = tuple(shape[1:])  # positions in an example
-        count = numbers.size * math.prod(inner)
-        fits = labels.size == count and labels.shape[labels.ndim - len(inner) :] == inner
-        if not (shape and count and fits and classes > 1 and labels.dtype.kind in "iuf"):
+        # Of several shapes that fit, the one with the most classes raises no false alarm.
+        fitting = [shape for shape in self._task.traced if _fits(labels, numbers.size, shape)]
+        *positions, classes = max(fitting, key=lambda shape: shape[-1], default=(0,))
+        inner = tuple(positions)
+        if not (labels.size and classes > 1 and labels.dtype.kind in "iuf"):
             return ""  # not labels of classes
         labels = labels.reshape(numbers.size, -1)
         if labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < classes:
@@ -114,6 +114,15 @@ class LabelCheck:
             f"{numbers.reshape(-1)[row]}{f' at position {place}' if place else ''} is none of the "
             f"model's {classes} classes, 0 to {classes - 1}{self._by}"
         )
+
+
+def _fits(labels: np.ndarray, examples: int, outputs: tuple[int, ...]) -> bool:
+    """Whether there is a label for each position of outputs `(*positions, classes)`."""
+    if not outputs:
+        return False
+    inner = outputs[:-1]
+    has_positions = labels.shape[labels.ndim - len(inner) :] == inner
+    return has_positions and labels.size == examples * math.prod(inner)
 
 
 def _unwrap(function: Any) -> tuple[Any, Mapping[str, Any]]:

@@ -37,8 +37,8 @@ class Task:
         dtype: the model computes in bfloat16 or float16; None: the model decides.
         frozen: paths of the subtrees of the params that are not trained; the optimizer must come
             from `trainer.state.freezing.freeze` with the same paths.
-        traced: filled by tracing: under "outputs", the shape of the model's outputs on a shard, if
-            they are one array.
+        traced: filled by tracing: each shape of the model's outputs for one example, if they are
+            one array. Training and evaluation may differ, as in the length of texts.
     """
 
     model: nn.Module
@@ -48,7 +48,7 @@ class Task:
     metrics: Mapping[str, PerExample] = field(default_factory=dict)
     dtype: Any = None
     frozen: tuple[str, ...] = ()
-    traced: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+    traced: set[tuple[int, ...]] = field(default_factory=set, compare=False, repr=False)
 
     def trainable(self, params: Any) -> Any:
         """Params, or a tree of the same structure, without the frozen leaves."""
@@ -64,7 +64,7 @@ class Task:
             rngs={"dropout": rng},
         )
         if hasattr(outputs, "shape"):
-            self.traced["outputs"] = outputs.shape
+            self.traced.add(tuple(outputs.shape[1:]))
         return to_float32(outputs, self.dtype), to_float32(updated, self.dtype)
 
     def init(self, rng: Any, x: jax.Array) -> Any:
