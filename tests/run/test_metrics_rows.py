@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
+import json
 import os
 import shutil
 
@@ -14,6 +16,8 @@ from runs import digits, without_speed
 import trainer
 from trainer.checkpoints.manifest import Manifest
 from trainer.metrics_writer import metrics_file, run_log
+from trainer.metrics_writer.writer import MetricsWriter
+from trainer.workdir.workdir import Workdir
 
 
 def config(**changes):
@@ -82,6 +86,24 @@ def test_damage_is_told_put_aside_and_repaired(run, tmp_path, name, capsys):
     again = capsys.readouterr().err
     assert ("warning" in again) == (left != before)  # a row is still lacking
     assert not (copy / "metrics.jsonl.damaged-2").exists()
+
+
+def test_a_writer_adds_the_rows_that_the_file_lacks_and_encodes_no_row_twice(tmp_path, monkeypatch):
+    workdir = Workdir.check(tmp_path, config())
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "b": 1.0, "a": null}\n')
+    lines = ['{"step": 2, "a": null, "b": 1.0}\n', '{"step": 2, "eval/loss": 3.0}\n']
+    writer = MetricsWriter(workdir, 2, lines)
+    assert path.read_text().splitlines()[2:] == [lines[1].rstrip()]
+    with monkeypatch.context() as patched:
+        patched.setattr(json, "dumps", None)
+        meta = writer.for_checkpoint(None)
+    written = path.read_bytes()
+    digest = hashlib.sha256(written).hexdigest()
+    assert meta["metrics_file"] == {"rows": 3, "bytes": len(written), "sha256": digest}
+    assert meta["rows"] == [line.rstrip() for line in lines]
+    assert writer.for_checkpoint(3)["rows"] == []
+    writer.close()
 
 
 class FullDisk:

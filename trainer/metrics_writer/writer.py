@@ -18,19 +18,19 @@ class MetricsWriter:
     Args:
         workdir: the claimed folder of the run.
         step: the step the run resumes from; later rows in the files are dropped.
-        rows: the newest ones up to that step, which the file may lack.
+        lines: of the newest rows up to that step, which the file may lack.
 
     Attributes:
         tensorboard: the event files.
     """
 
-    def __init__(self, workdir: Workdir, step: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-        present = read_metrics_file(workdir.metrics, step) if rows else []
+    def __init__(self, workdir: Workdir, step: int, lines: Sequence[str] = ()) -> None:
         self._file = open_metrics_file(workdir.metrics, step)
-        self._recent: list[dict[str, Any]] = [dict(row) for row in rows]
-        for row in rows:
-            if row not in present:
-                self._file.add(row)
+        self._recent = [(json.loads(line)["step"], line) for line in lines]
+        present = {_canonical(line) for line in self._file.lines} if lines else set()
+        for line in lines:
+            if _canonical(line) not in present:
+                self._file.add(line)
         self.tensorboard = TensorBoardWriter(workdir, step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -42,8 +42,9 @@ class MetricsWriter:
         """
         finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
         row = {"step": step, **dict.fromkeys(values), **finite}
-        self._recent.append(row)
-        self._file.add(row)
+        line = json.dumps(row) + "\n"
+        self._recent.append((step, line))
+        self._file.add(line)
         self.tensorboard.scalars(step, finite)
 
     def goodput(self, step: int, seconds: Mapping[str, float]) -> None:
@@ -70,16 +71,20 @@ class MetricsWriter:
             saved: the step of the newest checkpoint on disk; rows before it that the file system
                 has taken are left out from now on.
         """
-        self._recent = [row for row in self._recent if saved is None or row["step"] >= saved]
+        self._recent = [r for r in self._recent if saved is None or r[0] >= saved]
         # Both end at the newest row. As text, because a manifest sorts the keys of objects.
-        newest = max(self._recent, self._file.unwritten(), key=len)
-        lines = [json.dumps(row) for row in newest]
-        return {"rows": lines, "metrics_file": self._file.identity()}
+        newest = max([line for _, line in self._recent], self._file.unwritten(), key=len)
+        return {"rows": [line.rstrip() for line in newest], "metrics_file": self._file.identity()}
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self._file.flush()
         self.tensorboard.close()
+
+
+def _canonical(line: str) -> str:
+    """The same for equal rows, whatever the order of their tags."""
+    return json.dumps(json.loads(line), sort_keys=True)
 
 
 class NullWriter:
