@@ -15,7 +15,7 @@ from runs import digits, without_speed
 
 import trainer
 from trainer.checkpoints.manifest import Manifest
-from trainer.metrics_writer import metrics_file, run_log
+from trainer.metrics_writer import metrics_file, restored_rows, run_log
 from trainer.metrics_writer.writer import MetricsWriter
 from trainer.workdir.workdir import Workdir
 
@@ -104,6 +104,54 @@ def test_a_writer_adds_the_rows_that_the_file_lacks_and_encodes_no_row_twice(tmp
     assert meta["rows"] == [line.rstrip() for line in lines]
     assert writer.for_checkpoint(3)["rows"] == []
     writer.close()
+
+
+# What is done to the file after step 15, and what is said of it.
+CHANGES = {
+    "removed": (lambda path: path.unlink(), "gone or empty"),
+    "emptied": (lambda path: path.write_bytes(b""), "damaged"),
+    "replaced": (lambda path: (path.unlink(), path.write_bytes(b"mine\n")), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", ["removed", "emptied", wide("replaced")])
+def test_a_file_that_is_changed_during_the_run_has_every_row_at_its_end(
+    run, tmp_path, name, monkeypatch, capsys
+):
+    """Also the rows of an earlier start, which no checkpoint has any more."""
+    change, state = CHANGES[name]
+    workdir, path = tmp_path / "run", tmp_path / "run/metrics.jsonl"
+    trainer.train(config(stop_at_step=10), workdir, mesh_of(2))
+    row = run_log.RunLog.row
+
+    def row_and_change(self, log_row, skipped):
+        row(self, log_row, skipped)
+        if log_row.step == 15:
+            change(path)
+
+    monkeypatch.setattr(run_log.RunLog, "row", row_and_change)
+    trainer.train(config(), workdir, mesh_of(2))
+    told = capsys.readouterr().err
+    assert f"{path} is {state}, compared with the checkpoint of step 20: every row is" in told
+    assert without_speed(path) == without_speed(run / "metrics.jsonl")
+    assert (workdir / "metrics.jsonl.damaged-1").exists() == (state == "damaged")
+
+
+def test_a_removed_file_that_cannot_be_restored_is_no_success(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run/metrics.jsonl"
+
+    def refuse(restored, text):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    evaluation = run_log.RunLog.evaluation
+    monkeypatch.setattr(
+        run_log.RunLog, "evaluation", lambda *a: (evaluation(*a), path.unlink(missing_ok=True))
+    )
+    monkeypatch.setattr(restored_rows, "write_whole", refuse)
+    monkeypatch.setattr(run_log, "_PAUSES", (0.0,))
+    with pytest.raises(trainer.SavesFailed, match="lacks rows that could not be written"):
+        trainer.train(config(stop_at_step=10), tmp_path / "run", mesh_of(2))
+    assert "it cannot be restored, " in capsys.readouterr().err
 
 
 class FullDisk:

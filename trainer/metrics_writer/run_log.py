@@ -182,18 +182,20 @@ class RunLog:
     def complete(self, step: int) -> bool:
         """Whether `metrics.jsonl` holds every row; waits some seconds for a disk that does not.
 
+        A file that was removed, emptied or changed during the run is restored.
+
         Args:
-            step: the last step.
+            step: the last step; its checkpoint is saved.
         """
         if self._writer is None and self._is_restored:
             return True
         self.open(step)
         assert self._writer is not None
-        for pause in _PAUSES:
-            if self._writer.flush():
-                return True
+        for pause in (0.0, *_PAUSES):
             time.sleep(pause)
-        return self._writer.flush()
+            if self._writer.flush() and self._writer.restore(step):
+                return True
+        return False
 
     def finish(self, step: int) -> None:
         """Writes the closing metrics of a complete run, and closes the files."""

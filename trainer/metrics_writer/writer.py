@@ -7,7 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.console import warn
+from trainer.errors import first_line
 from trainer.metrics_writer.metrics_file import open_metrics_file, read_metrics_file
+from trainer.metrics_writer.restored_rows import restore_rows
 from trainer.metrics_writer.tensorboard import TensorBoardWriter
 from trainer.workdir.workdir import Workdir
 
@@ -25,7 +28,8 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Workdir, step: int, lines: Sequence[str] = ()) -> None:
-        self._file = open_metrics_file(workdir.metrics, step)
+        self._path = workdir.metrics
+        self._file = open_metrics_file(self._path, step)
         self._recent = [(json.loads(line)["step"], line) for line in lines]
         present = {_canonical(line) for line in self._file.lines} if lines else set()
         for line in lines:
@@ -63,6 +67,26 @@ class MetricsWriter:
         """Flushes both; returns whether the file system took every row."""
         self.tensorboard.flush()
         return self._file.flush()
+
+    def restore(self, step: int) -> bool:
+        """Restores the file if it is not what was written, once every row is flushed.
+
+        Writing goes on without an error after another program has removed or emptied it.
+
+        Args:
+            step: of the checkpoint on disk that describes the file.
+
+        Returns:
+            Whether the file holds every row now.
+        """
+        path = self._path
+        try:
+            if self._file.is_whole():
+                return True
+            return restore_rows(path, step, self._file.lines, self._file.identity())
+        except Exception as error:  # a disk, or the client of an object store
+            warn(f"{path} cannot be read: {first_line(error)}")
+            return False
 
     def for_checkpoint(self, saved: int | None) -> dict[str, Any]:
         """What a checkpoint keeps of the file, as JSON: its newest rows, and what it should be.
@@ -105,6 +129,10 @@ class NullWriter:
         """Does nothing."""
 
     def flush(self) -> bool:
+        """Does nothing."""
+        return True
+
+    def restore(self, step: int) -> bool:
         """Does nothing."""
         return True
 
