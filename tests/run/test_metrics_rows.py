@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
+import json
 import os
 import shutil
 
@@ -13,7 +15,9 @@ from runs import digits, without_speed
 
 import trainer
 from trainer.checkpoints.manifest import Manifest
-from trainer.metrics_writer import metrics_file, run_log
+from trainer.metrics_writer import metrics_file, restored_rows, run_log
+from trainer.metrics_writer.writer import MetricsWriter
+from trainer.workdir.workdir import Workdir
 
 
 def config(**changes):
@@ -82,6 +86,72 @@ def test_damage_is_told_put_aside_and_repaired(run, tmp_path, name, capsys):
     again = capsys.readouterr().err
     assert ("warning" in again) == (left != before)  # a row is still lacking
     assert not (copy / "metrics.jsonl.damaged-2").exists()
+
+
+def test_a_writer_adds_the_rows_that_the_file_lacks_and_encodes_no_row_twice(tmp_path, monkeypatch):
+    workdir = Workdir.check(tmp_path, config())
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "b": 1.0, "a": null}\n')
+    lines = ['{"step": 2, "a": null, "b": 1.0}\n', '{"step": 2, "eval/loss": 3.0}\n']
+    writer = MetricsWriter(workdir, 2, lines)
+    assert path.read_text().splitlines()[2:] == [lines[1].rstrip()]
+    with monkeypatch.context() as patched:
+        patched.setattr(json, "dumps", None)
+        meta = writer.for_checkpoint(None)
+    written = path.read_bytes()
+    digest = hashlib.sha256(written).hexdigest()
+    assert meta["metrics_file"] == {"rows": 3, "bytes": len(written), "sha256": digest}
+    assert meta["rows"] == [line.rstrip() for line in lines]
+    assert writer.for_checkpoint(3)["rows"] == []
+    writer.close()
+
+
+# What is done to the file after step 15, and what is said of it.
+CHANGES = {
+    "removed": (lambda path: path.unlink(), "gone or empty"),
+    "emptied": (lambda path: path.write_bytes(b""), "damaged"),
+    "replaced": (lambda path: (path.unlink(), path.write_bytes(b"mine\n")), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", ["removed", "emptied", wide("replaced")])
+def test_a_file_that_is_changed_during_the_run_has_every_row_at_its_end(
+    run, tmp_path, name, monkeypatch, capsys
+):
+    """Also the rows of an earlier start, which no checkpoint has any more."""
+    change, state = CHANGES[name]
+    workdir, path = tmp_path / "run", tmp_path / "run/metrics.jsonl"
+    trainer.train(config(stop_at_step=10), workdir, mesh_of(2))
+    row = run_log.RunLog.row
+
+    def row_and_change(self, log_row, skipped):
+        row(self, log_row, skipped)
+        if log_row.step == 15:
+            change(path)
+
+    monkeypatch.setattr(run_log.RunLog, "row", row_and_change)
+    trainer.train(config(), workdir, mesh_of(2))
+    told = capsys.readouterr().err
+    assert f"{path} is {state}, compared with the checkpoint of step 20: every row is" in told
+    assert without_speed(path) == without_speed(run / "metrics.jsonl")
+    assert (workdir / "metrics.jsonl.damaged-1").exists() == (state == "damaged")
+
+
+def test_a_removed_file_that_cannot_be_restored_is_no_success(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run/metrics.jsonl"
+
+    def refuse(restored, text):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    evaluation = run_log.RunLog.evaluation
+    monkeypatch.setattr(
+        run_log.RunLog, "evaluation", lambda *a: (evaluation(*a), path.unlink(missing_ok=True))
+    )
+    monkeypatch.setattr(restored_rows, "write_whole", refuse)
+    monkeypatch.setattr(run_log, "_PAUSES", (0.0,))
+    with pytest.raises(trainer.SavesFailed, match="lacks rows that could not be written"):
+        trainer.train(config(stop_at_step=10), tmp_path / "run", mesh_of(2))
+    assert "it cannot be restored, " in capsys.readouterr().err
 
 
 class FullDisk:

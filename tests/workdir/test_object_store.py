@@ -95,6 +95,9 @@ def test_metrics_are_written_to_an_object_store(folder, object_store, tmp_path):
     report.close()
     assert len(object_store.requests) - before < 10
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])["step"] == 2
+    written = object_store.objects.pop(f"{BUCKET}/run/metrics.jsonl")
+    assert report.restore(2)
+    assert object_store.objects[f"{BUCKET}/run/metrics.jsonl"] == written
     (events,) = folder.glob("events.out.tfevents.*")
     (tmp_path / events.name).write_bytes(events.read_bytes())
     scalars, _ = read_tensorboard(tmp_path)

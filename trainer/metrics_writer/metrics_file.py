@@ -8,31 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from etils import epath
 
 from trainer.console import warn
 from trainer.workdir.paths import is_local, write_whole
 from trainer.workdir.patience import patiently
-
-
-class MetricsFile(Protocol):
-    """An open metrics file."""
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Adds a row, written now or with a later one."""
-
-    def flush(self) -> bool:
-        """Writes what is pending; returns whether every row is written."""
-
-    def unwritten(self) -> list[dict[str, Any]]:
-        """The rows that are not written yet."""
-
-    def identity(self) -> dict[str, Any]:
-        """Describes what the file holds once every row is written, as JSON."""
 
 
 class _Identity:
@@ -51,6 +36,40 @@ class _Identity:
 
     def to_json(self) -> dict[str, Any]:
         return {"rows": self._rows, "bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+
+class MetricsFile(ABC):
+    """An open metrics file.
+
+    Attributes:
+        lines: every line, because another program can remove or empty the file at any time.
+    """
+
+    def __init__(self, path: epath.Path | Path, step: int) -> None:
+        self._path = path
+        self.lines = patiently(path, lambda: lines_up_to(path, step))
+        self._identity = _Identity(self.lines)
+
+    def add(self, line: str) -> None:
+        """Adds the line of a row, written now or with a later one."""
+        self.lines.append(line)
+        self._identity.add(line.encode())
+
+    @abstractmethod
+    def flush(self) -> bool:
+        """Writes what is pending; returns whether every row is written."""
+
+    @abstractmethod
+    def unwritten(self) -> list[str]:
+        """The lines that are not written yet."""
+
+    def identity(self) -> dict[str, Any]:
+        """Describes what the file holds once every row is written, as JSON."""
+        return self._identity.to_json()
+
+    def is_whole(self) -> bool:
+        """Whether the path leads to a file with these lines and no others."""
+        return self._path.exists() and self._path.read_bytes() == "".join(self.lines).encode()
 
 
 def open_metrics_file(path: epath.Path, step: int) -> MetricsFile:
@@ -83,19 +102,19 @@ def lines_up_to(path: Any, step: int) -> list[str]:
     return kept
 
 
-class _LocalFile:
+class _LocalFile(MetricsFile):
+    _path: Path
+
     def __init__(self, path: Path, step: int) -> None:
-        self._path = path
+        super().__init__(path, step)
         self._waiting: list[bytes] = []  # lines not fully written
         self._written_of_first = 0
         self._is_warned = False
         self._file: int | None = None
-        self._truncate(step)
+        self._truncate()
 
-    def _truncate(self, step: int) -> None:
-        lines = lines_up_to(self._path, step)
-        self._identity = _Identity(lines)
-        kept = "".join(lines).encode()
+    def _truncate(self) -> None:
+        kept = "".join(self.lines).encode()
         if not self._path.exists():
             return
         if self._path.read_bytes().startswith(kept):
@@ -103,9 +122,9 @@ class _LocalFile:
         else:
             write_whole(epath.Path(self._path), kept.decode())
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        self._waiting.append((json.dumps(row) + "\n").encode())
-        self._identity.add(self._waiting[-1])
+    def add(self, line: str) -> None:
+        super().add(line)
+        self._waiting.append(line.encode())
         self.flush()
 
     def flush(self) -> bool:
@@ -128,42 +147,37 @@ class _LocalFile:
         self._is_warned = False
         return True
 
-    def unwritten(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._waiting]
-
-    def identity(self) -> dict[str, Any]:
-        return self._identity.to_json()
+    def unwritten(self) -> list[str]:
+        return [line.decode() for line in self._waiting]
 
     def __del__(self) -> None:
         if self._file is not None:
             os.close(self._file)
 
 
-class _RemoteFile:
+class _RemoteFile(MetricsFile):
     """Object stores cannot append: the whole file is written at each flush."""
 
+    _path: epath.Path
+
     def __init__(self, path: epath.Path, step: int) -> None:
-        self._path = path
-        self._lines = lines_up_to(path, step)
+        super().__init__(path, step)
         self._is_written = False
         self._written = 0
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        self._lines.append(json.dumps(row) + "\n")
+    def add(self, line: str) -> None:
+        super().add(line)
         self._is_written = False
 
     def flush(self) -> bool:
         if not self._is_written:
             try:
-                write_whole(self._path, "".join(self._lines))
+                write_whole(self._path, "".join(self.lines))
             except Exception as error:  # clients of object stores raise many types
                 warn(f"{self._path} could not be written, and will be with the next rows: {error}")
                 return False
-            self._is_written, self._written = True, len(self._lines)
+            self._is_written, self._written = True, len(self.lines)
         return True
 
-    def unwritten(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._lines[self._written :]]
-
-    def identity(self) -> dict[str, Any]:
-        return _Identity(self._lines).to_json()
+    def unwritten(self) -> list[str]:
+        return self.lines[self._written :]

@@ -18,7 +18,7 @@ from trainer.workdir.paths import write_whole
 def restore_rows(
     path: epath.Path,
     step: int,
-    rows: Sequence[Mapping[str, Any]],
+    lines: Sequence[str],
     identity: Mapping[str, Any] | None,
 ) -> bool:
     """Makes the file hold every row up to a step that it or the checkpoint has.
@@ -28,7 +28,7 @@ def restore_rows(
     Args:
         path: of the file, local or remote.
         step: of the checkpoint.
-        rows: the newest ones up to that step.
+        lines: of the newest rows up to that step.
         identity: `MetricsFile.identity` at that step; None: an earlier version saved it, or a
             process that does not write the file.
 
@@ -37,7 +37,7 @@ def restore_rows(
     """
     data = path.read_bytes() if path.exists() else b""
     found = lines_up_to(path, step)
-    merged = _merge([json.dumps(row) + "\n" for row in rows], found, step)
+    merged = _merge(lines, found, step)
     text = "".join(merged)
     is_changed = merged != found or _has_other_lines(data)
     if not is_changed and (identity is None or _is_of(data, identity)):

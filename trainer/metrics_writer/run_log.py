@@ -63,7 +63,7 @@ class RunLog:
         self._writer: MetricsWriter | NullWriter | None = None
         self._view: LiveView | None = None
         self._throughput: Throughput | None = None
-        self._restored_rows: Sequence[Mapping[str, Any]] = ()
+        self._restored_lines: Sequence[str] = ()
         self._is_restored = True
         self.metrics: dict[str, float] = {}
 
@@ -81,20 +81,22 @@ class RunLog:
         """
         if meta is not None:
             rows = meta.get("rows", [])  # of an earlier version they are dicts
-            self._restored_rows = [json.loads(r) if isinstance(r, str) else r for r in rows]
+            self._restored_lines = [
+                (r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows
+            ]
             if self._writes:
                 path, identity = self._workdir.metrics, meta.get("metrics_file")
                 self._is_restored = patiently(
-                    path, lambda: restore_rows(path, step, self._restored_rows, identity)
+                    path, lambda: restore_rows(path, step, self._restored_lines, identity)
                 )
         self.metrics = last_values(self._workdir, step)
 
     def open(self, step: int) -> None:
         """Opens the files unless they are open, and drops what they hold past `step`."""
         if self._writer is None:
-            rows = self._restored_rows
+            lines = self._restored_lines
             self._writer = (
-                MetricsWriter(self._workdir, step, rows) if self._writes else NullWriter()
+                MetricsWriter(self._workdir, step, lines) if self._writes else NullWriter()
             )
 
     def start_view(
@@ -174,24 +176,26 @@ class RunLog:
     def for_checkpoint(self, saved: int | None) -> dict[str, Any]:
         """What a checkpoint keeps of `metrics.jsonl`; see `MetricsWriter.for_checkpoint`."""
         if self._writer is None:  # as the restored checkpoint has it
-            return {"rows": [json.dumps(row) for row in self._restored_rows]}
+            return {"rows": [line.rstrip() for line in self._restored_lines]}
         return self._writer.for_checkpoint(saved)
 
     def complete(self, step: int) -> bool:
         """Whether `metrics.jsonl` holds every row; waits some seconds for a disk that does not.
 
+        A file that was removed, emptied or changed during the run is restored.
+
         Args:
-            step: the last step.
+            step: the last step; its checkpoint is saved.
         """
         if self._writer is None and self._is_restored:
             return True
         self.open(step)
         assert self._writer is not None
-        for pause in _PAUSES:
-            if self._writer.flush():
-                return True
+        for pause in (0.0, *_PAUSES):
             time.sleep(pause)
-        return self._writer.flush()
+            if self._writer.flush() and self._writer.restore(step):
+                return True
+        return False
 
     def finish(self, step: int) -> None:
         """Writes the closing metrics of a complete run, and closes the files."""

@@ -7,7 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.console import warn
+from trainer.errors import first_line
 from trainer.metrics_writer.metrics_file import open_metrics_file, read_metrics_file
+from trainer.metrics_writer.restored_rows import restore_rows
 from trainer.metrics_writer.tensorboard import TensorBoardWriter
 from trainer.workdir.workdir import Workdir
 
@@ -18,19 +21,20 @@ class MetricsWriter:
     Args:
         workdir: the claimed folder of the run.
         step: the step the run resumes from; later rows in the files are dropped.
-        rows: the newest ones up to that step, which the file may lack.
+        lines: of the newest rows up to that step, which the file may lack.
 
     Attributes:
         tensorboard: the event files.
     """
 
-    def __init__(self, workdir: Workdir, step: int, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-        present = read_metrics_file(workdir.metrics, step) if rows else []
-        self._file = open_metrics_file(workdir.metrics, step)
-        self._recent: list[dict[str, Any]] = [dict(row) for row in rows]
-        for row in rows:
-            if row not in present:
-                self._file.add(row)
+    def __init__(self, workdir: Workdir, step: int, lines: Sequence[str] = ()) -> None:
+        self._path = workdir.metrics
+        self._file = open_metrics_file(self._path, step)
+        self._recent = [(json.loads(line)["step"], line) for line in lines]
+        present = {_canonical(line) for line in self._file.lines} if lines else set()
+        for line in lines:
+            if _canonical(line) not in present:
+                self._file.add(line)
         self.tensorboard = TensorBoardWriter(workdir, step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -42,8 +46,9 @@ class MetricsWriter:
         """
         finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
         row = {"step": step, **dict.fromkeys(values), **finite}
-        self._recent.append(row)
-        self._file.add(row)
+        line = json.dumps(row) + "\n"
+        self._recent.append((step, line))
+        self._file.add(line)
         self.tensorboard.scalars(step, finite)
 
     def goodput(self, step: int, seconds: Mapping[str, float]) -> None:
@@ -63,6 +68,26 @@ class MetricsWriter:
         self.tensorboard.flush()
         return self._file.flush()
 
+    def restore(self, step: int) -> bool:
+        """Restores the file if it is not what was written, once every row is flushed.
+
+        Writing goes on without an error after another program has removed or emptied it.
+
+        Args:
+            step: of the checkpoint on disk that describes the file.
+
+        Returns:
+            Whether the file holds every row now.
+        """
+        path = self._path
+        try:
+            if self._file.is_whole():
+                return True
+            return restore_rows(path, step, self._file.lines, self._file.identity())
+        except Exception as error:  # a disk, or the client of an object store
+            warn(f"{path} cannot be read: {first_line(error)}")
+            return False
+
     def for_checkpoint(self, saved: int | None) -> dict[str, Any]:
         """What a checkpoint keeps of the file, as JSON: its newest rows, and what it should be.
 
@@ -70,16 +95,20 @@ class MetricsWriter:
             saved: the step of the newest checkpoint on disk; rows before it that the file system
                 has taken are left out from now on.
         """
-        self._recent = [row for row in self._recent if saved is None or row["step"] >= saved]
+        self._recent = [r for r in self._recent if saved is None or r[0] >= saved]
         # Both end at the newest row. As text, because a manifest sorts the keys of objects.
-        newest = max(self._recent, self._file.unwritten(), key=len)
-        lines = [json.dumps(row) for row in newest]
-        return {"rows": lines, "metrics_file": self._file.identity()}
+        newest = max([line for _, line in self._recent], self._file.unwritten(), key=len)
+        return {"rows": [line.rstrip() for line in newest], "metrics_file": self._file.identity()}
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self._file.flush()
         self.tensorboard.close()
+
+
+def _canonical(line: str) -> str:
+    """The same for equal rows, whatever the order of their tags."""
+    return json.dumps(json.loads(line), sort_keys=True)
 
 
 class NullWriter:
@@ -100,6 +129,10 @@ class NullWriter:
         """Does nothing."""
 
     def flush(self) -> bool:
+        """Does nothing."""
+        return True
+
+    def restore(self, step: int) -> bool:
         """Does nothing."""
         return True
 
