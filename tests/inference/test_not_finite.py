@@ -32,7 +32,6 @@ from trainer.state.finite import find_unusable
 from trainer.xla_flags import KEEP_NAN, keep_nan
 
 LIFTS = ["pmap", "shard_map", wide("vmap")]
-NORMAL = np.random.default_rng(0).normal
 
 
 class Ends(nn.Module):
@@ -52,8 +51,9 @@ class Ends(nn.Module):
 def data(bad_train=(), bad_eval=()):
     """64 images each, of 8 x 8 pixels; some hold one NaN."""
     sources = {}
+    normal = np.random.default_rng(0).normal
     for split, bad in (("train", bad_train), ("eval", bad_eval)):
-        x = np.float32(NORMAL(size=(64, 8, 8, 1)))
+        x = np.float32(normal(size=(64, 8, 8, 1)))
         x[list(bad), 2, 3] = np.nan
         sources[split] = ArraySource({"x": x, "y": np.arange(64) % 10})
     return sources
