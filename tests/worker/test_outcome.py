@@ -126,7 +126,7 @@ def test_a_command_on_a_finished_run_fails_with_the_users_line(tmp_path, kind, m
     for place, (command, arguments) in commands.items():
         fault = {"error": kind, "place": place, "batch": 0, "rank": 0}
         monkeypatch.setattr(user_code, "fault", fault)
-        code = command.main([f"--workdir={tmp_path}/run", *arguments])
+        code = command.main([f"--workdir={tmp_path}/run", "--trust", *arguments])
         told = capsys.readouterr().err
         assert code == 1, (place, told)
         assert type(ERRORS[kind]()).__name__ in told, (place, told)
