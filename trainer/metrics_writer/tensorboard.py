@@ -174,7 +174,9 @@ class TensorBoardWriter:
             is_closed, events._closed = events._closed, True
             if not is_closed:
                 events._event_queue.cancel_join_thread()
-                events._ev_writer.close()
+                # Not its `close`, which stops at what the disk does not take; Python 3.13 then
+                # prints that error again when it collects the file.
+                events._ev_writer._py_recordio_writer._writer.close()
 
     def _upload(self) -> None:
         """Copies event files that have grown to the object store.
