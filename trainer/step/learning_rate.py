@@ -35,5 +35,5 @@ def used_rate(
         getattr(path[-1], "tuple_name", ""): count
         for path, count in reversed(optax.tree_utils.tree_get_all_with_path(before, "count"))
     }
-    others = list(counts.values())[-1:]
-    return jnp.asarray(rate(counts.get(_SCHEDULED, *others or [step])), jnp.float32)
+    *_, outermost = [step, *counts.values()]
+    return jnp.asarray(rate(counts.get(_SCHEDULED, outermost)), jnp.float32)
